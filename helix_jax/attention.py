@@ -1,0 +1,152 @@
+"""Attention over a part of a sequence, and the monoid in which such parts meet.
+
+A partial is `(o, lse)`: softmax attention over some subset of the slots, and the log of its denominator (float32, base e).
+`merge` joins partials of disjoint subsets exactly; it is associative and commutative, and its identity is `(0, -inf)`,
+the empty subset. One function joins the chunks of a loop, the ranks of a mesh and whatever else is a partial.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from helix_jax.numerics import einsum
+
+# Bounds on what one pass over the pages holds at once. Slots gathered, over all rows (an 8-row decode step of 8 heads of
+# 128 in bfloat16 gathers 16 MB of keys at a time), and float32 scores (16 MB).
+_GATHERED_SLOTS = 2**13
+_SCORES = 2**22
+
+
+class Partial(NamedTuple):
+    """Attention over a subset of slots: the mean of its values, and the log of its softmax denominator."""
+
+    o_BTNH: Float[Array, "*B T N H"]
+    lse_BTN: Float[Array, "*B T N"]
+
+
+def merge(partials: Partial) -> Partial:
+    """Joins partials of disjoint subsets that are stacked on a leading axis.
+
+        lse = log sum_i exp(lse_i)        o = sum_i exp(lse_i - lse) o_i
+
+    Differentiable, also where some or all of the partials are empty (lse = -inf).
+    """
+    lse_XBTN = partials.lse_BTN
+    top_BTN = lax.stop_gradient(finite_or_zero(lse_XBTN.max(0)))
+    weight_XBTN = jnp.exp(lse_XBTN - top_BTN)
+    o_BTNH = (weight_XBTN[..., None] * partials.o_BTNH).sum(0)
+    return normalise(o_BTNH, weight_XBTN.sum(0), top_BTN)
+
+
+def normalise(sum_BTNH: Array, weight_BTN: Array, top_BTN: Array) -> Partial:
+    """The partial whose values sum to `sum_BTNH` under weights of total `weight_BTN`, both scaled by exp(-top)."""
+    some_BTN = weight_BTN > 0
+    weight_BTN = jnp.where(some_BTN, weight_BTN, 1)  # before the log: no NaN in the gradient of the branch not taken
+    return Partial(
+        sum_BTNH / weight_BTN[..., None], jnp.where(some_BTN, top_BTN + jnp.log(weight_BTN), -jnp.inf)
+    )
+
+
+def finite_or_zero(lse: Array) -> Array:
+    """A maximum that can be subtracted: that of an empty subset is -inf, and -inf - -inf is NaN."""
+    return jnp.where(jnp.isfinite(lse), lse, 0)
+
+
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_AKWH: Float[Array, "A K W H"],
+    v_AKWH: Float[Array, "A K W Hv"] | None,
+    table_BM: Int[Array, "B M"],
+    lo_BT: Int[Array, "B T"],
+    hi_BT: Int[Array, "B T"],
+    *,
+    scale: float,
+    v_width: int | None = None,
+    pages_per_pass: int | None = None,
+) -> Partial:
+    """Softmax attention of each query over the slots `[lo, hi)` of its row, read from pages, in bounded memory.
+
+    Slot s of row b is word `s % W` of page `table_BM[b, s // W]`. What lies outside of every `[lo, hi)` of a row,
+    table entries included, may be anything, NaN too. A query with `lo >= hi` gives the empty partial. `hi` need not
+    rise by one per token. `v_AKWH` None: the values are the first `v_width` numbers of the keys.
+
+    Only the passes between the least `lo` and the greatest `hi` are run: the time follows what is filled, not what is
+    allocated. This is the reference; the kernels are its twins.
+    """
+    B, T, N, H = q_BTNH.shape
+    K, W = k_AKWH.shape[1:3]
+    M = table_BM.shape[1]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+
+    def one_pass(first_page: Array | int, pages: int) -> Partial:
+        page_C = first_page + jnp.arange(pages)
+        page_BC = jnp.take(table_BM, page_C, axis=1, mode="clip")  # past the table: masked below, slots end there
+        k_BCKWH = jnp.take(k_AKWH, page_BC, axis=0, mode="clip")
+        v_BCKWH = k_BCKWH[..., :v_width] if v_AKWH is None else jnp.take(v_AKWH, page_BC, axis=0, mode="clip")
+        slot_CW = page_C[:, None] * W + jnp.arange(W)
+        return _attend_slots(q_BTKGH, k_BCKWH, v_BCKWH, slot_CW, lo_BT, jnp.minimum(hi_BT, M * W), scale)
+
+    C = pages_per_pass or _pages_per_pass(B, T * N, W)
+    if C >= M:
+        return one_pass(0, M)
+
+    def join(index: Array, sofar: Partial) -> Partial:
+        return merge(Partial(*map(_stack, sofar, one_pass(index * C, C))))
+
+    # The carry takes its type, and what it varies over inside shard_map, from a real pass; an unrolled empty one is folded away.
+    like = one_pass(0, 1)
+    empty = Partial(jnp.zeros_like(like.o_BTNH), jnp.full_like(like.lse_BTN, -jnp.inf))
+    first = jnp.min(jnp.where(hi_BT > lo_BT, lo_BT, M * W)) // (C * W)
+    last = -(-jnp.max(hi_BT) // (C * W))
+    return lax.fori_loop(first, last, join, empty)
+
+
+def _stack(a: Array, b: Array) -> Array:
+    return jnp.stack([a, b])
+
+
+def _pages_per_pass(rows: int, queries: int, words: int) -> int:
+    slots = min(_GATHERED_SLOTS // rows, _SCORES // (rows * queries))
+    return max(1, slots // words)
+
+
+def _attend_slots(
+    q_BTKGH: Array, k_BCKWH: Array, v_BCKWH: Array, slot_CW: Array, lo_BT: Array, hi_BT: Array, scale: float
+) -> Partial:
+    B, T, K, G, _ = q_BTKGH.shape
+    seen_BTCW = (lo_BT[..., None, None] <= slot_CW) & (slot_CW < hi_BT[..., None, None])
+    used_BCW = seen_BTCW.any(1)
+    v_BCKWH = jnp.where(used_BCW[:, :, None, :, None], v_BCKWH, 0)  # 0 * NaN is NaN: unused values must go
+
+    s_BTKGCW = scale * einsum("btkgh,bckwh->btkgcw", q_BTKGH, k_BCKWH, out=jnp.float32)
+    s_BTKGCW = jnp.where(seen_BTCW[:, :, None, None], s_BTKGCW, -jnp.inf)
+    top_BTKG = finite_or_zero(s_BTKGCW.max((-2, -1)))
+    p_BTKGCW = jnp.exp(s_BTKGCW - top_BTKG[..., None, None])
+    sum_BTKGH = einsum("btkgcw,bckwh->btkgh", p_BTKGCW.astype(v_BCKWH.dtype), v_BCKWH, out=jnp.float32)
+
+    heads = (B, T, K * G)
+    return normalise(
+        sum_BTKGH.reshape(*heads, -1), p_BTKGCW.sum((-2, -1)).reshape(heads), top_BTKG.reshape(heads)
+    )
+
+
+def causal_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    *,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """Attention within the call itself, no cache: every token sees those before it and itself. For training and tests."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BTKH.shape[2]
+    s_BKGTS = scale * einsum(
+        "btkgh,bskh->bkgts", q_BTNH.reshape(B, T, K, N // K, H), k_BTKH, out=jnp.float32
+    )
+    seen_TS = jnp.tri(T, dtype=bool)
+    s_BKGTS = jnp.where(seen_TS, s_BKGTS, -jnp.inf)
+    p_BKGTS = jnp.exp(s_BKGTS - s_BKGTS.max(-1, keepdims=True))
+    p_BKGTS = p_BKGTS / p_BKGTS.sum(-1, keepdims=True)
+    return einsum("bkgts,bskh->btkgh", p_BKGTS.astype(v_BTKH.dtype), v_BTKH).reshape(B, T, N, H)

@@ -1,0 +1,110 @@
+"""The key/value cache: pages, sharded along the sequence over cp, and the few integers per row that say what is in them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int
+
+from helix_jax.config import Plan
+from helix_jax.layout import Integer, slots_needed
+from helix_jax.mesh import CP, DP, PAGES_AKWH, ROWS_B, TABLE_RBM, sharding
+
+
+class Pages(NamedTuple):
+    """The pages of one layer. Globally A counts the pages of all ranks; inside `shard_map`, those of this one."""
+
+    k_AKWH: Float[Array, "A K W H"]
+    v_AKWH: Float[Array, "A K W H"]
+
+
+class KVCache(NamedTuple):
+    """One pair of sharded arrays per layer. A step takes it over (donated) and gives it back, written in place."""
+
+    layers: tuple[Pages, ...]
+
+
+class Rows(NamedTuple):
+    """What is known of each sequence of the batch. `prompt_len` and `length` decide every slot on every rank.
+
+    table_RBM: for every rank its own table of pages; entry m holds the page of slots [m W, (m + 1) W).
+    length_B: positions written so far. prompt_len_B: the whole prompt's length, known before it is written.
+    """
+
+    table_RBM: Int[Array, "R B M"]
+    length_B: Int[Array, "B"]
+    prompt_len_B: Int[Array, "B"]
+
+
+def start_rows(plan: Plan, prompt_lens: Sequence[int], max_lens: Sequence[int], page: int) -> Rows:
+    """Rows that are still empty, with room for `max_lens` positions each; every row has pages of its own on every rank.
+
+    Raises:
+        ValueError: a page below 1, a batch that dp does not divide, or a prompt longer than its room.
+    """
+    if page < 1:
+        raise ValueError(f"page is {page}: give at least 1 token per page")
+    dp, rows = plan.mesh.shape[DP], len(prompt_lens)
+    if rows == 0 or rows % dp:
+        raise ValueError(f"{rows} rows cannot be shared among dp {dp}: give a positive multiple of it")
+    for row, (prompt, most) in enumerate(zip(prompt_lens, max_lens, strict=True)):
+        if not 0 <= prompt <= most:
+            raise ValueError(f"row {row}: a prompt of {prompt} tokens does not fit its room of {most}: give more room")
+
+    slots_B = slots_needed(plan.layout, np.asarray(max_lens), np.asarray(prompt_lens))
+    pages_per_row = max(1, -(-int(slots_B.max()) // page))
+    table_BM = (np.arange(rows) % (rows // dp))[:, None] * pages_per_row + np.arange(pages_per_row)
+    table_RBM = np.broadcast_to(table_BM.astype(np.int32), (plan.layout.ranks, *table_BM.shape))
+    return Rows(
+        jax.device_put(table_RBM, sharding(plan.mesh, TABLE_RBM)),
+        jax.device_put(np.zeros(rows, np.int32), sharding(plan.mesh, ROWS_B)),
+        jax.device_put(np.asarray(prompt_lens, np.int32), sharding(plan.mesh, ROWS_B)),
+    )
+
+
+def empty_cache(
+    plan: Plan, rows: Rows, page: int, *, layers: int, kv_heads: int, head_width: int, dtype: DTypeLike
+) -> KVCache:
+    """A cache with the pages that `rows` name, on every rank, sharded over (cp, tp) from the start."""
+    _, B, M = rows.table_RBM.shape
+    shape = (plan.mesh.shape[CP] * B * M, kv_heads, page, head_width)
+    spec = sharding(plan.mesh, PAGES_AKWH)
+
+    def layer() -> Pages:
+        return Pages(*(jnp.zeros(shape, dtype, device=spec) for _ in Pages._fields))
+
+    return KVCache(tuple(layer() for _ in range(layers)))
+
+
+def append(
+    pages: Pages,
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    table_BM: Int[Array, "B M"],
+    slot_BT: Int[Array, "B T"],
+    owned_BT: Bool[Array, "B T"],
+) -> Pages:
+    """Writes the tokens that this rank owns at their slots; the others fall out of bounds and are dropped.
+
+    In place when `pages` is donated. A slot past the table is dropped too, never clamped onto another's page.
+    """
+    A, K, W, _ = pages.k_AKWH.shape
+    page_BT = jnp.take_along_axis(table_BM, slot_BT // W, axis=1, mode="fill", fill_value=A)
+    page_BT = jnp.where(owned_BT, page_BT, A)
+
+    # All indexed axes lead: a scatter over (page, word) with the heads between makes XLA transpose the whole pool.
+    at = (page_BT[..., None], jnp.arange(K), (slot_BT % W)[..., None])
+
+    def write(pool_AKWH: Array, new_BTKH: Array) -> Array:
+        return pool_AKWH.at[at].set(new_BTKH.astype(pool_AKWH.dtype), mode="drop")
+
+    return Pages(write(pages.k_AKWH, k_BTKH), write(pages.v_AKWH, v_BTKH))
+
+
+def tokens_per_rank(plan: Plan, length: Integer, prompt_len: Integer) -> list[int]:
+    """How many positions each rank holds, summed over the rows."""
+    return [int(np.sum(plan.layout.filled(length, prompt_len, rank))) for rank in range(plan.layout.ranks)]

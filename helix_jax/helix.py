@@ -1,0 +1,70 @@
+"""The island: append -> attend -> combine, on every device by itself, under `shard_map`.
+
+This is all of the manual parallelism of a decode step. Outside, the model is ordinary JAX over sharded arrays.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from helix_jax.attention import attend
+from helix_jax.cache import Pages, Rows, append
+from helix_jax.combine import combine
+from helix_jax.config import Plan
+from helix_jax.mesh import CP, NEW_KEYS_BTKH, PAGES_AKWH, QUERIES_BTNH, ROWS_B, TABLE_RBM, TRADED_BTNH
+
+
+def helix_attention(
+    plan: Plan,
+    pages: Pages,
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    rows: Rows,
+    count_B: Int[Array, "B"],
+    *,
+    scale: float,
+) -> tuple[Float[Array, "B T N H"], Pages]:
+    """Appends the first `count_B` of T new tokens to each row, and attends from them to all that the row then holds.
+
+    Causal, exact, and equal for every mesh, placement and combine. Takes `pages` over if the caller donates them. Tokens
+    past `count_B` write nothing; their output is 0. The caller adds `count_B` to `rows.length_B` once all layers are done.
+
+    Returns the attention output in the type of `q_BTNH`, its heads sharded over the flat axis (tp, cp), and the pages.
+
+    Raises:
+        ValueError: heads that the mesh does not divide.
+
+    Source: arXiv 2507.07120, section 2.
+    """
+    plan.check_heads(q_BTNH.shape[2], k_BTKH.shape[2])
+    island = jax.shard_map(
+        partial(_island, plan, scale),
+        mesh=plan.mesh,
+        in_specs=(PAGES_AKWH, QUERIES_BTNH, NEW_KEYS_BTKH, NEW_KEYS_BTKH, Rows(TABLE_RBM, ROWS_B, ROWS_B), ROWS_B),
+        out_specs=(TRADED_BTNH, PAGES_AKWH),
+    )
+    return island(pages, q_BTNH, k_BTKH, v_BTKH, rows, count_B)
+
+
+def _island(
+    plan: Plan, scale: float, pages: Pages, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, rows: Rows, count_B: Array
+) -> tuple[Array, Pages]:
+    table_BM = rows.table_RBM[0]  # this rank's
+    step_T = jnp.arange(q_BTNH.shape[1])
+    position_BT = rows.length_B[:, None] + step_T
+    live_BT = step_T < count_B[:, None]
+
+    def held(length_BT: Array) -> Array:
+        return plan.layout.filled(length_BT, rows.prompt_len_B[:, None], lax.axis_index(CP))
+
+    slot_BT, hi_BT = held(position_BT), held(position_BT + 1)
+    owned_BT = live_BT & (hi_BT > slot_BT)
+    pages = append(pages, k_BTKH, v_BTKH, table_BM, slot_BT, owned_BT)
+
+    hi_BT = jnp.where(live_BT, hi_BT, 0)
+    part = attend(q_BTNH, *pages, table_BM, jnp.zeros_like(hi_BT), hi_BT, scale=scale)
+    return combine(part, plan.combine).o_BTNH.astype(q_BTNH.dtype), pages

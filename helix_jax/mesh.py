@@ -1,0 +1,79 @@
+"""Where every array lives: this page is Helix.
+
+The devices form one mesh of axes (dp, tp, cp), cp minor. Attention reads it as tp x cp: heads over tp, the sequence over
+cp. Everything else reads the same devices as one flat axis, FLAT = (tp, cp), of ordinary tensor parallelism. Because cp
+is the minor one, the heads that a device owns after attention (N over FLAT) are a slice of the heads that it
+attended with (N over tp): going from one view to the other costs no weights and no reshuffling of tp.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+DP, TP, CP = "dp", "tp", "cp"
+FLAT = (TP, CP)
+
+REPLICATED = P()
+
+# Activations of the island.
+QUERIES_BTNH = P(DP, None, TP, None)
+NEW_KEYS_BTKH = P(DP, None, TP, None)
+TRADED_BTNH = P(DP, None, FLAT, None)
+
+# The cache: pages over cp (and over dp, as the rows are), heads over tp. The page table is one per rank.
+PAGES_AKWH = P((DP, CP), TP, None, None)
+TABLE_RBM = P(CP, DP, None)
+ROWS_B = P(DP)
+
+# Weights, by the name of the parameter. Query, key and value projections are copied over cp: each of its ranks needs the
+# queries of all heads of its tp group. The rest is tensor parallel over the flat axis.
+WEIGHTS = {
+    "embed_VD": P(FLAT, None),
+    "head_VD": P(FLAT, None),
+    "q_DNH": P(None, TP, None),
+    "k_DKH": P(None, TP, None),
+    "v_DKH": P(None, TP, None),
+    "o_NHD": P(FLAT, None, None),
+    "gate_DF": P(None, FLAT),
+    "up_DF": P(None, FLAT),
+    "down_FD": P(FLAT, None),
+    "norm_D": REPLICATED,
+}
+
+
+def make_mesh(tp: int = 1, cp: int = 1, dp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of axes ("dp", "tp", "cp"), cp minor, over the first dp * tp * cp of `devices` (default: all of JAX's).
+
+    Raises:
+        ValueError: an axis below 1, or more devices wanted than there are.
+    """
+    sizes = {DP: dp, TP: tp, CP: cp}
+    for axis, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{axis} is {size}: give at least 1")
+    wanted = math.prod(sizes.values())
+    devices = jax.devices() if devices is None else devices
+    if wanted > len(devices):
+        raise ValueError(
+            f"tp {tp} x cp {cp}{f' x dp {dp}' if dp > 1 else ''} needs {wanted} devices, but there are {len(devices)} "
+            f"of platform '{devices[0].platform}': choose a smaller mesh, or --platform cpu for fake devices"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices[:wanted]
+    )
+
+
+def flat_size(mesh: Mesh) -> int:
+    """How many devices share the weights: the width of the flat axis."""
+    return mesh.shape[TP] * mesh.shape[CP]
+
+
+def sharding(mesh: Mesh, spec: P) -> NamedSharding:
+    return NamedSharding(mesh, spec)
+
+
+def weight_sharding(mesh: Mesh, name: str) -> NamedSharding:
+    return NamedSharding(mesh, WEIGHTS[name])

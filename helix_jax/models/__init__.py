@@ -1,0 +1,1 @@
+"""Transformers in Flax NNX, written globally: attention comes in as an argument."""

@@ -1,0 +1,18 @@
+"""Rotary positions: every token is turned by its own index in its own row."""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+
+def rotate(x_BTNH: Float[Array, "B T N H"], position_BT: Int[Array, "B T"], theta: float) -> Array:
+    """Turns the pairs (i, i + H / 2) of each head by the angle `position / theta ** (2 i / H)`, in float32.
+
+    Source: arXiv 2104.09864, in the half-split order of Hugging Face's Llama.
+    """
+    half = x_BTNH.shape[-1] // 2
+    rate = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BT1h = (position_BT[..., None] * rate)[:, :, None]
+    cos, sin = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)

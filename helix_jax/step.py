@@ -1,0 +1,100 @@
+"""The jitted step: T new tokens per row, a count per row, one token out. The cache is donated and written in place."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from helix_jax.cache import KVCache, Rows
+from helix_jax.config import Plan
+from helix_jax.helix import helix_attention
+from helix_jax.mesh import ROWS_B, sharding
+from helix_jax.models.transformer import Transformer
+from helix_jax.sampling import Sampling, sample
+
+
+class StepOutput(NamedTuple):
+    """token_B: what each row says next; without meaning where the count was 0. logits_BV: what it was chosen from."""
+
+    token_B: Int[Array, "B"]
+    logits_BV: Float[Array, "B V"]
+    cache: KVCache
+    rows: Rows
+
+
+class ManyOutput(NamedTuple):
+    """tokens_BS: what each row said at each of S steps. live_BS: whether it was still running then."""
+
+    tokens_BS: Int[Array, "B S"]
+    live_BS: Bool[Array, "B S"]
+    cache: KVCache
+    rows: Rows
+
+
+def _step(
+    graph: nnx.GraphDef[Transformer],
+    plan: Plan,
+    weights: nnx.State,
+    cache: KVCache,
+    rows: Rows,
+    tokens_BT: Int[Array, "B T"],
+    count_B: Int[Array, "B"],
+    sampling: Sampling,
+) -> StepOutput:
+    """Appends the first `count_B` (0 to T) of `tokens_BT` to each row, and chooses the token that follows the last of them.
+
+    T = 1 is decoding, a larger T a chunk of a prompt. A row of count 0 writes nothing and moves nothing. Nothing here
+    depends on the lengths' values: one compilation serves them all. Room is the caller's to check: tokens that find no
+    page are not written.
+    """
+    model = nnx.merge(graph, weights)
+
+    def attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, pages, *, scale: float):
+        return helix_attention(plan, pages, q_BTNH, k_BTKH, v_BTKH, rows, count_B, scale=scale)
+
+    position_BT = rows.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
+    x_BTD, layers = model(tokens_BT, position_BT, attention, cache.layers)
+    last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
+    logits_BV = model.logits(jnp.take_along_axis(x_BTD, last_B11, axis=1)[:, 0])
+
+    # One sharding for all that is per row: what a step gives, the next one takes without another compilation. For the
+    # logits it is the step's one gather: they leave their vocabulary shards, so that every device samples the same token.
+    def per_row(x_B: Array) -> Array:
+        return lax.with_sharding_constraint(x_B, sharding(plan.mesh, ROWS_B))
+
+    logits_BV = per_row(logits_BV)
+    rows = rows._replace(length_B=per_row(rows.length_B + count_B))
+    token_B = per_row(sample(logits_BV, sampling, rows.length_B))
+    return StepOutput(token_B, logits_BV, KVCache(layers), rows)
+
+
+def _many_steps(
+    graph: nnx.GraphDef[Transformer],
+    plan: Plan,
+    steps: int,
+    weights: nnx.State,
+    cache: KVCache,
+    rows: Rows,
+    token_B: Int[Array, "B"],
+    live_B: Bool[Array, "B"],
+    stop_ids: Int[Array, "X"],
+    sampling: Sampling,
+) -> ManyOutput:
+    """Decodes `steps` tokens on the device, starting by appending `token_B`. A row stops after any of `stop_ids`."""
+
+    def one(carry: tuple[KVCache, Rows, Array, Array], _: None):
+        cache, rows, token_B, live_B = carry
+        out = _step(graph, plan, weights, cache, rows, token_B[:, None], live_B.astype(jnp.int32), sampling)
+        still_B = live_B & ~jnp.isin(out.token_B, stop_ids)
+        return (out.cache, out.rows, out.token_B, still_B), (out.token_B, live_B)
+
+    (cache, rows, _, _), (tokens_SB, live_SB) = lax.scan(one, (cache, rows, token_B, live_B), length=steps)
+    return ManyOutput(tokens_SB.T, live_SB.T, cache, rows)
+
+
+step = partial(jax.jit, static_argnames=("graph", "plan"), donate_argnames="cache")(_step)
+many_steps = partial(jax.jit, static_argnames=("graph", "plan", "steps"), donate_argnames="cache")(_many_steps)
