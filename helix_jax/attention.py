@@ -130,23 +130,3 @@ def _attend_slots(
     return normalise(
         sum_BTKGH.reshape(*heads, -1), p_BTKGCW.sum((-2, -1)).reshape(heads), top_BTKG.reshape(heads)
     )
-
-
-def causal_attention(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
-    *,
-    scale: float,
-) -> Float[Array, "B T N H"]:
-    """Attention within the call itself, no cache: every token sees those before it and itself. For training and tests."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BTKH.shape[2]
-    s_BKGTS = scale * einsum(
-        "btkgh,bskh->bkgts", q_BTNH.reshape(B, T, K, N // K, H), k_BTKH, out=jnp.float32
-    )
-    seen_TS = jnp.tri(T, dtype=bool)
-    s_BKGTS = jnp.where(seen_TS, s_BKGTS, -jnp.inf)
-    p_BKGTS = jnp.exp(s_BKGTS - s_BKGTS.max(-1, keepdims=True))
-    p_BKGTS = p_BKGTS / p_BKGTS.sum(-1, keepdims=True)
-    return einsum("bkgts,bskh->btkgh", p_BKGTS.astype(v_BTKH.dtype), v_BTKH).reshape(B, T, N, H)
