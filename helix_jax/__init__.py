@@ -1,2 +1,55 @@
-"""Helix."""
+"""Helix parallelism in JAX: decode over a key/value cache that is sharded along the sequence.
+
+Array names end in the letters of their dimensions, `q_BTNH`; lower case is this rank's share of one (`o_BTnH`):
+
+    B rows (sequences)   T new tokens per row in this call   S cached positions   N query heads   K key/value heads
+    G = N / K            H width of a head                   D model width        F feed-forward  V vocabulary
+    L layers             R ranks on cp                       A pages in the pool  W tokens per page  M pages per row
+    C pages in a pass    X anything else
+
+A position is global and 0-based, a slot is its place on the rank that owns it. A partial is `(o, lse)`.
+"""
+
+from helix_jax.attention import Partial, attend, merge
+from helix_jax.cache import KVCache, Pages, Rows, empty_cache, start_rows
+from helix_jax.checkpoint import load, save, shard
+from helix_jax.combine import COMBINES, combine
+from helix_jax.config import ModelConfig, Plan
+from helix_jax.generation import generate, stream
+from helix_jax.helix import helix_attention
+from helix_jax.layout import PLACEMENTS, BlockLayout
+from helix_jax.mesh import make_mesh
+from helix_jax.models.transformer import Transformer
+from helix_jax.sampling import Sampling, make_sampling
+from helix_jax.step import many_steps, step
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "COMBINES",
+    "PLACEMENTS",
+    "BlockLayout",
+    "KVCache",
+    "ModelConfig",
+    "Pages",
+    "Partial",
+    "Plan",
+    "Rows",
+    "Sampling",
+    "Transformer",
+    "attend",
+    "combine",
+    "empty_cache",
+    "generate",
+    "helix_attention",
+    "load",
+    "make_mesh",
+    "make_sampling",
+    "many_steps",
+    "merge",
+    "save",
+    "shard",
+    "start_rows",
+    "step",
+    "stream",
+]

@@ -1,8 +1,8 @@
 """Attention over a part of a sequence, and the monoid in which such parts meet.
 
-A partial is `(o, lse)`: softmax attention over some subset of the slots, and the log of its denominator (float32, base e).
-`merge` joins partials of disjoint subsets exactly; it is associative and commutative, and its identity is `(0, -inf)`,
-the empty subset. One function joins the chunks of a loop, the ranks of a mesh and whatever else is a partial.
+A partial is `(o, lse)`: softmax attention over some subset of the slots, and the log of its denominator (float32, base
+e). `merge` joins partials of disjoint subsets exactly; it is associative and commutative, and its identity is
+`(0, -inf)`, the empty subset. One function joins the chunks of a loop and the ranks of a mesh.
 """
 
 from typing import NamedTuple
@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 
 from helix_jax.numerics import einsum
 
-# Bounds on what one pass over the pages holds at once. Slots gathered, over all rows (an 8-row decode step of 8 heads of
-# 128 in bfloat16 gathers 16 MB of keys at a time), and float32 scores (16 MB).
+# Bounds on what one pass over the pages holds at once: slots gathered, over all rows (with 8 heads of 128 in bfloat16
+# that is 16 MB of keys), and scores (16 MB in float32).
 _GATHERED_SLOTS = 2**13
 _SCORES = 2**22
 
@@ -44,9 +44,7 @@ def normalise(sum_BTNH: Array, weight_BTN: Array, top_BTN: Array) -> Partial:
     """The partial whose values sum to `sum_BTNH` under weights of total `weight_BTN`, both scaled by exp(-top)."""
     some_BTN = weight_BTN > 0
     weight_BTN = jnp.where(some_BTN, weight_BTN, 1)  # before the log: no NaN in the gradient of the branch not taken
-    return Partial(
-        sum_BTNH / weight_BTN[..., None], jnp.where(some_BTN, top_BTN + jnp.log(weight_BTN), -jnp.inf)
-    )
+    return Partial(sum_BTNH / weight_BTN[..., None], jnp.where(some_BTN, top_BTN + jnp.log(weight_BTN), -jnp.inf))
 
 
 def finite_or_zero(lse: Array) -> Array:
@@ -95,7 +93,7 @@ def attend(
     def join(index: Array, sofar: Partial) -> Partial:
         return merge(Partial(*map(_stack, sofar, one_pass(index * C, C))))
 
-    # The carry takes its type, and what it varies over inside shard_map, from a real pass; an unrolled empty one is folded away.
+    # The carry takes its type, and what it varies over inside shard_map, from a real pass, which is never computed.
     like = one_pass(0, 1)
     empty = Partial(jnp.zeros_like(like.o_BTNH), jnp.full_like(like.lse_BTN, -jnp.inf))
     first = jnp.min(jnp.where(hi_BT > lo_BT, lo_BT, M * W)) // (C * W)
@@ -127,6 +125,4 @@ def _attend_slots(
     sum_BTKGH = einsum("btkgcw,bckwh->btkgh", p_BTKGCW.astype(v_BCKWH.dtype), v_BCKWH, out=jnp.float32)
 
     heads = (B, T, K * G)
-    return normalise(
-        sum_BTKGH.reshape(*heads, -1), p_BTKGCW.sum((-2, -1)).reshape(heads), top_BTKG.reshape(heads)
-    )
+    return normalise(sum_BTKGH.reshape(*heads, -1), p_BTKGCW.sum((-2, -1)).reshape(heads), top_BTKG.reshape(heads))

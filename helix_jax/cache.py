@@ -1,13 +1,13 @@
-"""The key/value cache: pages, sharded along the sequence over cp, and the few integers per row that say what is in them."""
+"""The key/value cache: pages, sharded along the sequence over cp; and the integers per row that say what is in them."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from helix_jax.config import Plan
@@ -61,9 +61,14 @@ def start_rows(plan: Plan, prompt_lens: Sequence[int], max_lens: Sequence[int], 
     table_RBM = np.broadcast_to(table_BM.astype(np.int32), (plan.layout.ranks, *table_BM.shape))
     return Rows(
         jax.device_put(table_RBM, sharding(plan.mesh, TABLE_RBM)),
-        jax.device_put(np.zeros(rows, np.int32), sharding(plan.mesh, ROWS_B)),
-        jax.device_put(np.asarray(prompt_lens, np.int32), sharding(plan.mesh, ROWS_B)),
+        per_row(plan, np.zeros(rows)),
+        per_row(plan, prompt_lens),
     )
+
+
+def per_row(plan: Plan, values: ArrayLike | Sequence[Any]) -> Array:
+    """Integers, one or more per row, placed as a step wants them."""
+    return jax.device_put(np.asarray(values, np.int32), sharding(plan.mesh, ROWS_B))
 
 
 def empty_cache(

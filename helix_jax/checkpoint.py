@@ -1,7 +1,7 @@
 """Weights: from a Hugging Face folder, or from a model in memory, straight to their shards; and back to a folder."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as to_bytes
 
 from helix_jax.config import ModelConfig
 from helix_jax.mesh import flat_size, weight_sharding
@@ -23,7 +23,8 @@ FAMILIES = {"llama": llama}
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-Path_ = tuple[Any, ...]  # a parameter's place in the module tree: ("layers", 0, "ff", "up_DF")
+# A parameter's place in the module tree: ("layers", 0, "ff", "up_DF").
+ParameterPath = tuple[Any, ...]
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -56,7 +57,7 @@ def load(folder: str | Path, mesh: Mesh, dtype: DTypeLike = jnp.bfloat16) -> Tra
     files = _tensor_files(folder)
     wanted: set[str] = set()
 
-    def read(path: Path_) -> np.ndarray:
+    def read(path: ParameterPath) -> np.ndarray:
         name, axes = llama.tensor_of(path)
         wanted.add(name)
         if name not in files:
@@ -72,34 +73,40 @@ def load(folder: str | Path, mesh: Mesh, dtype: DTypeLike = jnp.bfloat16) -> Tra
 
 
 def shard(model: Transformer, mesh: Mesh, dtype: DTypeLike | None = None) -> Transformer:
-    """A model made for one device (`devices=1`), padded and dealt out to the devices of `mesh`."""
-    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    values = {path: np.asarray(param[...]) for path, param in params}
-    dtype = dtype or next(iter(values.values())).dtype
-    return _materialise(model.config, mesh, values.__getitem__, dtype)
+    """The same model, its weights dealt out to the devices of `mesh`, in `dtype` (default: as they are)."""
+    values = dict(_parameters(model))
+    return _materialise(model.config, mesh, values.__getitem__, dtype or model.embed_VD[...].dtype)
 
 
 def save(model: Transformer, folder: str | Path, dtype: DTypeLike = jnp.bfloat16) -> None:
-    """Writes a model made for one device as a Hugging Face folder that transformers and `load` open."""
+    """Writes a Hugging Face folder that transformers and `load` open."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
-    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    for path, value in _parameters(model):
         name, axes = llama.tensor_of(path)
-        tensors[name] = _to_published(np.asarray(param[...].astype(dtype)), axes, path[-1])
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        tensors[name] = _to_published(value.astype(dtype), axes, path[-1])
+    _replace(folder / WEIGHTS_FILE, to_bytes(tensors, metadata={"format": "pt"}))
     published = llama.write_config(model.config, jnp.dtype(dtype).name)
-    (folder / "config.json").write_text(json.dumps(published, indent=2) + "\n")
+    _replace(folder / "config.json", (json.dumps(published, indent=2) + "\n").encode())
+
+
+def _parameters(model: Transformer) -> Iterator[tuple[ParameterPath, np.ndarray]]:
+    """Every parameter on the host, without its padding."""
+    dims = model.config.dims()
+    for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        own = tuple(slice(dims[letter]) for letter in str(path[-1]).split("_")[-1])
+        yield path, np.asarray(parameter[...])[own]
 
 
 def _materialise(
-    config: ModelConfig, mesh: Mesh, read: Callable[[Path_], np.ndarray], dtype: DTypeLike
+    config: ModelConfig, mesh: Mesh, read: Callable[[ParameterPath], np.ndarray], dtype: DTypeLike
 ) -> Transformer:
     """A Transformer over `mesh`, one parameter at a time: read, padded with zeros to what the devices share, placed."""
     abstract = nnx.eval_shape(lambda: Transformer(config, devices=flat_size(mesh), rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
 
-    def place(path: Path_, shape: tuple[int, ...]) -> jax.Array:
+    def place(path: ParameterPath, shape: tuple[int, ...]) -> jax.Array:
         value = read(path).astype(dtype)
         value = np.pad(value, [(0, padded - size) for padded, size in zip(shape, value.shape, strict=True)])
         return jax.make_array_from_callback(shape, weight_sharding(mesh, path[-1]), value.__getitem__)
@@ -108,9 +115,7 @@ def _materialise(
     return nnx.merge(graph, nnx.from_flat_state(placed))
 
 
-def _from_published(
-    value: np.ndarray, axes: str, parameter: str, config: ModelConfig, name: str
-) -> np.ndarray:
+def _from_published(value: np.ndarray, axes: str, parameter: str, config: ModelConfig, name: str) -> np.ndarray:
     """Splits merged axes and brings them into the order of our parameter."""
     dims = config.dims()
     shape = tuple(int(np.prod([dims[letter] for letter in axis])) for axis in axes.split())
@@ -127,6 +132,13 @@ def _to_published(value: np.ndarray, axes: str, parameter: str) -> np.ndarray:
     shape = [int(np.prod([dims[letter] for letter in axis])) for axis in axes.split()]
     theirs = value.transpose([ours.index(letter) for letter in axes.replace(" ", "")])
     return np.ascontiguousarray(theirs.reshape(shape))
+
+
+def _replace(file: Path, content: bytes) -> None:
+    """Writes whole or not at all: a file that is cut off by a kill or a full disk never takes the old one's place."""
+    unfinished = file.with_name(file.name + ".unfinished")
+    unfinished.write_bytes(content)
+    unfinished.replace(file)
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

@@ -1,7 +1,7 @@
 """Every collective that this library calls by hand: the partials of the cp ranks meet.
 
-Each rank comes with a partial of all the heads of its tp group, over its own slots, and leaves with the whole result for
-1 / cp of these heads, the ones whose rows of the output projection it holds. Three ways, equal to rounding:
+Each rank comes with a partial of all the heads of its tp group, over its own slots, and leaves with the whole result
+for 1 / cp of these heads, the ones whose rows of the output projection it holds. Three ways, equal to rounding:
 
     psum            a maximum, then a sum of the re-weighted partials; each rank keeps its heads of it
     psum_scatter    a maximum, then the same sum, delivered in parts: a fraction 1 / cp of the bytes
@@ -27,7 +27,9 @@ def combine(partial: Partial, how: str = "psum", axis: str = "cp") -> Partial:
     ranks = lax.axis_size(axis)
     heads = partial.lse_BTN.shape[-1]
     if heads % ranks:
-        raise ValueError(f"{heads} heads cannot be shared among {ranks} ranks of '{axis}': choose a {axis} that divides them")
+        raise ValueError(
+            f"{heads} heads cannot be shared among {ranks} ranks of '{axis}': choose a {axis} that divides them"
+        )
     if how == "psum":
         return _by_psum(partial, axis, ranks)
     if how == "psum_scatter":

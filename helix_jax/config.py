@@ -1,8 +1,8 @@
-"""What is fixed before anything runs: the shape of a model, and the plan by which a mesh decodes it. All validated here."""
+"""What is fixed and validated before anything runs: the shape of a model, and the plan by which a mesh decodes it."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from jax.sharding import Mesh
@@ -39,7 +39,16 @@ class ModelConfig:
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "kv_heads", "head_width", "ff_width", "vocab", "max_positions"):
+        for name in (
+            "layers",
+            "width",
+            "heads",
+            "kv_heads",
+            "head_width",
+            "ff_width",
+            "vocab",
+            "max_positions",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
@@ -75,9 +84,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.layout.ranks != self.mesh.shape[CP]:
-            raise ValueError(
-                f"the layout deals to {self.layout.ranks} ranks, but the mesh has cp {self.mesh.shape[CP]}: make them equal"
-            )
+            ranks, cp = self.layout.ranks, self.mesh.shape[CP]
+            raise ValueError(f"the layout deals to {ranks} ranks, but the mesh has cp {cp}: make them equal")
         for name, value, known in (("combine", self.combine, COMBINES), ("kernel", self.kernel, KERNELS)):
             if value not in known:
                 raise ValueError(f"unknown {name} '{value}': choose one of {', '.join(known)}")
@@ -91,7 +99,9 @@ class Plan:
         """Raises ValueError, with the nearest sizes that fit, if the mesh cannot share these heads evenly."""
         tp, flat = self.mesh.shape[TP], flat_size(self.mesh)
         if kv_heads % tp:
-            raise ValueError(f"tp {tp} does not divide the {kv_heads} key/value heads: choose tp {_nearest(tp, kv_heads)}")
+            raise ValueError(
+                f"tp {tp} does not divide the {kv_heads} key/value heads: choose tp {_nearest(tp, kv_heads)}"
+            )
         if heads % flat:
             cp = flat // tp
             raise ValueError(

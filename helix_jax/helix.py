@@ -30,8 +30,9 @@ def helix_attention(
 ) -> tuple[Float[Array, "B T N H"], Pages]:
     """Appends the first `count_B` of T new tokens to each row, and attends from them to all that the row then holds.
 
-    Causal, exact, and equal for every mesh, placement and combine. Takes `pages` over if the caller donates them. Tokens
-    past `count_B` write nothing; their output is 0. The caller adds `count_B` to `rows.length_B` once all layers are done.
+    Causal, exact, and equal for every mesh, placement and combine. Writes `pages` in place if the caller donates them.
+    Tokens past `count_B` write nothing; their output is 0. The caller adds `count_B` to `rows.length_B` once all layers
+    are done.
 
     Returns the attention output in the type of `q_BTNH`, its heads sharded over the flat axis (tp, cp), and the pages.
 
@@ -44,14 +45,28 @@ def helix_attention(
     island = jax.shard_map(
         partial(_island, plan, scale),
         mesh=plan.mesh,
-        in_specs=(PAGES_AKWH, QUERIES_BTNH, NEW_KEYS_BTKH, NEW_KEYS_BTKH, Rows(TABLE_RBM, ROWS_B, ROWS_B), ROWS_B),
+        in_specs=(
+            PAGES_AKWH,
+            QUERIES_BTNH,
+            NEW_KEYS_BTKH,
+            NEW_KEYS_BTKH,
+            Rows._make((TABLE_RBM, ROWS_B, ROWS_B)),
+            ROWS_B,
+        ),
         out_specs=(TRADED_BTNH, PAGES_AKWH),
     )
     return island(pages, q_BTNH, k_BTKH, v_BTKH, rows, count_B)
 
 
 def _island(
-    plan: Plan, scale: float, pages: Pages, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, rows: Rows, count_B: Array
+    plan: Plan,
+    scale: float,
+    pages: Pages,
+    q_BTNH: Array,
+    k_BTKH: Array,
+    v_BTKH: Array,
+    rows: Rows,
+    count_B: Array,
 ) -> tuple[Array, Pages]:
     table_BM = rows.table_RBM[0]  # this rank's
     step_T = jnp.arange(q_BTNH.shape[1])

@@ -78,10 +78,8 @@ class BlockLayout:
         if self.placement == "striped":
             return self._round_robin(position)
         in_prompt = position < prompt_len
-        if self.placement == "last_rank":
-            decoded = self.ranks - 1
-        else:
-            decoded = self._round_robin(_max(position - prompt_len, 0))
+        decode_index = _max(position - prompt_len, 0)
+        decoded = self.ranks - 1 if self.placement == "last_rank" else self._round_robin(decode_index)
         return decoded + (self._prompt_owner(position, prompt_len) - decoded) * in_prompt
 
     def slot(self, position: Integer, prompt_len: Integer) -> Integer:

@@ -1,17 +1,20 @@
 """Where every array lives: this page is Helix.
 
-The devices form one mesh of axes (dp, tp, cp), cp minor. Attention reads it as tp x cp: heads over tp, the sequence over
-cp. Everything else reads the same devices as one flat axis, FLAT = (tp, cp), of ordinary tensor parallelism. Because cp
-is the minor one, the heads that a device owns after attention (N over FLAT) are a slice of the heads that it
-attended with (N over tp): going from one view to the other costs no weights and no reshuffling of tp.
+The devices form one mesh of axes (dp, tp, cp), cp minor. Attention reads it as tp x cp: heads over tp, the sequence
+over cp. Everything else reads the same devices as one flat axis, FLAT = (tp, cp), of ordinary tensor parallelism.
+Because cp is the minor one, the heads that a device owns after attention (N over FLAT) are a slice of the heads that it
+attended with (N over tp): the ranks of one cp group trade among themselves, and nothing crosses tp.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+Device = Any  # jax.Device, which type checkers do not take for a type
 
 DP, TP, CP = "dp", "tp", "cp"
 FLAT = (TP, CP)
@@ -28,8 +31,8 @@ PAGES_AKWH = P((DP, CP), TP, None, None)
 TABLE_RBM = P(CP, DP, None)
 ROWS_B = P(DP)
 
-# Weights, by the name of the parameter. Query, key and value projections are copied over cp: each of its ranks needs the
-# queries of all heads of its tp group. The rest is tensor parallel over the flat axis.
+# Weights, by the name of the parameter. Query, key and value projections are copied over cp: each of its ranks needs
+# the queries of all heads of its tp group. The rest is tensor parallel over the flat axis.
 WEIGHTS = {
     "embed_VD": P(FLAT, None),
     "head_VD": P(FLAT, None),
@@ -44,7 +47,7 @@ WEIGHTS = {
 }
 
 
-def make_mesh(tp: int = 1, cp: int = 1, dp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(tp: int = 1, cp: int = 1, dp: int = 1, devices: Sequence[Device] | None = None) -> Mesh:
     """A mesh of axes ("dp", "tp", "cp"), cp minor, over the first dp * tp * cp of `devices` (default: all of JAX's).
 
     Raises:
@@ -61,9 +64,7 @@ def make_mesh(tp: int = 1, cp: int = 1, dp: int = 1, devices: Sequence[jax.Devic
             f"tp {tp} x cp {cp}{f' x dp {dp}' if dp > 1 else ''} needs {wanted} devices, but there are {len(devices)} "
             f"of platform '{devices[0].platform}': choose a smaller mesh, or --platform cpu for fake devices"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices[:wanted]
-    )
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices[:wanted])
 
 
 def flat_size(mesh: Mesh) -> int:

@@ -21,9 +21,7 @@ class Sampling(NamedTuple):
     seed_B: Int[Array, "B"]
 
 
-def make_sampling(
-    rows: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0
-) -> Sampling:
+def make_sampling(rows: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> Sampling:
     """The same rules for every row, except that row b draws with `seed + b`.
 
     Raises:
@@ -43,10 +41,8 @@ def make_sampling(
     )
 
 
-def sample(
-    logits_BV: Float[Array, "B V"], sampling: Sampling, position_B: Int[Array, "B"]
-) -> Int[Array, "B"]:
-    """The token at `position_B` of each row. A function of row, seed and position alone, not of mesh, chunk or batch."""
+def sample(logits_BV: Float[Array, "B V"], sampling: Sampling, position_B: Int[Array, "B"]) -> Int[Array, "B"]:
+    """The token at `position_B` of each row: a function of its logits, rules and position, not of mesh or batch."""
     greedy_B = jnp.argmax(logits_BV, -1)
 
     def draw() -> Array:

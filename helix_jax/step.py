@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from helix_jax.cache import KVCache, Rows
+from helix_jax.cache import KVCache, Pages, Rows
 from helix_jax.config import Plan
 from helix_jax.helix import helix_attention
 from helix_jax.mesh import ROWS_B, sharding
@@ -45,7 +45,7 @@ def _step(
     count_B: Int[Array, "B"],
     sampling: Sampling,
 ) -> StepOutput:
-    """Appends the first `count_B` (0 to T) of `tokens_BT` to each row, and chooses the token that follows the last of them.
+    """Appends the first `count_B` (0 to T) of `tokens_BT` to each row, and chooses the token that follows the last one.
 
     T = 1 is decoding, a larger T a chunk of a prompt. A row of count 0 writes nothing and moves nothing. Nothing here
     depends on the lengths' values: one compilation serves them all. Room is the caller's to check: tokens that find no
@@ -53,8 +53,8 @@ def _step(
     """
     model = nnx.merge(graph, weights)
 
-    def attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, pages, *, scale: float):
-        return helix_attention(plan, pages, q_BTNH, k_BTKH, v_BTKH, rows, count_B, scale=scale)
+    def attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, state: Pages, *, scale: float):
+        return helix_attention(plan, state, q_BTNH, k_BTKH, v_BTKH, rows, count_B, scale=scale)
 
     position_BT = rows.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
     x_BTD, layers = model(tokens_BT, position_BT, attention, cache.layers)
@@ -62,7 +62,7 @@ def _step(
     logits_BV = model.logits(jnp.take_along_axis(x_BTD, last_B11, axis=1)[:, 0])
 
     # One sharding for all that is per row: what a step gives, the next one takes without another compilation. For the
-    # logits it is the step's one gather: they leave their vocabulary shards, so that every device samples the same token.
+    # logits it is the step's one gather: they leave their vocabulary shards, and every device samples the same token.
     def per_row(x_B: Array) -> Array:
         return lax.with_sharding_constraint(x_B, sharding(plan.mesh, ROWS_B))
 

@@ -83,9 +83,7 @@ def nats_per_token(
     return optax.softmax_cross_entropy_with_integer_labels(model.logits(x_BTD), targets_BT)
 
 
-def causal_attention(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, state: None, *, scale: float
-) -> tuple[Array, None]:
+def causal_attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, state: None, *, scale: float) -> tuple[Array, None]:
     """Attention within the call itself, without a cache, in the form that a Transformer takes."""
     flash = jax.default_backend() == "gpu" and q_BTNH.dtype == jnp.bfloat16
     o_BTNH = jax.nn.dot_product_attention(

@@ -1,4 +1,4 @@
-"""One decoder-only transformer. It knows nothing of meshes or caches: attention is an argument, state passes through it.
+"""One decoder-only transformer. It knows nothing of meshes or caches: attention is an argument, its state passes through.
 
 A parameter's name says all about it: `q_DNH` has the shape [D, N, H], is sharded as mesh.WEIGHTS["q_DNH"] says, and is
 initialised for the fan-in that stands beside it.
@@ -64,9 +64,7 @@ class SelfAttention(nnx.Module):
         self.v_DKH = weights("v_DKH", "D")
         self.o_NHD = weights("o_NHD", "NH", gain=(2 * config.layers) ** -0.5)
 
-    def __call__(
-        self, x_BTD: Array, position_BT: Array, attention: Attention, state: Any
-    ) -> tuple[Array, Any]:
+    def __call__(self, x_BTD: Array, position_BT: Array, attention: Attention, state: Any) -> tuple[Array, Any]:
         q_BTNH = rotate(einsum("btd,dnh->btnh", x_BTD, self.q_DNH[...]), position_BT, self.rope_theta)
         k_BTKH = rotate(einsum("btd,dkh->btkh", x_BTD, self.k_DKH[...]), position_BT, self.rope_theta)
         v_BTKH = einsum("btd,dkh->btkh", x_BTD, self.v_DKH[...])
@@ -94,7 +92,12 @@ class Layer(nnx.Module):
         self.ff = SwiGLU(config, weights)
 
     def __call__(
-        self, x_BTD: Array, position_BT: Array, attention: Attention, state: Any, drop: Callable[[Array], Array]
+        self,
+        x_BTD: Array,
+        position_BT: Array,
+        attention: Attention,
+        state: Any,
+        drop: Callable[[Array], Array],
     ) -> tuple[Array, Any]:
         attended_BTD, state = self.attention(self.attention_norm(x_BTD), position_BT, attention, state)
         x_BTD = x_BTD + drop(attended_BTD)

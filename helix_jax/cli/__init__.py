@@ -1,0 +1,59 @@
+"""`helix-jax`: parse, call, print. Results on stdout, everything else on stderr."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from helix_jax import __version__
+from helix_jax.cli import generate, layout
+
+OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0, 1 (--verify found a difference), 2 (bad input) or 130 (Ctrl-C)."""
+    _quiet_libtpu()
+    try:
+        options = _parser().parse_args(arguments)
+        return options.run(options)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except (ValueError, OSError) as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        print("\nhelix-jax: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, like every other error."""
+        sys.exit(_complain(f"{message} (see {self.prog} --help)"))
+
+
+def _complain(message: str) -> int:
+    print(f"helix-jax: {' '.join(message.split())}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="helix-jax", description="Decode over a key/value cache sharded along the sequence.")
+    parser.add_argument("--version", action="version", version=f"helix-jax {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="layout|generate")
+    for name, command, text in (
+        ("layout", layout, "show which rank holds which tokens"),
+        ("generate", generate, "continue a prompt"),
+    ):
+        added = commands.add_parser(name, help=text, description=command.__doc__, allow_abbrev=False)
+        command.add_arguments(added)
+        added.set_defaults(run=command.run)
+    return parser
+
+
+def _quiet_libtpu() -> None:
+    """Without a TPU, an installed libtpu fills stderr with its search for one."""
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")

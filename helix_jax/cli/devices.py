@@ -1,0 +1,55 @@
+"""Which devices a command runs on. Called before any JAX backend starts, as the number of fake devices must be."""
+
+import os
+import re
+
+import jax
+from jax.sharding import Mesh
+
+from helix_jax.mesh import Device, make_mesh
+
+_FAKE_DEVICES_FLAG = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
+
+
+def open_mesh(platform: str, tp: int, cp: int | None) -> Mesh:
+    """The mesh of tp x cp devices of `platform`; `cp` left out takes all devices there are.
+
+    Without an accelerator, or for platform 'cpu', the CPU is split into fake devices: as many as are asked for, or,
+    when cp is left out, as many as XLA_FLAGS or JAX_NUM_CPU_DEVICES say.
+
+    Raises:
+        ValueError: no device of that platform, or fewer than tp * cp.
+    """
+    for name, size in (("tp", tp), ("cp", cp)):
+        if size is not None and size < 1:
+            raise ValueError(f"--{name} is {size}: give at least 1")
+    fake = tp * cp if cp else max(tp, _fake_devices_wanted())
+    jax.config.update("jax_num_cpu_devices", fake)
+    if platform == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    devices = _devices(platform)
+    if cp is None and len(devices) < tp:
+        raise ValueError(f"--tp {tp} needs {tp} devices, but there are {len(devices)}: try --platform cpu")
+    return make_mesh(tp, cp or len(devices) // tp, devices=devices)
+
+
+def _fake_devices_wanted() -> int:
+    """What the environment asks for. The XLA flag is taken over: JAX refuses it beside its own setting."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    flag = _FAKE_DEVICES_FLAG.search(flags)
+    if flag:
+        os.environ["XLA_FLAGS"] = _FAKE_DEVICES_FLAG.sub("", flags)
+        return int(flag[1])
+    return max(1, jax.config.jax_num_cpu_devices)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _devices(platform: str) -> list[Device]:
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        raise ValueError(f"JAX found no device ({error}): try --platform cpu") from None
+    if platform not in ("auto", devices[0].platform):
+        raise ValueError(
+            f"--platform {platform}: JAX found only {len(devices)} x {devices[0].platform}: try --platform cpu"
+        )
+    return devices

@@ -1,0 +1,296 @@
+"""Continues a prompt: streams the text, and ends with how the cache lies on the ranks and the time per token."""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from helix_jax.cache import tokens_per_rank
+from helix_jax.checkpoint import load, read_config
+from helix_jax.cli.devices import open_mesh
+from helix_jax.combine import COMBINES
+from helix_jax.config import KERNELS, Plan
+from helix_jax.generation import (
+    DEFAULT_CHUNK,
+    DEFAULT_PAGE,
+    Compiled,
+    Decoded,
+    Prefilled,
+    generate,
+    next_logits,
+    stream,
+)
+from helix_jax.layout import PLACEMENTS, BlockLayout
+from helix_jax.mesh import CP, TP, make_mesh
+from helix_jax.models.transformer import Transformer
+from helix_jax.sampling import make_sampling
+from helix_jax.text import TextStream, Tokenizer, open_tokenizer
+
+DEMO_MODEL = Path(__file__).parents[1] / "demo"
+OK, DIFFERENT = 0, 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--model",
+        type=Path,
+        default=DEMO_MODEL,
+        metavar="DIR",
+        help="a Hugging Face folder (default: the demo model)",
+    )
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a UTF-8 file that holds the prompt")
+    prompt.add_argument("--prompt-ids", type=Path, metavar="FILE.json", help="a JSON list of token ids")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to decode at most (default: 128)")
+    add(
+        "--tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices that share the heads in attention (default: 1)",
+    )
+    add("--cp", type=int, metavar="N", help="devices that share the sequence (default: all devices / tp)")
+    add("--block", type=int, default=16, metavar="TOKENS", help="length of a decode block (default: 16)")
+    add("--page", type=int, metavar="TOKENS", help="length of a cache page (default: the kernel's choice)")
+    add("--placement", default="helix", metavar="|".join(PLACEMENTS), help="where blocks go (default: helix)")
+    add("--combine", default="psum", metavar="|".join(COMBINES), help="how partials meet (default: psum)")
+    add("--kernel", default="auto", metavar="|".join(KERNELS), help="what computes attention (default: auto)")
+    add(
+        "--prefill-chunk",
+        type=int,
+        default=DEFAULT_CHUNK,
+        metavar="TOKENS",
+        help="prompt tokens per step (default: 512)",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of weights and cache (default: bfloat16; float32 on a CPU)",
+    )
+    add("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: all)")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest that reach P together (default: 1)",
+    )
+    add("--seed", type=int, default=0, help="a draw depends on it and the position alone (default: 0)")
+    add("--ignore-eos", action="store_true", help="go on past an end-of-sequence token")
+    add("--platform", choices=("auto", "cpu", "gpu", "tpu"), default="auto", help="cpu: tp * cp fake devices")
+    add("--verify", action="store_true", help="decode again on one device; exit 1 if a token differs")
+    add("--json", action="store_true", help="print JSON")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt and how to continue it, whatever the mesh."""
+
+    folder: Path
+    prompt: list[int]
+    tokenizer: Tokenizer | None
+    dtype: str
+    block: int
+    options: dict[str, Any]
+
+    def load(self, mesh: Mesh) -> Transformer:
+        return load(self.folder, mesh, jnp.dtype(self.dtype))
+
+
+@dataclass(frozen=True)
+class Run:
+    """The new tokens, and what it took. Seconds leave compilation out."""
+
+    tokens: list[int]
+    compile_s: float
+    prefill_s: float
+    decode_s_per_token: float | None
+
+
+def run(options: argparse.Namespace) -> int:
+    notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    config = read_config(options.model)
+    tokenizer = open_tokenizer(options.model, config)
+    prompt = _read_prompt(options, tokenizer)
+    mesh = open_mesh(options.platform, options.tp, options.cp)
+    layout = BlockLayout(mesh.shape[CP], options.block, options.placement)
+    plan = Plan(mesh, layout, options.combine, options.kernel)
+    plan.check_heads(config.heads, config.kv_heads)
+    job = Job(
+        folder=options.model,
+        prompt=prompt,
+        tokenizer=tokenizer,
+        dtype=options.dtype or ("float32" if _platform(mesh) == "cpu" else "bfloat16"),
+        block=options.block,
+        options=_decoding(options),
+    )
+    done = _decode(job, plan, notes, quiet=options.json)
+    difference = _difference(job, done.tokens, mesh) if options.verify else None
+    if options.json:
+        print(json.dumps(_report(job, plan, done, None if not options.verify else difference is None)))
+    else:
+        notes.print(_table(job, plan, done))
+    if difference is not None:
+        notes.print(f"helix-jax: {difference}")
+        return DIFFERENT
+    if options.verify:
+        notes.print(f"helix-jax: verified: the {len(done.tokens)} tokens equal those of one device")
+    return OK
+
+
+def _read_prompt(options: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:
+    if options.prompt_ids is not None:
+        return _read_ids(options.prompt_ids)
+    if tokenizer is None:
+        raise ValueError(f"'{options.model}' has no tokenizer.json: give token ids with --prompt-ids FILE.json")
+    if options.prompt_file is None:
+        text, source = options.prompt, "--prompt"
+    else:
+        text, source = _read_text(options.prompt_file), f"'{options.prompt_file}'"
+    if not text:
+        raise ValueError(f"{source} is empty: give at least one character")
+    try:
+        return tokenizer.encode(text)
+    except UnicodeEncodeError:
+        raise ValueError(f"{source} is not valid UTF-8: give text, or token ids with --prompt-ids") from None
+
+
+def _read_text(file: Path) -> str:
+    if not file.is_file():
+        raise ValueError(f"prompt file '{file}' does not exist: give a text file")
+    try:
+        return file.read_bytes().decode()
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"prompt file '{file}' is not valid UTF-8: give text, or token ids with --prompt-ids"
+        ) from None
+
+
+def _read_ids(file: Path) -> list[int]:
+    if not file.is_file():
+        raise ValueError(f"prompt file '{file}' does not exist: give a JSON list of token ids")
+    try:
+        ids = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"prompt file '{file}' is not JSON ({error}): give a list of token ids") from None
+    if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
+        raise ValueError(f"prompt file '{file}' is not a list of token ids: give one like [1, 2, 3]")
+    return ids
+
+
+def _decoding(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `stream` that do not depend on the mesh."""
+    if options.top_k is not None and options.top_k < 1:
+        raise ValueError(f"--top-k is {options.top_k}: give at least 1, or leave it out")
+    sampling = make_sampling(1, options.temperature, options.top_k or 0, options.top_p, options.seed)
+    return {
+        "max_new_tokens": options.max_new_tokens,
+        "page": DEFAULT_PAGE if options.page is None else options.page,
+        "chunk": options.prefill_chunk,
+        "sampling": sampling,
+        "stop_ids": () if options.ignore_eos else None,
+    }
+
+
+def _decode(job: Job, plan: Plan, notes: Console, *, quiet: bool) -> Run:
+    """Decodes; unless `quiet`, text goes to stdout as it comes."""
+    text = None if quiet or job.tokenizer is None else TextStream(job.tokenizer)
+    tokens: list[int] = []
+    compile_s, prefill_s, decode_s = 0.0, 0.0, 0.0
+    events = stream(job.load(plan.mesh), [job.prompt], plan, **job.options)
+    if _platform(plan.mesh) == "cpu" and plan.mesh.size > 1:  # said once all input is known to be good
+        notes.print(f"helix-jax: the CPU is split into {plan.mesh.size} fake devices")
+    with _progress(notes) as bar:
+        task = bar.add_task("prefill", total=len(job.prompt))
+        for event in events:
+            if isinstance(event, Compiled):
+                compile_s = event.seconds
+            elif isinstance(event, Prefilled):
+                prefill_s += event.seconds
+                bar.update(task, completed=event.done)
+            elif isinstance(event, Decoded) and event.tokens[0] is not None:
+                bar.stop()
+                decode_s += event.seconds
+                tokens.append(event.tokens[0])
+                _write(text.feed(event.tokens[0]) if text else "")
+    _write(text.rest() + "\n" if text else "")
+    return Run(tokens, compile_s, prefill_s, decode_s / (len(tokens) - 1) if len(tokens) > 1 else None)
+
+
+def _write(piece: str) -> None:
+    if piece:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+
+def _difference(job: Job, tokens: list[int], mesh: Mesh) -> str | None:
+    """Decodes again with nothing sharded; says where the tokens part, if they do."""
+    mesh = make_mesh(devices=list(mesh.devices.flat))
+    plan, model = Plan(mesh, BlockLayout(1, job.block)), job.load(mesh)
+    [again] = generate(model, [job.prompt], plan, **job.options)
+    if again == tokens:
+        return None
+    index = next(
+        (i for i, (a, b) in enumerate(zip(tokens, again, strict=False)) if a != b),
+        min(len(tokens), len(again)),
+    )
+    best = np.sort(next_logits(model, job.prompt + again[:index], plan))[-2:]
+    ours, theirs = tokens[index : index + 1], again[index : index + 1]
+    return (
+        f"not verified: new token {index} is {ours}, but {theirs} on one device; "
+        f"its two best logits lie {best[1] - best[0]:.3g} apart"
+    )
+
+
+def _report(job: Job, plan: Plan, done: Run, verified: bool | None) -> dict[str, Any]:
+    return {
+        "text": None if job.tokenizer is None else job.tokenizer.decode(done.tokens),
+        "tokens": done.tokens,
+        "prompt_tokens": len(job.prompt),
+        "ranks": [{"rank": rank, "tokens": count} for rank, count in enumerate(_held(job, plan, done))],
+        "mesh": {"tp": plan.mesh.shape[TP], "cp": plan.mesh.shape[CP]},
+        "platform": _platform(plan.mesh),
+        "kernel": plan.chosen_kernel,
+        "compile_s": done.compile_s,
+        "prefill_s": done.prefill_s,
+        "decode_s_per_token": done.decode_s_per_token,
+        "verified": verified,
+    }
+
+
+def _table(job: Job, plan: Plan, done: Run) -> Table:
+    tp, cp = plan.mesh.shape[TP], plan.mesh.shape[CP]
+    title = f"tp {tp} x cp {cp}, {plan.layout.placement}, block {plan.layout.block}, kernel {plan.chosen_kernel}"
+    prompt = tokens_per_rank(plan, len(job.prompt), len(job.prompt))
+    speed = "-" if done.decode_s_per_token is None else f"{done.decode_s_per_token:.4f}"
+    caption = f"{speed} s per token, prefill {done.prefill_s:.2f} s, compilation {done.compile_s:.1f} s"
+    table = Table("rank", "prompt", "decoded", "tokens", title=title, caption=caption)
+    for rank, (before, after) in enumerate(zip(prompt, _held(job, plan, done), strict=True)):
+        table.add_row(str(rank), str(before), f"+{after - before}", str(after))
+    return table
+
+
+def _held(job: Job, plan: Plan, done: Run) -> list[int]:
+    """Tokens in the cache of each rank; the last token was said, not cached."""
+    return tokens_per_rank(plan, len(job.prompt) + len(done.tokens) - 1, len(job.prompt))
+
+
+def _platform(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].platform
+
+
+def _progress(notes: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal)

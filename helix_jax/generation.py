@@ -1,0 +1,205 @@
+"""A batch of prompts to tokens: prefill in chunks, then one step per token, as a stream of events."""
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from helix_jax.cache import KVCache, Rows, empty_cache, per_row, start_rows
+from helix_jax.config import Plan
+from helix_jax.mesh import ROWS_B, sharding
+from helix_jax.models.transformer import Transformer
+from helix_jax.sampling import Sampling, make_sampling
+from helix_jax.step import StepOutput, step
+
+DEFAULT_PAGE = 64
+DEFAULT_CHUNK = 512
+
+# A row's prompt; None is an idle row, which takes part in nothing.
+Prompt = Sequence[int] | None
+
+
+class Compiled(NamedTuple):
+    """The two programs, of a prefill chunk and of a decode step, are ready."""
+
+    seconds: float
+
+
+class Prefilled(NamedTuple):
+    """`done` of the `total` positions of the longest prompt are in the cache, after `seconds` for this chunk."""
+
+    done: int
+    total: int
+    seconds: float
+
+
+class Decoded(NamedTuple):
+    """The next token of each row; None for a row that is idle or has ended. The first come out of the prefill: 0 s."""
+
+    tokens: tuple[int | None, ...]
+    seconds: float
+
+
+Event = Compiled | Prefilled | Decoded
+
+# Runs one step and waits for it: on a CPU split into devices, steps that pile up deadlock.
+Run = Callable[[KVCache, Rows, np.ndarray, np.ndarray], StepOutput]
+
+
+def generate(model: Transformer, prompts: Sequence[Prompt], plan: Plan, **options) -> list[list[int]]:
+    """The new tokens of each prompt; options and errors as `stream`."""
+    tokens: list[list[int]] = [[] for _ in prompts]
+    for event in stream(model, prompts, plan, **options):
+        if isinstance(event, Decoded):
+            for row, token in zip(tokens, event.tokens, strict=True):
+                row.extend([] if token is None else [token])
+    return tokens
+
+
+def stream(
+    model: Transformer,
+    prompts: Sequence[Prompt],
+    plan: Plan,
+    *,
+    max_new_tokens: int = 128,
+    page: int = DEFAULT_PAGE,
+    chunk: int = DEFAULT_CHUNK,
+    sampling: Sampling | None = None,
+    stop_ids: Sequence[int] | None = None,
+) -> Iterator[Event]:
+    """Continues every prompt by up to `max_new_tokens` tokens, and tells what happens as it happens.
+
+    chunk: prompt tokens per prefill step. page: cache slots per page. sampling: greedy if left out. stop_ids: a row
+    ends after any of these; the model's own if left out.
+
+    Raises:
+        ValueError: an empty prompt, a token id outside the vocabulary, more positions than the model has, heads that
+            the mesh does not divide, a number below 1.
+    """
+    _check(model, plan, prompts, max_new_tokens, chunk)
+    lens = [0 if prompt is None else len(prompt) for prompt in prompts]
+    # The last token is said, not cached.
+    rows = start_rows(plan, lens, [n + max_new_tokens - 1 if n else 0 for n in lens], page)
+    cache = empty_cache(plan, rows, page, **cache_shape(model))
+    sampling = jax.device_put(sampling or make_sampling(len(prompts)), sharding(plan.mesh, ROWS_B))
+    graph, weights = nnx.split(model)
+
+    def run(cache: KVCache, rows: Rows, tokens_BT: np.ndarray, count_B: np.ndarray) -> StepOutput:
+        new = per_row(plan, tokens_BT), per_row(plan, count_B)
+        return jax.block_until_ready(step(graph, plan, weights, cache, rows, *new, sampling))
+
+    ends = np.asarray(model.config.stop_ids if stop_ids is None else stop_ids, np.int32)
+    return _events(run, cache, rows, prompts, chunk, max_new_tokens, ends)
+
+
+def _events(
+    run: Run,
+    cache: KVCache,
+    rows: Rows,
+    prompts: Sequence[Prompt],
+    chunk: int,
+    max_new_tokens: int,
+    ends: np.ndarray,
+) -> Iterator[Event]:
+    lens_B = np.asarray([len(prompt or ()) for prompt in prompts])
+    longest = int(lens_B.max())
+    T = min(chunk, 1 << (longest - 1).bit_length())  # a short prompt needs no long program
+    tokens_BS = np.zeros((len(prompts), -(-longest // T) * T), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_BS[row, : lens_B[row]] = prompt or ()
+
+    began = time.perf_counter()
+    for width in {T, 1}:  # a step of idle rows changes nothing, and compiles
+        cache, rows = run(cache, rows, tokens_BS[:, :width], np.zeros_like(lens_B))[2:]
+    yield Compiled(time.perf_counter() - began)
+    cache, rows, token_B = yield from _prefill(run, cache, rows, tokens_BS, lens_B, T)
+    yield from _decode(run, cache, rows, token_B, lens_B > 0, max_new_tokens, ends)
+
+
+def _prefill(
+    run: Run, cache: KVCache, rows: Rows, tokens_BS: np.ndarray, lens_B: np.ndarray, T: int
+) -> Generator[Event, None, tuple[KVCache, Rows, np.ndarray]]:
+    """Fills the cache with the prompts; returns it with the first new token of each row."""
+    token_B, longest = np.zeros(len(lens_B), np.int32), int(lens_B.max())
+    for first in range(0, longest, T):
+        began = time.perf_counter()
+        count_B = np.clip(lens_B - first, 0, T)
+        said_B, _, cache, rows = run(cache, rows, tokens_BS[:, first : first + T], count_B)
+        token_B = np.where((count_B > 0) & (first + count_B == lens_B), said_B, token_B)
+        yield Prefilled(min(first + T, longest), longest, time.perf_counter() - began)
+    return cache, rows, token_B
+
+
+def _decode(
+    run: Run,
+    cache: KVCache,
+    rows: Rows,
+    token_B: np.ndarray,
+    live_B: np.ndarray,
+    max_new_tokens: int,
+    ends: np.ndarray,
+) -> Iterator[Event]:
+    """Says the first token, and goes on from it until every row has ended."""
+    seconds = 0.0
+    for remaining in reversed(range(max_new_tokens)):
+        yield Decoded(tuple(int(token) if live else None for token, live in zip(token_B, live_B, strict=True)), seconds)
+        live_B = live_B & ~np.isin(token_B, ends)
+        if not remaining or not live_B.any():
+            return
+        began = time.perf_counter()
+        said_B, _, cache, rows = run(cache, rows, token_B[:, None], live_B.astype(np.int32))
+        token_B, seconds = np.asarray(said_B), time.perf_counter() - began
+
+
+def next_logits(model: Transformer, prompt: Sequence[int], plan: Plan, page: int = DEFAULT_PAGE) -> np.ndarray:
+    """The logits [V] of the token that follows `prompt`, prefilled in one step."""
+    _check(model, plan, [prompt], 1, 1)
+    rows = start_rows(plan, [len(prompt)], [len(prompt)], page)
+    cache = empty_cache(plan, rows, page, **cache_shape(model))
+    new = per_row(plan, [prompt]), per_row(plan, [len(prompt)])
+    graph, weights = nnx.split(model)
+    out = step(graph, plan, weights, cache, rows, *new, make_sampling(1))
+    return np.asarray(out.logits_BV[0])
+
+
+def cache_shape(model: Transformer) -> dict[str, Any]:
+    """What `empty_cache` needs to know of a model."""
+    config, dtype = model.config, model.embed_VD[...].dtype
+    return {
+        "layers": config.layers,
+        "kv_heads": config.kv_heads,
+        "head_width": config.head_width,
+        "dtype": dtype,
+    }
+
+
+def _check(model: Transformer, plan: Plan, prompts: Sequence[Prompt], max_new_tokens: int, chunk: int) -> None:
+    config, placed = model.config, model.embed_VD[...].sharding
+    plan.check_heads(config.heads, config.kv_heads)
+    if not isinstance(placed, NamedSharding) or placed.mesh != plan.mesh:
+        raise ValueError("the model's weights lie on another mesh than the plan's: use load or shard with plan.mesh")
+    for name, value in (("max_new_tokens", max_new_tokens), ("prefill chunk", chunk)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}: give at least 1")
+    if all(prompt is None for prompt in prompts):
+        raise ValueError("no prompts: give at least one")
+    for row, prompt in enumerate(prompts):
+        if prompt is None:
+            continue
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {row} is empty: give at least one token")
+        outside = [token for token in prompt if not 0 <= token < config.vocab]
+        if outside:
+            raise ValueError(
+                f"prompt {row}: token id {outside[0]} is outside of the vocabulary of {config.vocab}: "
+                f"give ids from 0 to {config.vocab - 1}"
+            )
+        if len(prompt) + max_new_tokens > config.max_positions:
+            raise ValueError(
+                f"prompt {row}: {len(prompt)} tokens and {max_new_tokens} new ones exceed the model's "
+                f"{config.max_positions} positions: shorten the prompt or ask for fewer"
+            )

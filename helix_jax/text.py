@@ -1,0 +1,87 @@
+"""Text to token ids and back; and text as it comes, without broken characters."""
+
+from pathlib import Path
+from typing import Protocol
+
+from helix_jax.config import ModelConfig
+
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer(Protocol):
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class Bytes:
+    """Ids are UTF-8 bytes."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+class HuggingFace:
+    """A published tokenizer.json. Needs the extra `hf`."""
+
+    def __init__(self, file: Path):
+        try:
+            from tokenizers import Tokenizer as Published
+        except ImportError:
+            raise ValueError(f"'{file}' needs the package tokenizers: pip install 'helix_jax[hf]'") from None
+        self._published = Published.from_file(str(file))
+
+    def encode(self, text: str) -> list[int]:
+        return self._published.encode(text).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._published.decode(ids)
+
+
+def open_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
+    """The tokenizer of a model folder; None if it has none.
+
+    Raises:
+        ValueError: a kind that is unknown, or one that needs a package which is not installed.
+    """
+    if config.tokenizer == "bytes":
+        return Bytes()
+    if config.tokenizer is not None:
+        raise ValueError(f"'{folder}': unknown tokenizer '{config.tokenizer}' in config.json: only 'bytes' is built in")
+    file = folder / "tokenizer.json"
+    return HuggingFace(file) if file.exists() else None
+
+
+class TextStream:
+    """Turns ids into text as they come, holding back what may be the start of a character.
+
+    Decodes from the last piece that was given out, not from the start: the cost of a token does not grow, and a
+    tokenizer that looks at its neighbours (a leading space, say) sees one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._given: list[int] = []
+        self._held: list[int] = []
+
+    def feed(self, token: int) -> str:
+        """The text that `token` completes; often none."""
+        self._held.append(token)
+        piece = self._piece()
+        return "" if piece.endswith(_BROKEN) else self._give(piece)
+
+    def rest(self) -> str:
+        """What is still held back, broken or not."""
+        return self._give(self._piece())
+
+    def _piece(self) -> str:
+        before = self._tokenizer.decode(self._given)
+        return self._tokenizer.decode(self._given + self._held)[len(before) :]
+
+    def _give(self, piece: str) -> str:
+        if piece:
+            self._given, self._held = self._held, []
+        return piece
