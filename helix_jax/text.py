@@ -1,13 +1,14 @@
 """Text to token ids and back; and text as it comes, without broken characters."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from helix_jax.config import ModelConfig
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 

@@ -1,5 +1,6 @@
-"""Every test runs on a CPU split into 8 fake devices."""
+"""Every test runs on a CPU split into 8 fake devices, with the shapes in the library's signatures checked."""
 
+import importlib.util
 import os
 import pathlib
 
@@ -10,9 +11,14 @@ jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 
 ROOT = pathlib.Path(__file__).parents[1]
-CACHE = ROOT / ".cache" / "jax"
-jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+COMPILED = ROOT / ".cache" / "jax"
+jax.config.update("jax_compilation_cache_dir", str(COMPILED))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+if importlib.util.find_spec("beartype"):
+    from jaxtyping import install_import_hook
+
+    install_import_hook("helix_jax", "beartype.beartype")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

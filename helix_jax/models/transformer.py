@@ -1,4 +1,4 @@
-"""One decoder-only transformer. It knows nothing of meshes or caches: attention is an argument, its state passes through.
+"""One decoder-only transformer. It knows of no mesh and no cache: attention is an argument, its state passes through.
 
 A parameter's name says all about it: `q_DNH` has the shape [D, N, H], is sharded as mesh.WEIGHTS["q_DNH"] says, and is
 initialised for the fan-in that stands beside it.
@@ -6,7 +6,7 @@ initialised for the fan-in that stands beside it.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from helix_jax.models.rope import rotate
 from helix_jax.numerics import einsum
 
 
+@runtime_checkable
 class Attention(Protocol):
     """Attention of new tokens to what their rows hold. `state` is one layer's own: the pages of its cache, say."""
 

@@ -1,0 +1,81 @@
+"""What the library is judged by: float64 softmax in NumPy, and a model without cache or mesh."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from helix_jax.config import ModelConfig
+from helix_jax.models.transformer import Transformer
+from helix_jax.train import causal_attention
+
+TIE = 1e-4
+
+# 16 query heads in 8 groups: every tp x cp <= 8 of powers of two fits. Vocabulary and feed-forward need padding.
+TINY = ModelConfig(
+    layers=2, width=32, heads=16, kv_heads=8, head_width=8, ff_width=52, vocab=61, max_positions=4096
+)
+
+
+def tiny_model(config: ModelConfig = TINY, seed: int = 0) -> Transformer:
+    return Transformer(config, rngs=nnx.Rngs(seed))
+
+
+def softmax_attention(q_TNH, k_SKH, v_SKH, seen_TS, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs [T, N, H] and log-sum-exps [T, N] of one row in float64; a query that sees nothing gives (0, -inf)."""
+    q, k, v = (np.asarray(jnp.asarray(x, jnp.float32), np.float64) for x in (q_TNH, k_SKH, v_SKH))
+    groups = q.shape[1] // k.shape[1]
+    k, v = np.repeat(k, groups, 1), np.repeat(v, groups, 1)
+    s = np.where(seen_TS[:, None], scale * np.einsum("tnh,snh->tns", q, k), -np.inf)
+    top = np.max(s, -1, keepdims=True, initial=-1e300)
+    p = np.exp(s - top)
+    total = p.sum(-1)
+    some = total > 0
+    o = np.einsum("tns,snh->tnh", p, v) / np.where(some, total, 1)[..., None]
+    return o, np.where(some, top[..., 0] + np.log(np.where(some, total, 1)), -np.inf)
+
+
+def relative_error(ours, theirs) -> float:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+@nnx.jit
+def _all_logits(model: Transformer, tokens_BS: jax.Array) -> jax.Array:
+    position_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
+    x_BSD, _ = model(tokens_BS, position_BS, causal_attention, [None] * model.config.layers)
+    return model.logits(x_BSD)
+
+
+def naive_logits(model: Transformer, texts: Sequence[Sequence[int]], padded_to: int) -> np.ndarray:
+    """Logits [row, position, V] of every prefix, in one pass without a cache. What is behind a token cannot touch it."""
+    tokens_BS = np.zeros((len(texts), padded_to), np.int32)
+    for row, text in enumerate(texts):
+        tokens_BS[row, : len(text)] = text
+    return np.asarray(_all_logits(model, jnp.asarray(tokens_BS)))
+
+
+def naive_greedy(model: Transformer, prompts: Sequence[Sequence[int]], steps: int, padded_to: int) -> list[list[int]]:
+    """The loop that everybody would write first: the whole text through the model for each new token."""
+    texts = [list(prompt) for prompt in prompts]
+    for _ in range(steps):
+        logits = naive_logits(model, texts, padded_to)
+        for row, text in enumerate(texts):
+            text.append(int(logits[row, len(text) - 1].argmax()))
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def ties_before_difference(
+    model: Transformer, prompt: Sequence[int], ours: Sequence[int], theirs: Sequence[int], padded_to: int
+) -> int:
+    """0 if the tokens are equal, 1 if they part at a tie of the reference's two best logits. Anything else fails."""
+    if list(ours) == list(theirs):
+        return 0
+    index = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+    text = [*prompt, *theirs[:index]]
+    best = np.sort(naive_logits(model, [text], padded_to)[0, len(text) - 1])[-2:]
+    gap = best[1] - best[0]
+    assert gap < TIE, f"token {index} is {ours[index]}, not {theirs[index]}; the two best logits lie {gap:.2g} apart"
+    return 1

@@ -1,0 +1,170 @@
+"""attend and merge against a float64 softmax, and the laws of the monoid."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helix_jax.attention import Partial, attend, merge
+from tests.reference import relative_error, softmax_attention
+
+B, T, N, K, H, W, M, A = 3, 4, 6, 2, 8, 4, 7, 30
+S = M * W
+
+
+def pages_of(random: np.random.Generator, dtype=jnp.float32):
+    """Rows of keys and values [B, S, K, H], and the same in pages that lie about in a pool of NaN."""
+    k_BSKH, v_BSKH = random.normal(size=(2, B, S, K, H)).astype(np.float32)
+    table_BM = random.permutation(A)[: B * M].reshape(B, M)
+    pool = np.full((2, A, K, W, H), np.nan, np.float32)
+    for paged, x_BSKH in zip(pool, (k_BSKH, v_BSKH), strict=True):
+        paged[table_BM] = x_BSKH.reshape(B, M, W, K, H).transpose(0, 1, 3, 2, 4)
+    k_BSKH, v_BSKH, k_AKWH, v_AKWH = (jnp.asarray(x, dtype) for x in (k_BSKH, v_BSKH, *pool))
+    return k_BSKH, v_BSKH, k_AKWH, v_AKWH, jnp.asarray(table_BM, jnp.int32)
+
+
+def expected(q_BTNH, k_BSKH, v_BSKH, lo_BT, hi_BT, scale=0.3):
+    slot = np.arange(S)
+    rows = [
+        softmax_attention(q, k, v, (lo[:, None] <= slot) & (slot < hi[:, None]), scale)
+        for q, k, v, lo, hi in zip(q_BTNH, k_BSKH, v_BSKH, lo_BT, hi_BT, strict=True)
+    ]
+    return [np.stack(parts) for parts in zip(*rows, strict=True)]
+
+
+def check(partial: Partial, o, lse, bound: float):
+    empty = np.isneginf(lse)
+    np.testing.assert_array_equal(np.isneginf(partial.lse_BTN), empty)
+    assert (np.asarray(partial.o_BTNH)[empty] == 0).all()
+    assert relative_error(partial.o_BTNH, o) <= bound
+    np.testing.assert_allclose(np.asarray(partial.lse_BTN)[~empty], lse[~empty], rtol=0, atol=10 * bound)
+
+
+@pytest.mark.parametrize("pages_per_pass", [None, 1, 3])
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 2e-6), (jnp.bfloat16, 4e-3)])
+def test_attend_equals_float64_softmax(pages_per_pass, dtype, bound):
+    """lo and hi at random, rising and falling, some queries empty; one pass over the pages, or a loop of them."""
+    random = np.random.default_rng(0)
+    run = jax.jit(attend, static_argnames=("scale", "pages_per_pass"))
+    for _ in range(10):
+        k_BSKH, v_BSKH, k_AKWH, v_AKWH, table_BM = pages_of(random, dtype)
+        q_BTNH = jnp.asarray(random.normal(size=(B, T, N, H)), dtype)
+        lo_BT, hi_BT = np.sort(random.integers(0, S + 1, (2, B, T)), axis=0)
+        lo_BT[0, 0] = hi_BT[0, 0] = 0
+        lo_BT[1] = hi_BT[1] = 0
+        partial = run(
+            q_BTNH, k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT, scale=0.3, pages_per_pass=pages_per_pass
+        )
+        assert partial.o_BTNH.dtype == partial.lse_BTN.dtype == jnp.float32
+        check(partial, *expected(q_BTNH, k_BSKH, v_BSKH, lo_BT, hi_BT), bound)
+
+
+@pytest.mark.parametrize("pages_per_pass", [None, 2])
+def test_what_no_query_sees_may_be_nan(pages_per_pass):
+    """Unused slots, freed pages and table entries that point anywhere; then, to show that it can fail, a used slot."""
+    random = np.random.default_rng(1)
+    k_BSKH, v_BSKH, k_AKWH, v_AKWH, table_BM = pages_of(random)
+    q_BTNH = jnp.asarray(random.normal(size=(B, T, N, H)), jnp.float32)
+    lo_BT = jnp.full((B, T), 5)
+    hi_BT = jnp.asarray([[9, 11, 10, 6]] * B)
+    hidden = np.ones(S, bool)
+    hidden[5:11] = False
+
+    def poisoned(hidden, table_BM):
+        k, v = np.array(k_AKWH), np.array(v_AKWH)
+        for row in np.asarray(table_BM):
+            for slot in np.flatnonzero(hidden):
+                k[row[slot // W], :, slot % W] = v[row[slot // W], :, slot % W] = np.nan
+        return jnp.asarray(k), jnp.asarray(v)
+
+    def run(k_AKWH, v_AKWH, table_BM):
+        return attend(
+            q_BTNH, k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT, scale=0.3, pages_per_pass=pages_per_pass
+        )
+
+    nowhere_BM = np.array(table_BM)
+    nowhere_BM[:, 3:] = [[-1, 10**6, 3, 29]] * B
+    partial = run(*poisoned(hidden, table_BM), jnp.asarray(nowhere_BM))
+    check(partial, *expected(q_BTNH, k_BSKH, v_BSKH, lo_BT, hi_BT), 2e-6)
+
+    hidden[7] = True
+    assert np.isnan(run(*poisoned(hidden, table_BM), table_BM).o_BTNH).any()
+
+
+def test_values_may_be_the_first_part_of_the_keys():
+    random = np.random.default_rng(2)
+    k_BSKH, _, k_AKWH, _, table_BM = pages_of(random)
+    q_BTNH = jnp.asarray(random.normal(size=(B, T, N, H)), jnp.float32)
+    lo_BT, hi_BT = jnp.zeros((B, T), int), jnp.full((B, T), 17)
+    partial = attend(q_BTNH, k_AKWH, None, table_BM, lo_BT, hi_BT, scale=0.3, v_width=5)
+    check(partial, *expected(q_BTNH, k_BSKH, k_BSKH[..., :5], lo_BT, hi_BT), 2e-6)
+
+
+def partials(random: np.random.Generator, count: int) -> Partial:
+    lse = random.normal(size=(count, 2, 3, 4)) * 20
+    lse = np.where(random.random(lse.shape) < 0.3, -np.inf, lse)
+    o = np.where(np.isneginf(lse)[..., None], 0, random.normal(size=(*lse.shape, 5)))
+    return Partial(jnp.asarray(o, jnp.float32), jnp.asarray(lse, jnp.float32))
+
+
+def pick(stack: Partial, *indices: int) -> Partial:
+    return Partial(*(x[np.asarray(indices)] for x in stack))
+
+
+def close(a: Partial, b: Partial):
+    np.testing.assert_allclose(a.lse_BTN, b.lse_BTN, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(a.o_BTNH, b.o_BTNH, rtol=1e-5, atol=1e-5)
+
+
+def both(a: Partial, b: Partial) -> Partial:
+    return merge(Partial(*(jnp.stack(pair) for pair in zip(a, b, strict=True))))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_merge_is_a_commutative_monoid(seed: int):
+    stack = partials(np.random.default_rng(seed), 3)
+    a, b, c = (Partial(*(x[i] for x in stack)) for i in range(3))
+    empty = Partial(jnp.zeros_like(a.o_BTNH), jnp.full_like(a.lse_BTN, -jnp.inf))
+    close(both(a, b), both(b, a))
+    close(both(both(a, b), c), both(a, both(b, c)))
+    close(merge(stack), both(both(a, b), c))
+    for one in (both(a, empty), both(empty, a)):
+        np.testing.assert_array_equal(one.lse_BTN, a.lse_BTN)
+        np.testing.assert_array_equal(one.o_BTNH, a.o_BTNH)
+
+
+def test_merge_of_parts_is_attention_over_the_whole():
+    random = np.random.default_rng(3)
+    k_BSKH, v_BSKH, k_AKWH, v_AKWH, table_BM = pages_of(random)
+    q_BTNH = jnp.asarray(random.normal(size=(B, T, N, H)), jnp.float32)
+    cuts = (0, 3, 3, 11, 20)
+    parts = [
+        attend(q_BTNH, k_AKWH, v_AKWH, table_BM, jnp.full((B, T), lo), jnp.full((B, T), hi), scale=0.3)
+        for lo, hi in zip(cuts[:-1], cuts[1:], strict=True)
+    ]
+    whole = merge(Partial(*(jnp.stack(x) for x in zip(*parts, strict=True))))
+    ends = np.zeros((B, T), int), np.full((B, T), 20)
+    check(whole, *expected(q_BTNH, k_BSKH, v_BSKH, *ends), 2e-6)
+
+
+def test_merge_has_finite_gradients_also_at_minus_infinity():
+    """The derivative is that of the formula where something is seen, and zero, not NaN, where nothing is."""
+    stack = partials(np.random.default_rng(4), 3)
+    stack = stack._replace(lse_BTN=stack.lse_BTN.at[:, 0, 0].set(-jnp.inf))
+
+    def total(stack: Partial):
+        whole = merge(stack)
+        return jnp.sum(jnp.sin(whole.o_BTNH)) + jnp.sum(
+            jnp.where(jnp.isfinite(whole.lse_BTN), whole.lse_BTN, 0)
+        )
+
+    grad = jax.grad(total)(stack)
+    assert all(np.isfinite(x).all() for x in grad)
+    np.testing.assert_array_equal(grad.lse_BTN[:, 0, 0], 0)
+    finite = np.argwhere(np.isfinite(np.asarray(stack.lse_BTN)))
+    for at in map(tuple, finite[:: len(finite) // 5]):
+        moved = [total(stack._replace(lse_BTN=stack.lse_BTN.at[at].add(d))) for d in (1e-2, -1e-2)]
+        np.testing.assert_allclose(grad.lse_BTN[at], (moved[0] - moved[1]) / 2e-2, rtol=2e-2, atol=2e-3)
