@@ -13,9 +13,10 @@ from jaxtyping import Float, Int
 
 from helix_jax.numerics import einsum
 
-# Bounds on what one pass over the pages holds at once: slots gathered, over all rows (with 8 heads of 128 in bfloat16
-# that is 16 MB of keys), and scores (16 MB in float32).
-_GATHERED_SLOTS = 2**13
+# Bounds on what one pass over the pages holds at once, so that a decode step needs a few per cent of its cache beside it:
+# slots gathered, over all rows, as a share of the pool (but never fewer than pay for a pass), and scores (16 MB).
+_POOL_SHARE = 32
+_LEAST_SLOTS = 2**10
 _SCORES = 2**22
 
 
@@ -86,7 +87,7 @@ def attend(
         slot_CW = page_C[:, None] * W + jnp.arange(W)
         return _attend_slots(q_BTKGH, k_BCKWH, v_BCKWH, slot_CW, lo_BT, jnp.minimum(hi_BT, M * W), scale)
 
-    C = pages_per_pass or _pages_per_pass(B, T * N, W)
+    C = pages_per_pass or _pages_per_pass(B, T * N, k_AKWH.shape[0], W)
     if C >= M:
         return one_pass(0, M)
 
@@ -105,9 +106,9 @@ def _stack(a: Array, b: Array) -> Array:
     return jnp.stack([a, b])
 
 
-def _pages_per_pass(rows: int, queries: int, words: int) -> int:
-    slots = min(_GATHERED_SLOTS // rows, _SCORES // (rows * queries))
-    return max(1, slots // words)
+def _pages_per_pass(rows: int, queries: int, pool: int, words: int) -> int:
+    gathered = max(_LEAST_SLOTS, pool * words // _POOL_SHARE) // rows
+    return max(1, min(gathered, _SCORES // (rows * queries)) // words)
 
 
 def _attend_slots(

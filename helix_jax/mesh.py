@@ -73,8 +73,18 @@ def flat_size(mesh: Mesh) -> int:
 
 
 def sharding(mesh: Mesh, spec: P) -> NamedSharding:
-    return NamedSharding(mesh, spec)
+    """`spec` on `mesh`, written as XLA writes what it gives back: without axes of size 1, without None at the end.
+
+    A step's results then have the very shardings of its arguments, and the next step is the same compiled program.
+    """
+    dims: list[Any] = []
+    for dim in spec:
+        axes = [axis for axis in (dim if isinstance(dim, tuple) else (dim,)) if axis and mesh.shape[axis] > 1]
+        dims.append(tuple(axes) if len(axes) > 1 else axes[0] if axes else None)
+    while dims and dims[-1] is None:
+        dims.pop()
+    return NamedSharding(mesh, P(*dims))
 
 
 def weight_sharding(mesh: Mesh, name: str) -> NamedSharding:
-    return NamedSharding(mesh, WEIGHTS[name])
+    return sharding(mesh, WEIGHTS[name])
