@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar
 
 from jax.sharding import Mesh
@@ -111,19 +111,25 @@ class Plan:
 
 
 def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
-    """Makes the dataclass `kind` of `values`.
+    """Makes the dataclass `kind` of `values`, as a file gave them.
 
     Raises:
-        ValueError: a key that `kind` does not have, or one that it needs and is not there.
+        ValueError: a key that `kind` does not have, one that it needs and is not there, a value of another type.
     """
-    known = {f.name for f in fields(kind)}  # pyright: ignore[reportArgumentType]
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"{where}: unknown key '{unknown[0]}': known are {', '.join(sorted(known))}")
-    try:
-        return kind(**values)
-    except TypeError as missing:
-        raise ValueError(f"{where}: {str(missing).split('() ')[-1]}") from None
+    known = {f.name: f for f in fields(kind)}  # pyright: ignore[reportArgumentType]
+    needed = [name for name, f in known.items() if f.default is MISSING]
+    for key in sorted(set(values) - set(known)):
+        raise ValueError(f"{where}: unknown key '{key}': known are {', '.join(sorted(known))}")
+    for key in sorted(set(needed) - set(values)):
+        raise ValueError(f"{where}: '{key}' is missing: add it")
+    for key, value in values.items():
+        accepted = _ACCEPTED.get(known[key].type)
+        if accepted and type(value) not in accepted:
+            raise ValueError(f"{where}: {key} is {value!r}: give a value of type {known[key].type.__name__}")
+    return kind(**values)
+
+
+_ACCEPTED: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
 
 
 def _nearest(wanted: int, whole: int) -> str:

@@ -33,7 +33,10 @@ class HuggingFace:
             from tokenizers import Tokenizer as Published
         except ImportError:
             raise ValueError(f"'{file}' needs the package tokenizers: pip install 'helix_jax[hf]'") from None
-        self._published = Published.from_file(str(file))
+        try:
+            self._published = Published.from_file(str(file))
+        except Exception as error:  # the package raises nothing narrower
+            raise ValueError(f"'{file}' cannot be read ({error}): fetch it again") from None
 
     def encode(self, text: str) -> list[int]:
         return self._published.encode(text).ids

@@ -63,8 +63,10 @@ def read_run(file: Path) -> tuple[ModelConfig, TrainConfig, np.ndarray]:
     Raises:
         ValueError: a key that is unknown or missing, a text shorter than what is held out and one context need.
     """
-    with file.open("rb") as opened:
-        run: dict[str, Any] = tomllib.load(opened)
+    try:
+        run = tomllib.loads(file.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file} is not TOML: {error}") from None
     unknown = sorted(set(run) - {"text", "model", "train"})
     if unknown:
         raise ValueError(f"{file}: unknown key '{unknown[0]}': known are text, model, train")

@@ -14,9 +14,7 @@ from helix_jax.train import causal_attention
 TIE = 1e-4
 
 # 16 query heads in 8 groups: every tp x cp <= 8 of powers of two fits. Vocabulary and feed-forward need padding.
-TINY = ModelConfig(
-    layers=2, width=32, heads=16, kv_heads=8, head_width=8, ff_width=52, vocab=61, max_positions=4096
-)
+TINY = ModelConfig(layers=2, width=32, heads=16, kv_heads=8, head_width=8, ff_width=52, vocab=61, max_positions=4096)
 
 
 def tiny_model(config: ModelConfig = TINY, seed: int = 0) -> Transformer:

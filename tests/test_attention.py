@@ -54,9 +54,7 @@ def test_attend_equals_float64_softmax(pages_per_pass, dtype, bound):
         lo_BT, hi_BT = np.sort(random.integers(0, S + 1, (2, B, T)), axis=0)
         lo_BT[0, 0] = hi_BT[0, 0] = 0
         lo_BT[1] = hi_BT[1] = 0
-        partial = run(
-            q_BTNH, k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT, scale=0.3, pages_per_pass=pages_per_pass
-        )
+        partial = run(q_BTNH, k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT, scale=0.3, pages_per_pass=pages_per_pass)
         assert partial.o_BTNH.dtype == partial.lse_BTN.dtype == jnp.float32
         check(partial, *expected(q_BTNH, k_BSKH, v_BSKH, lo_BT, hi_BT), bound)
 
@@ -80,9 +78,7 @@ def test_what_no_query_sees_may_be_nan(pages_per_pass):
         return jnp.asarray(k), jnp.asarray(v)
 
     def run(k_AKWH, v_AKWH, table_BM):
-        return attend(
-            q_BTNH, k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT, scale=0.3, pages_per_pass=pages_per_pass
-        )
+        return attend(q_BTNH, k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT, scale=0.3, pages_per_pass=pages_per_pass)
 
     nowhere_BM = np.array(table_BM)
     nowhere_BM[:, 3:] = [[-1, 10**6, 3, 29]] * B
@@ -157,9 +153,7 @@ def test_merge_has_finite_gradients_also_at_minus_infinity():
 
     def total(stack: Partial):
         whole = merge(stack)
-        return jnp.sum(jnp.sin(whole.o_BTNH)) + jnp.sum(
-            jnp.where(jnp.isfinite(whole.lse_BTN), whole.lse_BTN, 0)
-        )
+        return jnp.sum(jnp.sin(whole.o_BTNH)) + jnp.sum(jnp.where(jnp.isfinite(whole.lse_BTN), whole.lse_BTN, 0))
 
     grad = jax.grad(total)(stack)
     assert all(np.isfinite(x).all() for x in grad)

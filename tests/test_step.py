@@ -82,9 +82,7 @@ def test_the_cache_is_written_in_place(tp: int, cp: int, how: str):
     config = ModelConfig(
         layers=2, width=64, heads=8, kv_heads=2, head_width=64, ff_width=64, vocab=61, max_positions=10**6
     )
-    compiled, cache_bytes = compiled_step(
-        Plan(make_mesh(tp, cp), BlockLayout(cp), how), config, 4, 16384 * tp, 1
-    )
+    compiled, cache_bytes = compiled_step(Plan(make_mesh(tp, cp), BlockLayout(cp), how), config, 4, 16384 * tp, 1)
     assert cache_bytes >= 64 * 2**20
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes
@@ -130,9 +128,7 @@ def test_many_steps_on_the_device_equal_one_by_one(placement: str):
     tokens_BT = per_row(plan, np.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [0] * 5]))
     out = step(graph, plan, weights, cache, rows, tokens_BT, per_row(plan, [3, 5, 0]), sampling)
     live_B = jnp.asarray([True, True, False])
-    many = many_steps(
-        graph, plan, 30, weights, out.cache, out.rows, out.token_B, live_B, jnp.asarray([stop]), sampling
-    )
+    many = many_steps(graph, plan, 30, weights, out.cache, out.rows, out.token_B, live_B, jnp.asarray([stop]), sampling)
     for row in (0, 1):
         said = [int(out.token_B[row]), *np.asarray(many.tokens_BS[row])[np.asarray(many.live_BS[row])].tolist()]
         end = one_by_one[row].index(stop) + 1 if stop in one_by_one[row] else 31

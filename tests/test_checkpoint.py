@@ -1,0 +1,132 @@
+"""Folders are read as they were written, and what is wrong with one is said."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from helix_jax.checkpoint import load, read_config, save, shard
+from helix_jax.config import ModelConfig, from_mapping
+from helix_jax.mesh import make_mesh
+from tests.reference import TINY, tiny_model
+
+
+def parameters(model) -> dict:
+    return {path: np.asarray(param[...]) for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(tiny_model(), tmp_path, jnp.float32)
+    return tmp_path
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_comes_back_as_it_was_saved_padded_and_sharded(tmp_path: Path, tied: bool):
+    config = ModelConfig(**{**vars(TINY), "tied_head": tied, "stop_ids": (3, 4), "tokenizer": "bytes"})
+    model = tiny_model(config)
+    save(shard(model, make_mesh(2, 4)), tmp_path, jnp.float32)
+    assert read_config(tmp_path) == config
+    again, before = parameters(load(tmp_path, make_mesh(1, 8), jnp.float32)), parameters(model)
+    assert again.keys() == before.keys()
+    for path, value in again.items():
+        own = tuple(map(slice, before[path].shape))
+        np.testing.assert_array_equal(value[own], before[path])
+        assert value.sum(dtype=np.float64) == value[own].sum(dtype=np.float64)  # the padding is zeros
+    assert again["embed_VD",].shape == (64, 32)
+    assert again["layers", 1, "ff", "down_FD"].shape == (56, 32)
+
+
+def test_the_index_decides_which_files_are_read(folder: Path):
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, folder / file)
+    (folder / "model.safetensors").write_bytes(b"not to be read")
+    index = {name: file for file, part in parts.items() for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    for path, value in parameters(load(folder, make_mesh(), jnp.float32)).items():
+        np.testing.assert_array_equal(value, parameters(tiny_model())[path])
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks 'b.safetensors', which its index names"):
+        load(folder, make_mesh())
+
+
+def test_stop_ids_of_the_generation_config_come_first(folder: Path):
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert read_config(folder).stop_ids == (7, 9)
+
+
+def change_tensors(**changes):
+    def change(folder: Path):
+        tensors = load_file(folder / "model.safetensors")
+        for name, value in changes.items():
+            name = name.replace("__", ".")
+            if value is None:
+                del tensors[name]
+            else:
+                tensors[name] = value
+        save_file(tensors, folder / "model.safetensors")
+
+    return change
+
+
+def change_config(**changes):
+    def change(folder: Path):
+        config = json.loads((folder / "config.json").read_text()) | changes
+        config = {key: value for key, value in config.items() if value != "absent"}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_tensors(model__norm__weight=None), "lacks the tensor 'model.norm.weight'"),
+        (
+            change_tensors(model__layers__2__mlp__up_proj__weight=np.zeros(1)),
+            "a 2-layer model has no use for: 'model.layers.2.mlp.up_proj.weight'",
+        ),
+        (
+            change_tensors(model__norm__weight=np.ones(31)),
+            r"'model.norm.weight' has shape \[31\], but config.json makes it \[32\]",
+        ),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights: it needs model.safetensors, or"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "is not a whole safetensors file"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json' does not exist: give a Hugging Face folder"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json' is not JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json' is not a JSON object"),
+        (change_config(model_type="mamba"), "unknown model_type 'mamba': known are llama"),
+        (change_config(hidden_size="absent"), "config.json: 'hidden_size' is missing"),
+        (change_config(rope_scaling={"rope_type": "yarn"}), "rope_scaling .* is not supported"),
+        (change_config(rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn' is not supported, only 'default'"),
+        (change_config(attention_bias=True), "attention_bias True is not supported, only False"),
+        (change_config(hidden_act="gelu"), "hidden_act 'gelu' is not supported, only 'silu'"),
+        (change_config(num_key_value_heads=5), "heads 16 is not a multiple of kv_heads 5"),
+        (change_config(num_hidden_layers=0), "layers is 0: give a whole number of at least 1"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_said(folder: Path, change, message: str):
+    change(folder)
+    with pytest.raises(ValueError, match=message):
+        load(folder, make_mesh())
+
+
+def test_a_folder_that_is_not_there_is_said():
+    with pytest.raises(ValueError, match="model folder '/nowhere' does not exist"):
+        load("/nowhere", make_mesh())
+
+
+def test_a_config_says_which_key_is_unknown_missing_or_of_another_type():
+    with pytest.raises(ValueError, match="run.toml: unknown key 'depth': known are ff_width, head_width"):
+        from_mapping(ModelConfig, {"depth": 3}, "run.toml")
+    with pytest.raises(ValueError, match="run.toml: 'ff_width' is missing: add it"):
+        from_mapping(ModelConfig, {"layers": 3}, "run.toml")
+    with pytest.raises(ValueError, match="run.toml: layers is '3': give a value of type int"):
+        from_mapping(ModelConfig, {**vars(TINY), "layers": "3"}, "run.toml")

@@ -1,0 +1,86 @@
+"""The rooms and what may lead to which: read from the source, so that the house keeps its shape."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "helix_jax"
+CORE = {"numerics", "layout", "mesh", "attention"}
+MAY_IMPORT = {
+    "numerics": set(),
+    "layout": set(),
+    "mesh": set(),
+    "attention": {"numerics"},
+    "combine": {"attention"},
+    "config": {"layout", "mesh", "combine"},
+    "cache": {"layout", "mesh", "config"},
+    "helix": CORE | {"combine", "config", "cache"},
+    "models": {"config", "mesh", "numerics", "models"},
+    "sampling": set(),
+    "checkpoint": {"config", "mesh", "models"},
+    "step": {"cache", "config", "helix", "mesh", "models", "sampling"},
+    "generation": {"cache", "config", "mesh", "models", "sampling", "step"},
+    "text": {"config"},
+    "train": {"models"},
+}
+ANYTHING = {"cli", "__init__", "__main__"}
+
+COLLECTIVES = {"psum", "pmax", "pmin", "pmean", "psum_scatter", "all_gather", "all_to_all", "ppermute", "pshuffle"}
+ONLY_IN = {  # a name -> the rooms that may use it
+    **dict.fromkeys(COLLECTIVES, {"combine"}),
+    "shard_map": {"helix"},
+    "PartitionSpec": {"mesh"},
+}
+
+files = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(tree: ast.AST) -> set[str]:
+    names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("helix_jax.")}
+
+
+def used_names(tree: ast.AST) -> set[str]:
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return attributes | {alias.name for node in imports for alias in node.names}
+
+
+@pytest.mark.parametrize("file", files, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_each_room_keeps_to_its_place(file: Path):
+    tree = ast.parse(file.read_text())
+    name = room(file)
+    assert ast.get_docstring(tree), "a module opens with the sentence it is about"
+    if name not in ANYTHING:
+        surplus = imported(tree) - MAY_IMPORT[name]
+        assert not surplus, f"{name} may not import {surplus}"
+    for word, rooms in ONLY_IN.items():
+        if word in used_names(tree):
+            assert name in rooms, f"{word} belongs in {rooms}"
+
+
+def test_the_tables_above_can_fail():
+    tree = ast.parse("from helix_jax.step import step\nfrom jax import lax\nlax.psum(1, 'cp')\nimport helix_jax.cli")
+    assert imported(tree) == {"step", "cli"}
+    assert "psum" in used_names(tree)
+    assert "PartitionSpec" in used_names(ast.parse("from jax.sharding import PartitionSpec as P"))
+
+
+def test_nothing_in_the_table_is_missing():
+    assert set(MAY_IMPORT) == {room(file) for file in files} - ANYTHING
+
+
+def test_the_public_names_exist_and_are_documented():
+    import helix_jax
+
+    for name in helix_jax.__all__:
+        found = getattr(helix_jax, name)
+        assert isinstance(found, tuple) or found.__doc__, f"{name} has no docstring"

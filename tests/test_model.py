@@ -1,0 +1,67 @@
+"""The shipped folder gives the logits that Hugging Face transformers computes from it (scripts/make_golden.py)."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helix_jax.checkpoint import load
+from helix_jax.config import Plan
+from helix_jax.generation import generate, next_logits
+from helix_jax.layout import BlockLayout
+from helix_jax.mesh import make_mesh
+from helix_jax.train import LOG2_E, held_out_windows, nats_per_token
+from tests.conftest import ROOT
+from tests.reference import naive_logits
+
+DEMO = ROOT / "helix_jax" / "demo"
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return np.load(Path(__file__).parent / "golden" / "demo.npz")
+
+
+def test_logits_are_those_of_transformers(golden):
+    model = load(DEMO, make_mesh(), jnp.float32)
+    ours = naive_logits(model, [golden["tokens"].tolist()], len(golden["tokens"]))[0, :: int(golden["stride"])]
+    assert np.abs(ours - golden["logits"]).max() <= 2e-4
+
+
+@pytest.mark.parametrize(("tp", "cp"), [(1, 8), (2, 4)])
+def test_sharded_logits_and_greedy_tokens_are_those_of_transformers(tp: int, cp: int, golden):
+    mesh = make_mesh(tp, cp)
+    model, plan = load(DEMO, mesh, jnp.float32), Plan(mesh, BlockLayout(cp, 16))
+    tokens, stride = golden["tokens"].tolist(), int(golden["stride"])
+    for index in (1, 40, len(golden["logits"]) - 1):
+        ours = next_logits(model, tokens[: index * stride + 1], plan)
+        assert np.abs(ours - golden["logits"][index]).max() <= 2e-4
+    [greedy] = generate(model, [tokens], plan, max_new_tokens=len(golden["greedy"]), chunk=64)
+    assert greedy == golden["greedy"].tolist()
+
+
+def test_the_shipped_model_is_small_and_its_log_meets_the_bar():
+    assert (DEMO / "model.safetensors").stat().st_size <= 8_000_000
+    last = json.loads((DEMO / "train_log.jsonl").read_text().splitlines()[-1])
+    assert last["held_out_bits_per_byte"] <= 1.75
+
+
+@pytest.mark.parametrize("share", [0.02, pytest.param(1.0, marks=pytest.mark.slow)])
+def test_the_shipped_weights_predict_the_held_out_text(share: float):
+    """In float32, from the file that ships: the whole held-out text in the long tier, the end of it in the fast one."""
+    import jax
+    from flax import nnx
+
+    text = np.frombuffer((ROOT / "scripts" / "data" / "kjv.txt").read_bytes(), np.uint8)
+    first = len(text) - int(len(text) * 0.05 * share)
+    windows, counted = held_out_windows(text, first, 2048)
+    model = load(DEMO, make_mesh(), jnp.float32)
+    nats_of = nnx.jit(nats_per_token)
+    total = 0.0
+    for window, mine in zip(windows, counted, strict=True):
+        total += float(np.asarray(nats_of(model, jax.numpy.asarray(window[None], jnp.int32)))[0][mine].sum())
+    bits_per_byte = total * LOG2_E / counted.sum()
+    assert counted.sum() == len(text) - first
+    assert bits_per_byte <= 1.75
