@@ -48,7 +48,7 @@ def _all_logits(model: Transformer, tokens_BS: jax.Array) -> jax.Array:
 
 
 def naive_logits(model: Transformer, texts: Sequence[Sequence[int]], padded_to: int) -> np.ndarray:
-    """Logits [row, position, V] of every prefix, in one pass without a cache. What is behind a token cannot touch it."""
+    """Logits [row, position, V] of every prefix, in one pass without a cache. What follows a token cannot touch it."""
     tokens_BS = np.zeros((len(texts), padded_to), np.int32)
     for row, text in enumerate(texts):
         tokens_BS[row, : len(text)] = text

@@ -1,5 +1,7 @@
 """attend and merge against a float64 softmax, and the laws of the monoid."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,7 +141,7 @@ def test_merge_of_parts_is_attention_over_the_whole():
     cuts = (0, 3, 3, 11, 20)
     parts = [
         attend(q_BTNH, k_AKWH, v_AKWH, table_BM, jnp.full((B, T), lo), jnp.full((B, T), hi), scale=0.3)
-        for lo, hi in zip(cuts[:-1], cuts[1:], strict=True)
+        for lo, hi in itertools.pairwise(cuts)
     ]
     whole = merge(Partial(*(jnp.stack(x) for x in zip(*parts, strict=True))))
     ends = np.zeros((B, T), int), np.full((B, T), 20)

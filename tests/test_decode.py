@@ -1,4 +1,4 @@
-"""Greedy tokens do not depend on mesh, placement, combine, chunk, page or neighbours: against a loop without a cache."""
+"""Greedy tokens depend on no mesh, placement, combine, chunk, page or neighbour: against a loop without a cache."""
 
 import itertools
 import random
@@ -76,7 +76,7 @@ def test_tokens_equal_those_of_a_loop_without_cache_or_mesh(case, prompts, naive
     [(placement, "psum") for placement in PLACEMENTS] + [("helix", how) for how in COMBINES[1:]],
 )
 def test_600_steps_of_block_16_over_8_ranks(placement: str, how: str, prompts):
-    """Judged in one pass: the naive model must say each token after those before it. By induction that is its own loop."""
+    """Judged in one pass: the naive model must say each token after those before it. By induction that is its loop."""
     mesh = make_mesh(1, 8)
     plan = Plan(mesh, BlockLayout(8, 16, placement), how)
     ours = generate(shard(tiny_model(), mesh), prompts, plan, max_new_tokens=600, page=16)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helix_jax.attention import Partial, merge
 from helix_jax.cache import Pages, Rows, append, empty_cache, per_row, start_rows
 from helix_jax.combine import COMBINES, combine
 from helix_jax.config import Plan
@@ -88,7 +89,7 @@ def test_rows_may_lie_on_dp():
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_nan_in_every_unused_slot_changes_nothing(placement: str):
     """All pages start as NaN: whatever is not written stays NaN, on empty ranks and in idle rows too."""
-    clean, theirs, _ = decode_all(plan_of(2, 4, placement), 8, 2, 7, jnp.float32)
+    clean, _, _ = decode_all(plan_of(2, 4, placement), 8, 2, 7, jnp.float32)
     poisoned, _, pages = decode_all(plan_of(2, 4, placement), 8, 2, 7, jnp.float32, fill=np.nan)
     np.testing.assert_array_equal(poisoned, clean)
     written = ~np.isnan(np.asarray(pages.k_AKWH)).any((1, 3))
@@ -146,11 +147,7 @@ def test_the_three_combines_agree_and_empty_ranks_are_nothing():
     o, lse = jnp.asarray(o, jnp.float32), jnp.asarray(lse, jnp.float32)
 
     def island(how, o_RBTNH, lse_RBTN):
-        from helix_jax.attention import Partial
-
         return combine(Partial(o_RBTNH[0], lse_RBTN[0]), how)
-
-    from helix_jax.attention import Partial, merge
 
     P = jax.sharding.PartitionSpec
     whole = merge(Partial(o, lse))

@@ -30,7 +30,7 @@ ANYTHING = {"cli", "__init__", "__main__"}
 
 COLLECTIVES = {"psum", "pmax", "pmin", "pmean", "psum_scatter", "all_gather", "all_to_all", "ppermute", "pshuffle"}
 ONLY_IN = {  # a name -> the rooms that may use it
-    **dict.fromkeys(COLLECTIVES, {"combine"}),
+    **{name: {"combine"} for name in COLLECTIVES},
     "shard_map": {"helix"},
     "PartitionSpec": {"mesh"},
 }

@@ -1,4 +1,4 @@
-"""What the compiled step promises: one trace, a cache written in place, and no collective beyond those that are named."""
+"""What the compiled step promises: one trace, a cache written in place, no collective beyond those that are named."""
 
 import re
 from collections import Counter
@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 
 from helix_jax import generation
-from helix_jax import step as _  # noqa: F401  (the package exports the function under the module's name)
 from helix_jax.cache import KVCache, Pages, Rows, empty_cache, per_row, start_rows
 from helix_jax.checkpoint import shard
 from helix_jax.combine import COMBINES
