@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from helix_jax.numerics import einsum
 
 # Bounds on what one pass over the pages holds at once, so that a decode step needs but a few per cent of its cache
-# beside it: slots gathered, over all rows, as a share of the pool (never fewer than pay for a pass), and scores (16 MB).
+# beside it: slots gathered, over all rows, as a share of the pool, though never fewer than pay for a pass; and scores
+# (16 MB).
 _POOL_SHARE = 32
 _LEAST_SLOTS = 2**10
 _SCORES = 2**22

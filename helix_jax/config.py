@@ -123,9 +123,9 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str) -> C
     for key in sorted(set(needed) - set(values)):
         raise ValueError(f"{where}: '{key}' is missing: add it")
     for key, value in values.items():
-        accepted = _ACCEPTED.get(known[key].type)
-        if accepted and type(value) not in accepted:
-            raise ValueError(f"{where}: {key} is {value!r}: give a value of type {known[key].type.__name__}")
+        accepted = _ACCEPTED.get(known[key].type, (type(value),))
+        if type(value) not in accepted:
+            raise ValueError(f"{where}: {key} is {value!r}: give a value of type {accepted[-1].__name__}")
     return kind(**values)
 
 

@@ -7,8 +7,8 @@ Needs torch and transformers, which the tests do not: run it by hand, and commit
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM
+import torch  # pyright: ignore[reportMissingImports]
+from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
 ROOT = Path(__file__).resolve().parents[1]
 STRIDE = 7
