@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding
 
 from helix_jax.cache import KVCache, Rows, empty_cache, per_row, start_rows
@@ -86,11 +85,11 @@ def stream(
     rows = start_rows(plan, lens, [n + max_new_tokens - 1 if n else 0 for n in lens], page)
     cache = empty_cache(plan, rows, page, **cache_shape(model))
     sampling = jax.device_put(sampling or make_sampling(len(prompts)), sharding(plan.mesh, ROWS_B))
-    graph, weights = nnx.split(model)
+    weights = model.weights()
 
     def run(cache: KVCache, rows: Rows, tokens_BT: np.ndarray, count_B: np.ndarray) -> StepOutput:
         new = per_row(plan, tokens_BT), per_row(plan, count_B)
-        return jax.block_until_ready(step(graph, plan, weights, cache, rows, *new, sampling))
+        return jax.block_until_ready(step(model.config, plan, weights, cache, rows, *new, sampling))
 
     ends = np.asarray(model.config.stop_ids if stop_ids is None else stop_ids, np.int32)
     return _events(run, cache, rows, prompts, chunk, max_new_tokens, ends)
@@ -113,7 +112,7 @@ def _events(
         tokens_BS[row, : lens_B[row]] = prompt or ()
 
     began = time.perf_counter()
-    for width in {T, 1}:  # a step of idle rows changes nothing, and compiles
+    for width in sorted({T, 1}):  # a step of idle rows changes nothing, and compiles
         cache, rows = run(cache, rows, tokens_BS[:, :width], np.zeros_like(lens_B))[2:]
     yield Compiled(time.perf_counter() - began)
     cache, rows, token_B = yield from _prefill(run, cache, rows, tokens_BS, lens_B, T)
@@ -161,8 +160,7 @@ def next_logits(model: Transformer, prompt: Sequence[int], plan: Plan, page: int
     rows = start_rows(plan, [len(prompt)], [len(prompt)], page)
     cache = empty_cache(plan, rows, page, **cache_shape(model))
     new = per_row(plan, [prompt]), per_row(plan, [len(prompt)])
-    graph, weights = nnx.split(model)
-    out = step(graph, plan, weights, cache, rows, *new, make_sampling(1))
+    out = step(model.config, plan, model.weights(), cache, rows, *new, make_sampling(1))
     return np.asarray(out.logits_BV[0])
 
 

@@ -5,15 +5,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from helix_jax.cache import KVCache, Pages, Rows
-from helix_jax.config import Plan
+from helix_jax.config import ModelConfig, Plan
 from helix_jax.helix import helix_attention
 from helix_jax.mesh import ROWS_B, sharding
-from helix_jax.models.transformer import Transformer
+from helix_jax.models.transformer import Weights, assemble
 from helix_jax.sampling import Sampling, sample
 
 
@@ -36,9 +35,9 @@ class ManyOutput(NamedTuple):
 
 
 def _step(
-    graph: nnx.GraphDef[Transformer],
+    config: ModelConfig,
     plan: Plan,
-    weights: nnx.State,
+    weights: Weights,
     cache: KVCache,
     rows: Rows,
     tokens_BT: Int[Array, "B T"],
@@ -51,7 +50,7 @@ def _step(
     depends on the lengths' values: one compilation serves them all. Room is the caller's to check: tokens that find no
     page are not written.
     """
-    model = nnx.merge(graph, weights)
+    model = assemble(config, weights)
 
     def attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, state: Pages, *, scale: float):
         return helix_attention(plan, state, q_BTNH, k_BTKH, v_BTKH, rows, count_B, scale=scale)
@@ -73,10 +72,10 @@ def _step(
 
 
 def _many_steps(
-    graph: nnx.GraphDef[Transformer],
+    config: ModelConfig,
     plan: Plan,
     steps: int,
-    weights: nnx.State,
+    weights: Weights,
     cache: KVCache,
     rows: Rows,
     token_B: Int[Array, "B"],
@@ -88,7 +87,7 @@ def _many_steps(
 
     def one(carry: tuple[KVCache, Rows, Array, Array], _: None):
         cache, rows, token_B, live_B = carry
-        out = _step(graph, plan, weights, cache, rows, token_B[:, None], live_B.astype(jnp.int32), sampling)
+        out = _step(config, plan, weights, cache, rows, token_B[:, None], live_B.astype(jnp.int32), sampling)
         still_B = live_B & ~jnp.isin(out.token_B, stop_ids)
         return (out.cache, out.rows, out.token_B, still_B), (out.token_B, live_B)
 
@@ -96,5 +95,5 @@ def _many_steps(
     return ManyOutput(tokens_SB.T, live_SB.T, cache, rows)
 
 
-step = partial(jax.jit, static_argnames=("graph", "plan"), donate_argnames="cache")(_step)
-many_steps = partial(jax.jit, static_argnames=("graph", "plan", "steps"), donate_argnames="cache")(_many_steps)
+step = partial(jax.jit, static_argnames=("config", "plan"), donate_argnames="cache")(_step)
+many_steps = partial(jax.jit, static_argnames=("config", "plan", "steps"), donate_argnames="cache")(_many_steps)

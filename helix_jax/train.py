@@ -1,7 +1,7 @@
 """Next-token training: the loss, one optimizer step, and bits per byte of a text that was held out."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from helix_jax.models.transformer import Transformer
+from helix_jax.config import ModelConfig
+from helix_jax.models.transformer import Transformer, Weights, assemble
 
 LOG2_E = 1.4426950408889634
 
@@ -51,7 +52,7 @@ class TrainConfig:
 class TrainState(NamedTuple):
     """Float32 master weights and what the optimizer remembers. A step takes it over (donated)."""
 
-    weights: nnx.State
+    weights: Weights
     memory: optax.OptState
     step: Int[Array, ""]
 
@@ -64,11 +65,11 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def start(weights: nnx.State, config: TrainConfig) -> TrainState:
+def start(weights: Weights, config: TrainConfig) -> TrainState:
     return TrainState(weights, make_optimizer(config).init(weights), jnp.zeros((), jnp.int32))
 
 
-def _is_matrix(weights: nnx.State) -> nnx.State:
+def _is_matrix(weights: Weights) -> Weights:
     return jax.tree.map(lambda weight: weight.ndim > 1, weights)
 
 
@@ -93,7 +94,7 @@ def causal_attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, state: None, *
 
 
 def train_step(
-    graph: nnx.GraphDef[Transformer],
+    model_config: ModelConfig,
     config: TrainConfig,
     dtype: DTypeLike,
     state: TrainState,
@@ -101,16 +102,16 @@ def train_step(
 ) -> tuple[Float[Array, ""], TrainState]:
     """One step on a batch, computed in `dtype`. Returns the mean surprise in nats, and the state after it."""
 
-    def loss(weights: nnx.State) -> Array:
+    def loss(weights: Weights) -> Array:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         drop = nnx.Dropout(config.dropout, rngs=nnx.Rngs(dropout=key))
-        model = nnx.merge(graph, jax.tree.map(lambda weight: weight.astype(dtype), weights))
+        model = assemble(model_config, jax.tree.map(lambda weight: weight.astype(dtype), weights))
         return nats_per_token(model, tokens_BS, drop).mean()
 
     nats, gradients = jax.value_and_grad(loss)(state.weights)
     updates, memory = make_optimizer(config).update(gradients, state.memory, state.weights)
-    weights = optax.apply_updates(state.weights, updates)
-    return nats, TrainState(weights, memory, state.step + 1)  # pyright: ignore[reportArgumentType]
+    weights = cast(Weights, optax.apply_updates(state.weights, updates))
+    return nats, TrainState(weights, memory, state.step + 1)
 
 
 def held_out_windows(text: np.ndarray, first: int, context: int) -> tuple[np.ndarray, np.ndarray]:

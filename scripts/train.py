@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from helix_jax import checkpoint
 from helix_jax.config import ModelConfig, from_mapping
-from helix_jax.models.transformer import Transformer
+from helix_jax.models.transformer import Transformer, Weights, assemble
 from helix_jax.train import (
     LOG2_E,
     TrainConfig,
@@ -89,7 +89,7 @@ def first_held_out(text: np.ndarray, config: TrainConfig) -> int:
 
 def train(model_config: ModelConfig, config: TrainConfig, text: np.ndarray, out: Path) -> None:
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    graph, weights = nnx.split(Transformer(model_config, rngs=nnx.Rngs(config.seed)))
+    weights = Transformer(model_config, rngs=nnx.Rngs(config.seed)).weights()
     state = start(weights, config)
     run_step = jax.jit(train_step, static_argnums=(0, 1, 2), donate_argnums=3)
     out.mkdir(parents=True, exist_ok=True)
@@ -101,18 +101,18 @@ def train(model_config: ModelConfig, config: TrainConfig, text: np.ndarray, out:
     with progress_bar(console) as bar, (out / "train_log.jsonl").open("w") as log:
         task = bar.add_task("training", total=config.steps, loss="-", held_out="-")
         for step in range(config.steps):
-            loss, state = run_step(graph, config, dtype, state, batch_of(text, config, step))
+            loss, state = run_step(model_config, config, dtype, state, batch_of(text, config, step))
             nats = float(loss)  # read before the next step: on a CPU never more than one in flight
             bar.update(task, advance=1, loss=f"{nats * LOG2_E:.3f}")
             if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
                 entry = {"step": step + 1, "tokens": (step + 1) * config.batch * config.context}
-                entry |= {"train_bits_per_byte": nats * LOG2_E, **evaluate(graph, state, text, config, dtype)}
+                entry |= {"train_bits_per_byte": nats * LOG2_E, **evaluate(model_config, state, text, config, dtype)}
                 entry |= {"elapsed_s": time.perf_counter() - began}
                 bar.update(task, held_out=f"{entry['held_out_bits_per_byte']:.4f}")
                 bar.console.print(json.dumps(entry), soft_wrap=True)
                 log.write(json.dumps(entry) + "\n")
                 log.flush()
-                checkpoint.save(nnx.merge(graph, state.weights), out)
+                checkpoint.save(assemble(model_config, state.weights), out)
 
 
 def batch_of(text: np.ndarray, config: TrainConfig, step: int) -> jax.Array:
@@ -122,20 +122,22 @@ def batch_of(text: np.ndarray, config: TrainConfig, step: int) -> jax.Array:
     return jnp.asarray(text[first[:, None] + np.arange(config.context + 1)].astype(np.int32))
 
 
-def evaluate(graph: Any, state: TrainState, text: np.ndarray, config: TrainConfig, dtype: Any) -> dict[str, float]:
+def evaluate(
+    model_config: ModelConfig, state: TrainState, text: np.ndarray, config: TrainConfig, dtype: Any
+) -> dict[str, float]:
     """Bits per byte of the held-out text, every byte once, each after at least half a context."""
     windows, counted = held_out_windows(text, first_held_out(text, config), config.context)
     total = 0.0
     for i in range(0, len(windows), EVAL_BATCH):
         tokens = np.zeros((EVAL_BATCH, config.context + 1), np.int32)
         tokens[: len(windows[i : i + EVAL_BATCH])] = windows[i : i + EVAL_BATCH]
-        nats = np.asarray(surprise(graph, dtype, state.weights, tokens))[: len(windows[i : i + EVAL_BATCH])]
+        nats = np.asarray(surprise(model_config, dtype, state.weights, tokens))[: len(windows[i : i + EVAL_BATCH])]
         total += float(nats[counted[i : i + EVAL_BATCH]].sum(dtype=np.float64))
     return {"held_out_bits_per_byte": total * LOG2_E / counted.sum(), "held_out_bytes": int(counted.sum())}
 
 
-def _surprise(graph: Any, dtype: Any, weights: nnx.State, tokens_BS: jax.Array) -> jax.Array:
-    return nats_per_token(nnx.merge(graph, jax.tree.map(lambda weight: weight.astype(dtype), weights)), tokens_BS)
+def _surprise(model_config: ModelConfig, dtype: Any, weights: Weights, tokens_BS: jax.Array) -> jax.Array:
+    return nats_per_token(assemble(model_config, jax.tree.map(lambda weight: weight.astype(dtype), weights)), tokens_BS)
 
 
 surprise = jax.jit(_surprise, static_argnums=(0, 1))

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "step": {"cache", "config", "helix", "mesh", "models", "sampling"},
     "generation": {"cache", "config", "mesh", "models", "sampling", "step"},
     "text": {"config"},
-    "train": {"models"},
+    "train": {"config", "models"},
 }
 ANYTHING = {"cli", "__init__", "__main__"}
 

@@ -42,7 +42,7 @@ def compiled_step(plan: Plan, config: ModelConfig, rows: int, slots: int, T: int
     """The step on abstract arrays: nothing is allocated. Returns it with the bytes of its cache per device."""
     flat = plan.mesh.size
     model = shard(Transformer(config, rngs=nnx.Rngs(0)), plan.mesh)
-    graph, weights = nnx.split(model)
+    weights = model.weights()
     M = -(-slots // page)
 
     def like(shape, dtype, spec):
@@ -54,7 +54,7 @@ def compiled_step(plan: Plan, config: ModelConfig, rows: int, slots: int, T: int
     state = Rows(like((plan.layout.ranks, rows, M), jnp.int32, TABLE_RBM), per_row_B, per_row_B)
     sampling = jax.tree.map(lambda x: like(x.shape, x.dtype, ROWS_B), make_sampling(rows))
     tokens_BT = like((rows, T), jnp.int32, ROWS_B)
-    compiled = step.lower(graph, plan, weights, cache, state, tokens_BT, per_row_B, sampling).compile()
+    compiled = step.lower(model.config, plan, weights, cache, state, tokens_BT, per_row_B, sampling).compile()
     cache_bytes = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(cache)) // flat
     return compiled, cache_bytes
 
@@ -96,9 +96,9 @@ def test_one_trace_of_the_decode_step_serves_a_whole_generation(tp: int, cp: int
     """Every length, every owner, idle and ended rows; one trace more for the prefill chunk."""
     traced = []
 
-    def counted(graph, plan, weights, cache, rows, tokens_BT, count_B, sampling):
+    def counted(config, plan, weights, cache, rows, tokens_BT, count_B, sampling):
         traced.append(tokens_BT.shape)
-        return _step(graph, plan, weights, cache, rows, tokens_BT, count_B, sampling)
+        return _step(config, plan, weights, cache, rows, tokens_BT, count_B, sampling)
 
     chex.clear_trace_counter()  # it counts by name: the parameters before this one are not ours
     two = chex.assert_max_traces(counted, n=2)
@@ -122,12 +122,14 @@ def test_many_steps_on_the_device_equal_one_by_one(placement: str):
 
     rows = start_rows(plan, [3, 5, 0], [40, 40, 0], 4)
     cache = empty_cache(plan, rows, 4, **cache_shape(model))
-    graph, weights = nnx.split(model)
+    weights = model.weights()
     sampling = make_sampling(3)
     tokens_BT = per_row(plan, np.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [0] * 5]))
-    out = step(graph, plan, weights, cache, rows, tokens_BT, per_row(plan, [3, 5, 0]), sampling)
+    out = step(model.config, plan, weights, cache, rows, tokens_BT, per_row(plan, [3, 5, 0]), sampling)
     live_B = jnp.asarray([True, True, False])
-    many = many_steps(graph, plan, 30, weights, out.cache, out.rows, out.token_B, live_B, jnp.asarray([stop]), sampling)
+    many = many_steps(
+        model.config, plan, 30, weights, out.cache, out.rows, out.token_B, live_B, jnp.asarray([stop]), sampling
+    )
     for row in (0, 1):
         said = [int(out.token_B[row]), *np.asarray(many.tokens_BS[row])[np.asarray(many.live_BS[row])].tolist()]
         end = one_by_one[row].index(stop) + 1 if stop in one_by_one[row] else 31
@@ -142,9 +144,9 @@ def test_idle_rows_write_and_move_nothing():
     plan, model = Plan(mesh, BlockLayout(4, 3)), shard(tiny_model(), mesh)
     rows = start_rows(plan, [3, 3], [9, 9], 4)
     cache = jax.tree.map(lambda pool: jnp.full_like(pool, jnp.nan), empty_cache(plan, rows, 4, **cache_shape(model)))
-    graph, weights = nnx.split(model)
+    weights = model.weights()
     tokens_BT = per_row(plan, np.ones((2, 3)))
-    out = step(graph, plan, weights, cache, rows, tokens_BT, per_row(plan, [0, 0]), make_sampling(2))
+    out = step(model.config, plan, weights, cache, rows, tokens_BT, per_row(plan, [0, 0]), make_sampling(2))
     assert out.rows.length_B.tolist() == [0, 0]
     assert all(np.isnan(pool).all() for pool in jax.tree.leaves(out.cache))
 
@@ -155,9 +157,9 @@ def test_float32_means_float32_wherever_matrices_meet():
     plan, model = Plan(mesh, BlockLayout(4)), shard(tiny_model(), mesh)
     rows = start_rows(plan, [3], [9], 4)
     cache = empty_cache(plan, rows, 4, **cache_shape(model))
-    graph, weights = nnx.split(model)
+    weights = model.weights()
     new = per_row(plan, [[1]]), per_row(plan, [1])
-    text = step.lower(graph, plan, weights, cache, rows, *new, make_sampling(1)).as_text()
+    text = step.lower(model.config, plan, weights, cache, rows, *new, make_sampling(1)).as_text()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     assert len(products) == TINY.layers * 9 + 1  # q k v o gate up down, scores and values; and the head
     assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)

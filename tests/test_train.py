@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,13 +30,13 @@ def test_the_loss_is_the_surprise_of_each_next_token():
 
 
 def test_training_learns_a_text_by_heart():
-    graph, weights = nnx.split(tiny_model())
+    weights = tiny_model().weights()
     state = start(weights, CONFIG)
     tokens_BS = jnp.asarray(np.random.default_rng(0).integers(0, TINY.vocab, (4, 17)), jnp.int32)
     run = jax.jit(train_step, static_argnums=(0, 1, 2), donate_argnums=3)
     losses = []
     for _ in range(CONFIG.steps):
-        loss, state = run(graph, CONFIG, jnp.float32, state, tokens_BS)
+        loss, state = run(TINY, CONFIG, jnp.float32, state, tokens_BS)
         losses.append(float(loss))
     assert losses[0] > 4
     assert losses[-1] < 1

@@ -18,6 +18,9 @@ from helix_jax.config import ModelConfig
 from helix_jax.models.rope import rotate
 from helix_jax.numerics import einsum
 
+# Nested as the modules are; the leaves are arrays.
+Weights = dict[Any, Any]
+
 
 @runtime_checkable
 class Attention(Protocol):
@@ -146,3 +149,18 @@ class Transformer(nnx.Module):
         head_VD = self.embed_VD[...] if self.config.tied_head else self.head_VD[...]
         logits_BTV = einsum("...d,vd->...v", x_BTD, head_VD, out=jnp.float32)
         return jnp.where(jnp.arange(head_VD.shape[0]) < self.config.vocab, logits_BTV, -jnp.inf)
+
+    def weights(self) -> Weights:
+        """Its parameters, as a step takes them. `assemble` is the inverse."""
+        return nnx.to_pure_dict(nnx.state(self, nnx.Param))
+
+
+def assemble(config: ModelConfig, weights: Weights) -> Transformer:
+    """The Transformer of these weights, inside a trace.
+
+    A step takes config and weights, not the module: hashing and flattening one of 5 layers cost 0.3 ms of host time a
+    call, against 0.03 ms for these.
+    """
+    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    nnx.replace_by_pure_dict(state, weights)
+    return nnx.merge(graph, state)
