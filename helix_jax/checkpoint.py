@@ -66,7 +66,7 @@ def load(folder: str | Path, mesh: Mesh, dtype: DTypeLike = jnp.bfloat16) -> Tra
             return _from_published(file.get_tensor(name), axes, path[-1], config, name)
 
     model = _materialise(config, mesh, read, dtype)
-    surplus = sorted(set(files) - wanted - _harmless(config))
+    surplus = sorted(name for name in set(files) - wanted if not llama.is_extra(name, config))
     if surplus:
         raise ValueError(f"'{folder}' has a tensor that a {config.layers}-layer model has no use for: '{surplus[0]}'")
     return model
@@ -157,11 +157,6 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
             return dict.fromkeys(opened.keys(), file)
     except SafetensorError as error:
         raise ValueError(f"'{file}' is not a whole safetensors file ({error}): fetch it again") from None
-
-
-def _harmless(config: ModelConfig) -> set[str]:
-    """Tensors that may be there for nothing: a tied head written out."""
-    return {"lm_head.weight"} if config.tied_head else set()
 
 
 def _read_json(file: Path) -> dict[str, Any]:

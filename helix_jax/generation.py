@@ -79,8 +79,9 @@ def stream(
         ValueError: an empty prompt, a token id outside the vocabulary, more positions than the model has, heads that
             the mesh does not divide, a number below 1.
     """
+    prompts = [None if prompt is None else list(map(int, prompt)) for prompt in prompts]
     _check(model, plan, prompts, max_new_tokens, chunk)
-    lens = [0 if prompt is None else len(prompt) for prompt in prompts]
+    lens = [len(prompt or ()) for prompt in prompts]
     # The last token is said, not cached.
     rows = start_rows(plan, lens, [n + max_new_tokens - 1 if n else 0 for n in lens], page)
     cache = empty_cache(plan, rows, page, **cache_shape(model))

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import jax
+
 from helix_jax import __version__
 from helix_jax.cli import generate, layout
 
@@ -23,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK
     except (ValueError, OSError) as error:
         return _complain(str(error))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _complain(f"out of device memory ({str(error).splitlines()[0]}): take more devices or a shorter prompt")
     except KeyboardInterrupt:
         print("\nhelix-jax: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -50,6 +50,11 @@ def tensor_of(path: tuple[str | int, ...]) -> tuple[str, str]:
     return TENSORS[".".join(map(str, path))]
 
 
+def is_extra(name: str, config: ModelConfig) -> bool:
+    """Whether some folders hold the tensor `name` although nothing needs it: a tied head written out, rotary tables."""
+    return (name == TENSORS["head_VD"][0] and config.tied_head) or name.endswith(".rotary_emb.inv_freq")
+
+
 def read_config(published: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig that a published config.json describes.
 
