@@ -11,7 +11,7 @@ A position is global and 0-based, a slot is its place on the rank that owns it. 
 """
 
 from helix_jax.attention import Partial, attend, merge
-from helix_jax.cache import KVCache, Pages, Rows, empty_cache, start_rows
+from helix_jax.cache import KVCache, Pages, Rows, make_cache
 from helix_jax.checkpoint import load, save, shard
 from helix_jax.combine import COMBINES, combine
 from helix_jax.config import ModelConfig, Plan
@@ -39,17 +39,16 @@ __all__ = [
     "Transformer",
     "attend",
     "combine",
-    "empty_cache",
     "generate",
     "helix_attention",
     "load",
+    "make_cache",
     "make_mesh",
     "make_sampling",
     "many_steps",
     "merge",
     "save",
     "shard",
-    "start_rows",
     "step",
     "stream",
 ]

@@ -40,17 +40,46 @@ class Rows(NamedTuple):
     prompt_len_B: Int[Array, "B"]
 
 
-def start_rows(plan: Plan, prompt_lens: Sequence[int], max_lens: Sequence[int], page: int) -> Rows:
-    """Rows that are still empty, with room for `max_lens` positions each; every row has pages of its own on every rank.
+def make_cache(
+    plan: Plan,
+    prompt_lens: Sequence[int],
+    max_lens: Sequence[int],
+    *,
+    page: int,
+    layers: int,
+    kv_heads: int,
+    head_width: int,
+    dtype: DTypeLike,
+) -> tuple[KVCache, Rows]:
+    """An empty cache with room for `max_lens` positions in each row, and the rows: every one has pages of its own.
+
+    page: tokens per page. The pools are sharded over (dp, cp) and tp from the start; all ranks have as many pages as
+    the fullest one can need.
 
     Raises:
-        ValueError: a page below 1, a batch that dp does not divide, or a prompt longer than its room.
+        ValueError: a page below 1, a batch that dp does not divide, a prompt longer than its room, kv_heads that tp
+            does not divide.
     """
+    rows = _start_rows(plan, prompt_lens, max_lens, page)
+    plan.check_kv_heads(kv_heads)
+    _, B, M = rows.table_RBM.shape
+    shape = (plan.mesh.shape[CP] * B * M, kv_heads, page, head_width)
+    spec = sharding(plan.mesh, PAGES_AKWH)
+
+    def layer() -> Pages:
+        return Pages(*(jnp.zeros(shape, dtype, device=spec) for _ in Pages._fields))
+
+    return KVCache(tuple(layer() for _ in range(layers))), rows
+
+
+def _start_rows(plan: Plan, prompt_lens: Sequence[int], max_lens: Sequence[int], page: int) -> Rows:
     if page < 1:
         raise ValueError(f"page is {page}: give at least 1 token per page")
     dp, rows = plan.mesh.shape[DP], len(prompt_lens)
     if rows == 0 or rows % dp:
         raise ValueError(f"{rows} rows cannot be shared among dp {dp}: give a positive multiple of it")
+    if len(max_lens) != rows:
+        raise ValueError(f"{rows} prompt_lens, but {len(max_lens)} max_lens: give one of each per row")
     for row, (prompt, most) in enumerate(zip(prompt_lens, max_lens, strict=True)):
         if not 0 <= prompt <= most:
             raise ValueError(f"row {row}: a prompt of {prompt} tokens does not fit its room of {most}: give more room")
@@ -71,20 +100,6 @@ def per_row(plan: Plan, values: ArrayLike | Sequence[Any]) -> Array:
     return jax.device_put(np.asarray(values, np.int32), sharding(plan.mesh, ROWS_B))
 
 
-def empty_cache(
-    plan: Plan, rows: Rows, page: int, *, layers: int, kv_heads: int, head_width: int, dtype: DTypeLike
-) -> KVCache:
-    """A cache with the pages that `rows` name, on every rank, sharded over (cp, tp) from the start."""
-    _, B, M = rows.table_RBM.shape
-    shape = (plan.mesh.shape[CP] * B * M, kv_heads, page, head_width)
-    spec = sharding(plan.mesh, PAGES_AKWH)
-
-    def layer() -> Pages:
-        return Pages(*(jnp.zeros(shape, dtype, device=spec) for _ in Pages._fields))
-
-    return KVCache(tuple(layer() for _ in range(layers)))
-
-
 def append(
     pages: Pages,
     k_BTKH: Float[Array, "B T K H"],
@@ -95,11 +110,12 @@ def append(
 ) -> Pages:
     """Writes the tokens that this rank owns at their slots; the others fall out of bounds and are dropped.
 
-    In place when `pages` is donated. A slot past the table is dropped too, never clamped onto another's page.
+    In place when `pages` is donated. A slot past the table is dropped too, and so is one whose entry in the table is
+    negative: neither is ever clamped or wrapped onto another's page.
     """
     A, K, W, _ = pages.k_AKWH.shape
     page_BT = jnp.take_along_axis(table_BM, slot_BT // W, axis=1, mode="fill", fill_value=A)
-    page_BT = jnp.where(owned_BT, page_BT, A)
+    page_BT = jnp.where(owned_BT & (page_BT >= 0), page_BT, A)
 
     # All indexed axes lead: a scatter over (page, word) with the heads between makes XLA transpose the whole pool.
     at = (page_BT[..., None], jnp.arange(K), (slot_BT % W)[..., None])

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from helix_jax.models.transformer import Transformer
 FAMILIES = {"llama": llama}
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
 
 # A parameter's place in the module tree: ("layers", 0, "ff", "up_DF").
 ParameterPath = tuple[Any, ...]
@@ -38,10 +40,10 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise ValueError(f"model folder '{folder}' does not exist: give a Hugging Face folder")
     published = _read_json(folder / "config.json")
     kind = published.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{folder / 'config.json'}: unknown model_type {kind!r}: known are {', '.join(FAMILIES)}")
-    if (folder / "generation_config.json").exists():
-        stop = _read_json(folder / "generation_config.json").get("eos_token_id")
+    if (folder / GENERATION_FILE).exists():
+        stop = _read_json(folder / GENERATION_FILE).get("eos_token_id")
         published = published if stop is None else {**published, "eos_token_id": stop}
     return FAMILIES[kind].read_config(published)
 
@@ -50,26 +52,19 @@ def load(folder: str | Path, mesh: Mesh, dtype: DTypeLike = jnp.bfloat16) -> Tra
     """The model in a Hugging Face folder, its weights in `dtype`, each put from the file onto the devices that need it.
 
     Raises:
-        ValueError: as `read_config`; no weights, a tensor missing, surplus or of a wrong shape.
+        ValueError: as `read_config`; no weights, a tensor missing, surplus, of a wrong shape or of another type than
+            float, said before the first is read where it can be.
     """
     folder = Path(folder)
     config = read_config(folder)
     files = _tensor_files(folder)
-    wanted: set[str] = set()
+    _check_names(folder, config, set(files))
 
     def read(path: ParameterPath) -> np.ndarray:
-        name, axes = llama.tensor_of(path)
-        wanted.add(name)
-        if name not in files:
-            raise ValueError(f"'{folder}' lacks the tensor '{name}': the download may be incomplete")
-        with safe_open(files[name], framework="numpy") as file:
-            return _from_published(file.get_tensor(name), axes, path[-1], config, name)
+        name, axes = _family(config).tensor_of(path)
+        return _from_published(_read_tensor(files[name], name), axes, path[-1], config, name)
 
-    model = _materialise(config, mesh, read, dtype)
-    surplus = sorted(name for name in set(files) - wanted if not llama.is_extra(name, config))
-    if surplus:
-        raise ValueError(f"'{folder}' has a tensor that a {config.layers}-layer model has no use for: '{surplus[0]}'")
-    return model
+    return _materialise(config, mesh, read, dtype)
 
 
 def shard(model: Transformer, mesh: Mesh, dtype: DTypeLike | None = None) -> Transformer:
@@ -79,15 +74,22 @@ def shard(model: Transformer, mesh: Mesh, dtype: DTypeLike | None = None) -> Tra
 
 
 def save(model: Transformer, folder: str | Path, dtype: DTypeLike = jnp.bfloat16) -> None:
-    """Writes a Hugging Face folder that transformers and `load` open."""
+    """Writes a Hugging Face folder that transformers and `load` open.
+
+    Raises:
+        ValueError: the folder holds the index or the generation config of another model.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    for file in (INDEX_FILE, GENERATION_FILE):
+        if (folder / file).exists():
+            raise ValueError(f"'{folder}' holds another model's {file}, which would go before this one: choose another")
+    family, tensors = _family(model.config), {}
     for path, value in _parameters(model):
-        name, axes = llama.tensor_of(path)
+        name, axes = family.tensor_of(path)
         tensors[name] = _to_published(value.astype(dtype), axes, path[-1])
     _replace(folder / WEIGHTS_FILE, to_bytes(tensors, metadata={"format": "pt"}))
-    published = llama.write_config(model.config, jnp.dtype(dtype).name)
+    published = family.write_config(model.config, jnp.dtype(dtype).name)
     _replace(folder / "config.json", (json.dumps(published, indent=2) + "\n").encode())
 
 
@@ -99,12 +101,40 @@ def _parameters(model: Transformer) -> Iterator[tuple[ParameterPath, np.ndarray]
         yield path, np.asarray(parameter[...])[own]
 
 
+def _family(config: ModelConfig) -> ModuleType:
+    return FAMILIES[config.family]
+
+
+def _abstract(config: ModelConfig, devices: int = 1) -> Transformer:
+    return nnx.eval_shape(lambda: Transformer(config, devices=devices, rngs=nnx.Rngs(0)))
+
+
+def _check_names(folder: Path, config: ModelConfig, names: set[str]) -> None:
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(_abstract(config), nnx.Param))]
+    wanted = {_family(config).tensor_of(path)[0] for path in paths}
+    for name in sorted(wanted - names):
+        raise ValueError(f"'{folder}' lacks the tensor '{name}': the download may be incomplete")
+    for name in sorted(names - wanted):
+        if not _family(config).is_extra(name, config):
+            raise ValueError(f"'{folder}' has a tensor that a {config.layers}-layer model has no use for: '{name}'")
+
+
+def _read_tensor(file: Path, name: str) -> np.ndarray:
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            value = opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"'{file}' does not give the tensor '{name}' ({error}): fetch it again") from None
+    if not jnp.issubdtype(value.dtype, jnp.floating) or value.dtype.itemsize < 2:
+        raise ValueError(f"tensor '{name}' is of type {value.dtype}: quantised weights are not supported")
+    return value
+
+
 def _materialise(
     config: ModelConfig, mesh: Mesh, read: Callable[[ParameterPath], np.ndarray], dtype: DTypeLike
 ) -> Transformer:
     """A Transformer over `mesh`, one parameter at a time: read, padded with zeros to what the devices share, placed."""
-    abstract = nnx.eval_shape(lambda: Transformer(config, devices=flat_size(mesh), rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(abstract)
+    graph, state = nnx.split(_abstract(config, flat_size(mesh)))
 
     def place(path: ParameterPath, shape: tuple[int, ...]) -> jax.Array:
         value = read(path).astype(dtype)
@@ -144,7 +174,9 @@ def _replace(file: Path, content: bytes) -> None:
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """Which file holds which tensor. The index decides, if there is one."""
     if (folder / INDEX_FILE).exists():
-        index = _read_json(folder / INDEX_FILE).get("weight_map", {})
+        index = _read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+            raise ValueError(f"'{folder / INDEX_FILE}' has no weight_map from tensors to files: fetch it again")
         lost = sorted({file for file in index.values() if not (folder / file).exists()})
         if lost:
             raise ValueError(f"'{folder}' lacks '{lost[0]}', which its index names: the download may be incomplete")

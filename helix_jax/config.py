@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar
 
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from helix_jax.combine import COMBINES
 from helix_jax.layout import BlockLayout
-from helix_jax.mesh import CP, TP, flat_size
+from helix_jax.mesh import CP, DP, TP, flat_size
 
 KERNELS = ("auto", "xla")
 
@@ -21,7 +21,8 @@ class ModelConfig:
     """The shape of a decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
     Raises:
-        ValueError: a size below 1, or query heads that the key/value heads do not divide.
+        ValueError: a size below 1, a stop id outside of the vocabulary, query heads that the key/value heads do not
+            divide.
     """
 
     layers: int
@@ -37,21 +38,18 @@ class ModelConfig:
     tied_head: bool = False
     stop_ids: tuple[int, ...] = ()
     tokenizer: str | None = None
+    family: str = "llama"
 
     def __post_init__(self) -> None:
-        for name in (
-            "layers",
-            "width",
-            "heads",
-            "kv_heads",
-            "head_width",
-            "ff_width",
-            "vocab",
-            "max_positions",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is int and value < 1:
+                raise ValueError(f"{f.name} is {value}: give a whole number of at least 1")
+            if f.type is float and not 0 < value < math.inf:
+                raise ValueError(f"{f.name} is {value}: give a positive number")
+        for stop in self.stop_ids:
+            if not 0 <= stop < self.vocab:
+                raise ValueError(f"stop id {stop} is outside of the vocabulary of {self.vocab}: mend the config")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}: mend the config")
         if self.head_width % 2:
@@ -74,7 +72,8 @@ class Plan:
     """How a mesh decodes: where blocks go, how partials meet, which kernel attends.
 
     Raises:
-        ValueError: a layout for another number of ranks than the mesh has, an unknown combine or kernel.
+        ValueError: a mesh that is not `make_mesh`'s, a layout for another number of ranks than it has, an unknown
+            combine or kernel.
     """
 
     mesh: Mesh
@@ -83,6 +82,8 @@ class Plan:
     kernel: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.mesh.axis_names != (DP, TP, CP) or set(self.mesh.axis_types) != {AxisType.Auto}:
+            raise ValueError(f"the mesh has axes {self.mesh.axis_names}: make it with make_mesh, automatic, cp minor")
         if self.layout.ranks != self.mesh.shape[CP]:
             ranks, cp = self.layout.ranks, self.mesh.shape[CP]
             raise ValueError(f"the layout deals to {ranks} ranks, but the mesh has cp {cp}: make them equal")
@@ -95,13 +96,18 @@ class Plan:
         """What `auto` comes to on this mesh."""
         return "xla"
 
-    def check_heads(self, heads: int, kv_heads: int) -> None:
-        """Raises ValueError, with the nearest sizes that fit, if the mesh cannot share these heads evenly."""
-        tp, flat = self.mesh.shape[TP], flat_size(self.mesh)
+    def check_kv_heads(self, kv_heads: int) -> None:
+        """Raises ValueError, with the nearest sizes that fit, if tp cannot share these heads evenly."""
+        tp = self.mesh.shape[TP]
         if kv_heads % tp:
             raise ValueError(
                 f"tp {tp} does not divide the {kv_heads} key/value heads: choose tp {_nearest(tp, kv_heads)}"
             )
+
+    def check_heads(self, heads: int, kv_heads: int) -> None:
+        """Raises ValueError, with the nearest sizes that fit, if the mesh cannot share these heads evenly."""
+        self.check_kv_heads(kv_heads)
+        tp, flat = self.mesh.shape[TP], flat_size(self.mesh)
         if heads % flat:
             cp = flat // tp
             raise ValueError(
@@ -122,14 +128,20 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str) -> C
         raise ValueError(f"{where}: unknown key '{key}': known are {', '.join(sorted(known))}")
     for key in sorted(set(needed) - set(values)):
         raise ValueError(f"{where}: '{key}' is missing: add it")
-    for key, value in values.items():
-        accepted = _ACCEPTED.get(known[key].type, (type(value),))
-        if type(value) not in accepted:
-            raise ValueError(f"{where}: {key} is {value!r}: give a value of type {accepted[-1].__name__}")
-    return kind(**values)
+    return kind(**{key: _of_type(value, known[key].type, f"{where}: {key}") for key, value in values.items()})
 
 
-_ACCEPTED: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
+def _of_type(value: Any, wanted: Any, what: str) -> Any:
+    """`value` as a field of type `wanted` holds it; what no file can give (a nested config, say) passes as it is."""
+    if wanted is float and type(value) is int:
+        return float(value)
+    if wanted == tuple[int, ...] and isinstance(value, list | tuple) and all(type(item) is int for item in value):
+        return tuple(value)
+    if (wanted in (int, float, bool, str) and type(value) is not wanted) or wanted == tuple[int, ...]:
+        raise ValueError(f"{what} is {value!r}: give a value of type {getattr(wanted, '__name__', wanted)}")
+    if wanted == (str | None) and not isinstance(value, str | None):
+        raise ValueError(f"{what} is {value!r}: give a value of type str")
+    return value
 
 
 def _nearest(wanted: int, whole: int) -> str:

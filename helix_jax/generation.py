@@ -1,15 +1,18 @@
 """A batch of prompts to tokens: prefill in chunks, then one step per token, as a stream of events."""
 
+import operator
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import NamedSharding
 
-from helix_jax.cache import KVCache, Rows, empty_cache, per_row, start_rows
-from helix_jax.config import Plan
+from helix_jax.cache import KVCache, Rows, make_cache, per_row
+from helix_jax.config import ModelConfig, Plan
 from helix_jax.mesh import ROWS_B, sharding
 from helix_jax.models.transformer import Transformer
 from helix_jax.sampling import Sampling, make_sampling
@@ -19,7 +22,7 @@ DEFAULT_PAGE = 64
 DEFAULT_CHUNK = 512
 
 # A row's prompt; None is an idle row, which takes part in nothing.
-Prompt = Sequence[int] | None
+Prompt = Sequence[int] | np.ndarray | None
 
 
 class Compiled(NamedTuple):
@@ -37,9 +40,14 @@ class Prefilled(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """The next token of each row; None for a row that is idle or has ended. The first come out of the prefill: 0 s."""
+    """The next token of each row, and the logits that it was chosen from.
+
+    tokens: None for a row that is idle or has ended. logits_BV: without meaning there; on the device until it is read.
+    seconds: 0 for the first tokens, which come out of the prefill.
+    """
 
     tokens: tuple[int | None, ...]
+    logits_BV: Array
     seconds: float
 
 
@@ -79,12 +87,17 @@ def stream(
         ValueError: an empty prompt, a token id outside the vocabulary, more positions than the model has, heads that
             the mesh does not divide, a number below 1.
     """
-    prompts = [None if prompt is None else list(map(int, prompt)) for prompt in prompts]
-    _check(model, plan, prompts, max_new_tokens, chunk)
-    lens = [len(prompt or ()) for prompt in prompts]
+    placed = model.embed_VD[...].sharding
+    if not isinstance(placed, NamedSharding) or placed.mesh != plan.mesh:
+        raise ValueError("the model's weights lie on another mesh than the plan's: use load or shard with plan.mesh")
+    if sampling and len(sampling.seed_B) != len(prompts):
+        raise ValueError(f"sampling is for {len(sampling.seed_B)} rows, but there are {len(prompts)} prompts")
+    plan.check_heads(model.config.heads, model.config.kv_heads)
+    checked = check_request(model.config, prompts, max_new_tokens=max_new_tokens, chunk=chunk, page=page)
+    lens = [len(prompt) for prompt in checked]
     # The last token is said, not cached.
-    rows = start_rows(plan, lens, [n + max_new_tokens - 1 if n else 0 for n in lens], page)
-    cache = empty_cache(plan, rows, page, **cache_shape(model))
+    room = [n + max_new_tokens - 1 if n else 0 for n in lens]
+    cache, rows = make_cache(plan, lens, room, page=page, **cache_shape(model))
     sampling = jax.device_put(sampling or make_sampling(len(prompts)), sharding(plan.mesh, ROWS_B))
     weights = model.weights()
 
@@ -93,76 +106,66 @@ def stream(
         return jax.block_until_ready(step(model.config, plan, weights, cache, rows, *new, sampling))
 
     ends = np.asarray(model.config.stop_ids if stop_ids is None else stop_ids, np.int32)
-    return _events(run, cache, rows, prompts, chunk, max_new_tokens, ends)
+    return _events(run, cache, rows, checked, chunk, max_new_tokens, ends)
 
 
 def _events(
     run: Run,
     cache: KVCache,
     rows: Rows,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Sequence[int]],
     chunk: int,
     max_new_tokens: int,
     ends: np.ndarray,
 ) -> Iterator[Event]:
-    lens_B = np.asarray([len(prompt or ()) for prompt in prompts])
+    lens_B = np.asarray([len(prompt) for prompt in prompts])
     longest = int(lens_B.max())
     T = min(chunk, 1 << (longest - 1).bit_length())  # a short prompt needs no long program
     tokens_BS = np.zeros((len(prompts), -(-longest // T) * T), np.int32)
     for row, prompt in enumerate(prompts):
-        tokens_BS[row, : lens_B[row]] = prompt or ()
+        tokens_BS[row, : lens_B[row]] = prompt
 
     began = time.perf_counter()
     for width in sorted({T, 1}):  # a step of idle rows changes nothing, and compiles
         cache, rows = run(cache, rows, tokens_BS[:, :width], np.zeros_like(lens_B))[2:]
     yield Compiled(time.perf_counter() - began)
-    cache, rows, token_B = yield from _prefill(run, cache, rows, tokens_BS, lens_B, T)
-    yield from _decode(run, cache, rows, token_B, lens_B > 0, max_new_tokens, ends)
+    out = yield from _prefill(run, cache, rows, tokens_BS, lens_B, T)
+    yield from _decode(run, out, lens_B > 0, max_new_tokens, ends)
 
 
 def _prefill(
     run: Run, cache: KVCache, rows: Rows, tokens_BS: np.ndarray, lens_B: np.ndarray, T: int
-) -> Generator[Event, None, tuple[KVCache, Rows, np.ndarray]]:
-    """Fills the cache with the prompts; returns it with the first new token of each row."""
-    token_B, longest = np.zeros(len(lens_B), np.int32), int(lens_B.max())
+) -> Generator[Event, None, StepOutput]:
+    """Fills the cache with the prompts. Returns what a step would have that read the last token of every prompt."""
+    longest = int(lens_B.max())
+    token_B: Any = np.zeros(len(lens_B), np.int32)
+    logits_BV: Any = None
     for first in range(0, longest, T):
         began = time.perf_counter()
         count_B = np.clip(lens_B - first, 0, T)
-        said_B, _, cache, rows = run(cache, rows, tokens_BS[:, first : first + T], count_B)
-        token_B = np.where((count_B > 0) & (first + count_B == lens_B), said_B, token_B)
+        out = run(cache, rows, tokens_BS[:, first : first + T], count_B)
+        cache, rows = out.cache, out.rows
+        ended_B = (count_B > 0) & (first + count_B == lens_B)
+        if ended_B.any():
+            token_B = np.where(ended_B, out.token_B, token_B)
+            logits_BV = out.logits_BV if logits_BV is None else jnp.where(ended_B[:, None], out.logits_BV, logits_BV)
         yield Prefilled(min(first + T, longest), longest, time.perf_counter() - began)
-    return cache, rows, token_B
+    return StepOutput(token_B, logits_BV, cache, rows)
 
 
-def _decode(
-    run: Run,
-    cache: KVCache,
-    rows: Rows,
-    token_B: np.ndarray,
-    live_B: np.ndarray,
-    max_new_tokens: int,
-    ends: np.ndarray,
-) -> Iterator[Event]:
+def _decode(run: Run, out: StepOutput, live_B: np.ndarray, max_new_tokens: int, ends: np.ndarray) -> Iterator[Event]:
     """Says the first token, and goes on from it until every row has ended."""
     seconds = 0.0
     for remaining in reversed(range(max_new_tokens)):
-        yield Decoded(tuple(int(token) if live else None for token, live in zip(token_B, live_B, strict=True)), seconds)
+        token_B = np.asarray(out.token_B)
+        said = tuple(int(token) if live else None for token, live in zip(token_B, live_B, strict=True))
+        yield Decoded(said, out.logits_BV, seconds)
         live_B = live_B & ~np.isin(token_B, ends)
         if not remaining or not live_B.any():
             return
         began = time.perf_counter()
-        said_B, _, cache, rows = run(cache, rows, token_B[:, None], live_B.astype(np.int32))
-        token_B, seconds = np.asarray(said_B), time.perf_counter() - began
-
-
-def next_logits(model: Transformer, prompt: Sequence[int], plan: Plan, page: int = DEFAULT_PAGE) -> np.ndarray:
-    """The logits [V] of the token that follows `prompt`, prefilled in one step."""
-    _check(model, plan, [prompt], 1, 1)
-    rows = start_rows(plan, [len(prompt)], [len(prompt)], page)
-    cache = empty_cache(plan, rows, page, **cache_shape(model))
-    new = per_row(plan, [prompt]), per_row(plan, [len(prompt)])
-    out = step(model.config, plan, model.weights(), cache, rows, *new, make_sampling(1))
-    return np.asarray(out.logits_BV[0])
+        out = run(out.cache, out.rows, token_B[:, None], live_B.astype(np.int32))
+        seconds = time.perf_counter() - began
 
 
 def cache_shape(model: Transformer) -> dict[str, Any]:
@@ -176,29 +179,40 @@ def cache_shape(model: Transformer) -> dict[str, Any]:
     }
 
 
-def _check(model: Transformer, plan: Plan, prompts: Sequence[Prompt], max_new_tokens: int, chunk: int) -> None:
-    config, placed = model.config, model.embed_VD[...].sharding
-    plan.check_heads(config.heads, config.kv_heads)
-    if not isinstance(placed, NamedSharding) or placed.mesh != plan.mesh:
-        raise ValueError("the model's weights lie on another mesh than the plan's: use load or shard with plan.mesh")
-    for name, value in (("max_new_tokens", max_new_tokens), ("prefill chunk", chunk)):
+def check_request(
+    config: ModelConfig, prompts: Sequence[Prompt], *, max_new_tokens: int, chunk: int, page: int
+) -> list[list[int]]:
+    """The prompts as lists of ids, an idle row as an empty one: all that can be refused before a weight is loaded.
+
+    Raises:
+        ValueError: as `stream`, of the request itself.
+    """
+    for name, value in (("max_new_tokens", max_new_tokens), ("prefill chunk", chunk), ("page", page)):
         if value < 1:
             raise ValueError(f"{name} is {value}: give at least 1")
     if all(prompt is None for prompt in prompts):
         raise ValueError("no prompts: give at least one")
-    for row, prompt in enumerate(prompts):
-        if prompt is None:
-            continue
-        if len(prompt) == 0:
-            raise ValueError(f"prompt {row} is empty: give at least one token")
-        outside = [token for token in prompt if not 0 <= token < config.vocab]
-        if outside:
-            raise ValueError(
-                f"prompt {row}: token id {outside[0]} is outside of the vocabulary of {config.vocab}: "
-                f"give ids from 0 to {config.vocab - 1}"
-            )
-        if len(prompt) + max_new_tokens > config.max_positions:
-            raise ValueError(
-                f"prompt {row}: {len(prompt)} tokens and {max_new_tokens} new ones exceed the model's "
-                f"{config.max_positions} positions: shorten the prompt or ask for fewer"
-            )
+    return [_check_prompt(config, row, prompt, max_new_tokens) for row, prompt in enumerate(prompts)]
+
+
+def _check_prompt(config: ModelConfig, row: int, prompt: Prompt, max_new_tokens: int) -> list[int]:
+    if prompt is None:
+        return []
+    if len(prompt) == 0:
+        raise ValueError(f"prompt {row} is empty: give at least one token")
+    try:
+        ids = [operator.index(token) for token in prompt]
+    except TypeError:
+        raise ValueError(f"prompt {row} is not a sequence of token ids: give whole numbers") from None
+    outside = [token for token in ids if not 0 <= token < config.vocab]
+    if outside:
+        raise ValueError(
+            f"prompt {row}: token id {outside[0]} is outside of the vocabulary of {config.vocab}: "
+            f"give ids from 0 to {config.vocab - 1}"
+        )
+    if len(ids) + max_new_tokens > config.max_positions:
+        raise ValueError(
+            f"prompt {row}: {len(ids)} tokens and {max_new_tokens} new ones exceed the model's "
+            f"{config.max_positions} positions: shorten the prompt or ask for fewer"
+        )
+    return ids

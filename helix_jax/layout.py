@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-# A Python int, a NumPy integer array or a JAX array: whatever supports integer operators. Arguments broadcast.
+# A Python int, a NumPy or a JAX array of signed integers of 32 bits or more. Arguments broadcast.
 Integer = Any
 
 PLACEMENTS = ("helix", "striped", "last_rank")
@@ -39,7 +39,8 @@ class BlockLayout:
         last_rank  the prompt as helix, every decoded position on the last rank: the rule before Helix, a baseline.
 
     Raises:
-        ValueError: fewer than one rank, a block shorter than one position, or an unknown placement.
+        ValueError: fewer than one rank, a block shorter than one position, a turn of all ranks that 32-bit integers do
+            not hold, or an unknown placement.
 
     Source: arXiv 2507.07120; the round-robin of decode blocks is that of TensorRT-LLM PR 9757.
     """
@@ -49,10 +50,15 @@ class BlockLayout:
     placement: str = "helix"
 
     def __post_init__(self) -> None:
+        for name in ("ranks", "block"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: give a whole number")
         if self.ranks < 1:
             raise ValueError(f"cp is {self.ranks}: give at least 1 rank")
         if self.block < 1:
             raise ValueError(f"block is {self.block}: give at least 1 position per block")
+        if self.ranks * self.block >= 2**31:
+            raise ValueError(f"block {self.block} x cp {self.ranks} passes 32-bit integers: give a smaller block")
         if self.placement not in PLACEMENTS:
             raise ValueError(f"unknown placement '{self.placement}': choose one of {', '.join(PLACEMENTS)}")
 

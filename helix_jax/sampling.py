@@ -35,7 +35,7 @@ def make_sampling(rows: int, temperature: float = 0.0, top_k: int = 0, top_p: fl
         raise ValueError(f"top_p is {top_p}: give a probability above 0, at most 1")
     return Sampling(
         jnp.full(rows, temperature, jnp.float32),
-        jnp.full(rows, top_k, jnp.int32),
+        jnp.full(rows, min(top_k, 2**31 - 1), jnp.int32),
         jnp.full(rows, top_p, jnp.float32),
         jnp.arange(rows, dtype=jnp.uint32) + jnp.uint32(seed % 2**32),
     )
@@ -68,5 +68,5 @@ def _keep(logits_V: Array, top_k: Array, top_p: Array) -> Array:
     p_V = jax.nn.softmax(jnp.where(in_k_V, logits_V[order_V], -jnp.inf))
     before_V = jnp.cumsum(p_V) - p_V
     # top_p 1 keeps all by name: rounding may bring the sum of what stands before to 1.
-    in_p_V = (top_p >= 1) | (before_V < top_p)
+    in_p_V = (top_p >= 1) | (before_V < top_p) | (rank_V == 0)
     return jnp.zeros(logits_V.size, bool).at[order_V].set(in_k_V & in_p_V)

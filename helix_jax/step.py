@@ -79,19 +79,24 @@ def _many_steps(
     cache: KVCache,
     rows: Rows,
     token_B: Int[Array, "B"],
-    live_B: Bool[Array, "B"],
+    limit_B: Int[Array, "B"],
     stop_ids: Int[Array, "X"],
     sampling: Sampling,
 ) -> ManyOutput:
-    """Decodes `steps` tokens on the device, starting by appending `token_B`. A row stops after any of `stop_ids`."""
+    """Decodes up to `steps` tokens per row on the device, starting by appending `token_B`.
+
+    A row runs while it is shorter than its limit, which is at most the room it was made with (0 for an idle row), and
+    ends after any of `stop_ids`.
+    """
 
     def one(carry: tuple[KVCache, Rows, Array, Array], _: None):
-        cache, rows, token_B, live_B = carry
+        cache, rows, token_B, limit_B = carry
+        live_B = rows.length_B < limit_B
         out = _step(config, plan, weights, cache, rows, token_B[:, None], live_B.astype(jnp.int32), sampling)
-        still_B = live_B & ~jnp.isin(out.token_B, stop_ids)
-        return (out.cache, out.rows, out.token_B, still_B), (out.token_B, live_B)
+        limit_B = jnp.where(jnp.isin(out.token_B, stop_ids), 0, limit_B)
+        return (out.cache, out.rows, out.token_B, limit_B), (out.token_B, live_B)
 
-    (cache, rows, _, _), (tokens_SB, live_SB) = lax.scan(one, (cache, rows, token_B, live_B), length=steps)
+    (cache, rows, _, _), (tokens_SB, live_SB) = lax.scan(one, (cache, rows, token_B, limit_B), length=steps)
     return ManyOutput(tokens_SB.T, live_SB.T, cache, rows)
 
 

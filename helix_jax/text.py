@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 from helix_jax.config import ModelConfig
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
+_PATIENCE = 8  # ids that may be held back before what is broken is given out as such
 
 
 @runtime_checkable
@@ -74,18 +75,21 @@ class TextStream:
     def feed(self, token: int) -> str:
         """The text that `token` completes; often none."""
         self._held.append(token)
-        piece = self._piece()
-        return "" if piece.endswith(_BROKEN) else self._give(piece)
+        if not self._piece(self._held).endswith(_BROKEN):
+            return self._give(len(self._held))
+        # The last three may be the start of a character, of four bytes at most; what is broken before them stays so.
+        return self._give(len(self._held) - 3) if len(self._held) > _PATIENCE else ""
 
     def rest(self) -> str:
         """What is still held back, broken or not."""
-        return self._give(self._piece())
+        return self._give(len(self._held))
 
-    def _piece(self) -> str:
+    def _piece(self, ids: list[int]) -> str:
         before = self._tokenizer.decode(self._given)
-        return self._tokenizer.decode(self._given + self._held)[len(before) :]
+        return self._tokenizer.decode(self._given + ids)[len(before) :]
 
-    def _give(self, piece: str) -> str:
+    def _give(self, count: int) -> str:
+        piece = self._piece(self._held[:count])
         if piece:
-            self._given, self._held = self._held, []
+            self._given, self._held = self._held[:count], self._held[count:]
         return piece

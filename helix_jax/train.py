@@ -1,5 +1,6 @@
 """Next-token training: the loss, one optimizer step, and bits per byte of a text that was held out."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -39,9 +40,12 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "context", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
+        for name, least in (("steps", 1), ("batch", 1), ("context", 2), ("eval_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: give at least {least}")
+        for name in ("learning_rate", "clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps}: give at least 0, fewer than the {self.steps} steps")
         for name in ("dropout", "held_out"):
@@ -87,9 +91,10 @@ def nats_per_token(
 def causal_attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, state: None, *, scale: float) -> tuple[Array, None]:
     """Attention within the call itself, without a cache, in the form that a Transformer takes."""
     flash = jax.default_backend() == "gpu" and q_BTNH.dtype == jnp.bfloat16
-    o_BTNH = jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, scale=scale, is_causal=True, implementation="cudnn" if flash else "xla"
-    )
+    with jax.default_matmul_precision("highest" if q_BTNH.dtype == jnp.float32 else "default"):
+        o_BTNH = jax.nn.dot_product_attention(
+            q_BTNH, k_BTKH, v_BTKH, scale=scale, is_causal=True, implementation="cudnn" if flash else "xla"
+        )
     return o_BTNH, state
 
 

@@ -77,9 +77,15 @@ def read_run(file: Path) -> tuple[ModelConfig, TrainConfig, np.ndarray]:
     config = from_mapping(TrainConfig, run["train"], f"{file} [train]")
     if config.context > model.max_positions:
         raise ValueError(f"{file}: context {config.context} exceeds max_positions {model.max_positions}")
-    text = np.frombuffer((ROOT / run["text"]).read_bytes(), np.uint8)
-    if first_held_out(text, config) <= config.context:
-        raise ValueError(f"{run['text']}: {len(text)} bytes are too few for a context of {config.context}")
+    if model.tokenizer != "bytes" or model.vocab < 256:
+        raise ValueError(f"{file}: this script trains on bytes: set tokenizer = 'bytes' and vocab = 256")
+    text = np.frombuffer((ROOT / str(run["text"])).read_bytes(), np.uint8)
+    first = first_held_out(text, config)
+    if first <= config.context or first == len(text):
+        raise ValueError(
+            f"{run['text']}: {len(text)} bytes, of which {len(text) - first} are held out, are too few: "
+            f"leave more than the context of {config.context} to train on, and at least 1 to hold out"
+        )
     return model, config, text
 
 

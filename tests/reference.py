@@ -77,3 +77,9 @@ def ties_before_difference(
     gap = best[1] - best[0]
     assert gap < TIE, f"token {index} is {ours[index]}, not {theirs[index]}; the two best logits lie {gap:.2g} apart"
     return 1
+
+
+def gaps_of(model: Transformer, prompt: Sequence[int], said: Sequence[int], padded_to: int) -> np.ndarray:
+    """By how much the naive logit of each token lies below the best, after the prompt and the tokens before it."""
+    logits = naive_logits(model, [[*prompt, *said]], padded_to)[0, len(prompt) - 1 : len(prompt) + len(said) - 1]
+    return logits.max(-1) - logits[np.arange(len(said)), said]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -82,6 +83,8 @@ def test_layout_bad_input_is_one_line_and_exit_2(capsys):
         ({"--block": "0"}, "block is 0"),
         ({"--plot": "/nowhere/x.png"}, "/nowhere/x.png"),
         ({"--plot": "/tmp/x.nonsense"}, "nonsense"),
+        ({"--plot": ""}, "--plot '.' has no ending: give a file like growth.png"),
+        ({"--block": "300000000", "--cp": "8"}, "block 300000000 x cp 8 passes 32-bit integers"),
     ]:
         assert main(["layout", *(word for pair in (good | change).items() for word in pair)]) == 2
         printed = capsys.readouterr()
@@ -141,6 +144,12 @@ def test_prompts_may_be_ids_and_draws_follow_the_seed(tmp_path: Path):
     assert result("generate", "--prompt", "In the beginning", *drawing, "--seed", 4)["tokens"] != by_ids["tokens"]
 
 
+def test_a_prompt_may_come_through_a_pipe():
+    command = f"echo -n And | {sys.executable} -m helix_jax generate --prompt-file /dev/stdin --max-new-tokens 2 --json"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=ENVIRONMENT, check=True)
+    assert json.loads(done.stdout)["prompt_tokens"] == 3
+
+
 def test_left_out_cp_takes_the_fake_devices_that_the_environment_asks_for():
     one = result("generate", "--prompt", "And", "--max-new-tokens", 1)
     assert one["mesh"] == {"tp": 1, "cp": 1}
@@ -164,7 +173,7 @@ def test_bad_prompts_are_one_line_and_exit_2(tmp_path: Path):
     (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
     (tmp_path / "words.json").write_text('["a"]')
     (tmp_path / "outside.json").write_text("[65, 300]")
-    bad(["--prompt-file", "/nowhere.txt"], "prompt file '/nowhere.txt' does not exist: give a text file")
+    bad(["--prompt-file", "/nowhere.txt"], "prompt file '/nowhere.txt' cannot be read: No such file")
     bad(["--prompt-file", tmp_path / "empty.txt"], "empty.txt' is empty: give at least one character")
     bad(["--prompt-file", tmp_path / "latin.txt"], "is not valid UTF-8")
     bad(["--prompt-ids", tmp_path / "words.json"], "is not a list of token ids: give one like [1, 2, 3]")
@@ -172,6 +181,7 @@ def test_bad_prompts_are_one_line_and_exit_2(tmp_path: Path):
     bad(["--prompt-ids", tmp_path / "outside.json", "--cp", 8], "token id 300 is outside of the vocabulary of 256")
     bad(["--prompt", ""], "--prompt is empty")
     bad(["--prompt", "x" * 2000, "--cp", 8], "2000 tokens and 128 new ones exceed the model's 2048 positions")
+    bad(["--prompt-file", tmp_path], "cannot be read: Is a directory")
     bad([], "one of the arguments --prompt --prompt-file --prompt-ids is required")
 
 
@@ -232,20 +242,24 @@ def test_a_difference_is_exit_1_with_its_index_and_gap(monkeypatch, capsys):
     """The unsharded run is made to say another word; run in this process, which has its 8 devices."""
     from helix_jax.cli import generate as command
 
-    real = command.generate
+    real = command.stream
 
-    def another(*arguments, **options):
-        [tokens] = real(*arguments, **options)
-        return [[*tokens[:3], (tokens[3] + 1) % 256, *tokens[4:]]]
+    def another(model, prompts, plan, **options):
+        said = 0
+        for event in real(model, prompts, plan, **options):
+            if isinstance(event, command.Decoded) and plan.layout.ranks == 1:
+                said += 1
+                event = event._replace(tokens=(65,)) if said == 4 else event
+            yield event
 
-    monkeypatch.setattr(command, "generate", another)
+    monkeypatch.setattr(command, "stream", another)
     monkeypatch.setattr(command, "open_mesh", lambda platform, tp, cp: command.make_mesh(tp, cp))
     arguments = ["generate", "--prompt", "In the", "--cp", "2", "--max-new-tokens", "6", "--verify"]
     assert main(arguments) == 1
-    assert "not verified: new token 3 is" in capsys.readouterr().err
+    assert re.search(r"not verified: new token 3 is \d+, but 65 .* lie [\d.]+ apart", capsys.readouterr().err)
     assert main([*arguments, "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["verified"] is False
-    monkeypatch.setattr(command, "generate", real)
+    monkeypatch.setattr(command, "stream", real)
     assert main(arguments) == 0
 
 

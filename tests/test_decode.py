@@ -14,7 +14,7 @@ from helix_jax.generation import generate
 from helix_jax.layout import PLACEMENTS, BlockLayout
 from helix_jax.mesh import make_mesh
 from helix_jax.sampling import make_sampling
-from tests.reference import TINY, naive_greedy, naive_logits, ties_before_difference, tiny_model
+from tests.reference import TINY, gaps_of, naive_greedy, ties_before_difference, tiny_model
 
 BLOCK, STEPS, PADDED = 3, 50, 160  # at cp 8 two full rotations are 48 tokens
 WHOLE = 128
@@ -86,8 +86,7 @@ def test_600_steps_of_block_16_over_8_ranks(placement: str, how: str, prompts):
             assert row == []
             continue
         assert len(row) == 600
-        logits = naive_logits(tiny_model(), [prompt + row], padded)[0, len(prompt) - 1 : len(prompt) + 599]
-        gaps = logits.max(-1) - logits[np.arange(600), row]
+        gaps = gaps_of(tiny_model(), prompt, row, padded)
         assert gaps.max() < 1e-4, f"token {gaps.argmax()} is {gaps.max():.2g} below the best"
         assert (gaps > 0).sum() <= 2
 
@@ -116,11 +115,27 @@ def test_a_row_ends_after_a_stop_id_and_the_others_go_on(prompts, naive):
     assert len(ours[0]) <= 6
 
 
-def test_bfloat16_decodes(prompts):
+def test_tokens_do_not_depend_on_dp(prompts, naive):
+    mesh = make_mesh(tp=2, cp=2, dp=2)
+    plan = Plan(mesh, BlockLayout(2, BLOCK))
+    assert generate(shard(tiny_model(), mesh), prompts, plan, max_new_tokens=STEPS, page=4, chunk=7) == naive
+
+
+def test_bfloat16_says_what_float32_would_or_nearly(prompts):
+    """Each token's float32 logit, after the same text, lies within the rounding of bfloat16 of the best."""
     mesh = make_mesh(2, 4)
     model = shard(tiny_model(), mesh, jnp.bfloat16)
-    ours = generate(model, prompts, Plan(mesh, BlockLayout(4, BLOCK)), max_new_tokens=5)
-    assert [len(row) for row in ours] == [5, 5, 0, 5]
+    ours = generate(model, prompts, Plan(mesh, BlockLayout(4, BLOCK)), max_new_tokens=STEPS)
+    gaps = np.concatenate(
+        [
+            gaps_of(tiny_model(), prompt, row, PADDED)
+            for prompt, row in zip(prompts, ours, strict=True)
+            if prompt is not None
+        ]
+    )
+    assert len(gaps) == 3 * STEPS
+    assert gaps.max() < 0.1
+    assert (gaps > 0).mean() < 0.1
 
 
 @pytest.mark.parametrize(
@@ -133,13 +148,23 @@ def test_bfloat16_decodes(prompts):
         ([None], {}, "no prompts: give at least one"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0: give at least 1"),
         ([[1]], {"chunk": 0}, "prefill chunk is 0: give at least 1"),
-        ([[1]], {"page": 0}, "page is 0: give at least 1 token per page"),
+        ([[1]], {"page": 0}, "page is 0: give at least 1"),
+        ([np.array(["a"])], {}, "prompt 0 is not a sequence of token ids: give whole numbers"),
+        ([np.array([1.7])], {}, "prompt 0 is not a sequence of token ids"),
+        ([[1]], {"sampling": make_sampling(2)}, "sampling is for 2 rows, but there are 1 prompts"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(prompts, options, message):
     mesh = make_mesh(1, 4)
     with pytest.raises(ValueError, match=message):
         generate(shard(tiny_model(), mesh), prompts, Plan(mesh, BlockLayout(4)), **options)
+
+
+def test_prompts_may_be_arrays():
+    mesh = make_mesh(1, 4)
+    model, plan = shard(tiny_model(), mesh), Plan(mesh, BlockLayout(4))
+    lists, arrays = [[1, 2, 3], None], [np.array([1, 2, 3]), None]
+    assert generate(model, arrays, plan, max_new_tokens=3) == generate(model, lists, plan, max_new_tokens=3)
 
 
 def test_weights_on_another_mesh_are_refused():

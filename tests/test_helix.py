@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from helix_jax.attention import Partial, merge
-from helix_jax.cache import Pages, Rows, append, empty_cache, per_row, start_rows
+from helix_jax.cache import Pages, Rows, append, make_cache, per_row
 from helix_jax.combine import COMBINES, combine
 from helix_jax.config import Plan
 from helix_jax.helix import helix_attention
@@ -31,8 +32,8 @@ def decode_all(plan: Plan, heads: int, kv_heads: int, chunk: int, dtype, *, fill
     random = np.random.default_rng(0)
     q_BSNH = jnp.asarray(random.normal(size=(B, max(MOST), heads, H)), dtype)
     k_BSKH, v_BSKH = (jnp.asarray(random.normal(size=(B, max(MOST), kv_heads, H)), dtype) for _ in "kv")
-    rows = start_rows(plan, PROMPTS, MOST, PAGE)
-    [pages] = empty_cache(plan, rows, PAGE, layers=1, kv_heads=kv_heads, head_width=H, dtype=dtype).layers
+    shape = {"layers": 1, "kv_heads": kv_heads, "head_width": H, "dtype": dtype}
+    ([pages],), rows = make_cache(plan, PROMPTS, MOST, page=PAGE, **shape)
     pages = jax.tree.map(lambda pool: jnp.full_like(pool, fill), pages)
 
     outputs = [[] for _ in range(B)]
@@ -99,8 +100,8 @@ def test_nan_in_every_unused_slot_changes_nothing(placement: str):
 def test_a_used_slot_that_is_nan_does_change_the_result():
     """The control of the test above."""
     plan = plan_of(2, 4)
-    rows = start_rows(plan, [5], [8], PAGE)
-    [pages] = empty_cache(plan, rows, PAGE, layers=1, kv_heads=2, head_width=H, dtype=jnp.float32).layers
+    shape = {"layers": 1, "kv_heads": 2, "head_width": H, "dtype": jnp.float32}
+    ([pages],), rows = make_cache(plan, [5], [8], page=PAGE, **shape)
     q, k, v = (jnp.ones((1, 5, heads, H)) for heads in (8, 2, 2))
     count = per_row(plan, [5])
     _, pages = run(plan, pages, q, k, v, rows, count, scale=SCALE)
@@ -114,8 +115,8 @@ def test_a_used_slot_that_is_nan_does_change_the_result():
 def test_every_position_lies_where_the_layout_says(placement: str):
     """The keys are the positions themselves: read the pools back, rank by rank, slot by slot."""
     plan = plan_of(1, 4, placement)
-    rows = start_rows(plan, [11, 2], [40, 30], PAGE)
-    [pages] = empty_cache(plan, rows, PAGE, layers=1, kv_heads=4, head_width=2, dtype=jnp.float32).layers
+    shape = {"layers": 1, "kv_heads": 4, "head_width": 2, "dtype": jnp.float32}
+    ([pages],), rows = make_cache(plan, [11, 2], [40, 30], page=PAGE, **shape)
     for position in range(40):
         k = jnp.full((2, 1, 4, 2), position, jnp.float32)
         count_B = per_row(plan, [1, position < 30])
@@ -129,11 +130,13 @@ def test_every_position_lies_where_the_layout_says(placement: str):
             assert k_RAW[rank, page, slot % PAGE] == position
 
 
-def test_a_token_that_finds_no_page_is_dropped_not_misplaced():
+@pytest.mark.parametrize(("table", "slots"), [([[0, 1], [2, 3]], [4, 3]), ([[0, -1], [2, 3]], [2, 3])])
+def test_a_token_that_finds_no_page_is_dropped_not_misplaced(table, slots):
+    """Past the table, or at an entry that an allocator has marked as free."""
     pages = Pages(jnp.zeros((4, 1, 2, 3)), jnp.zeros((4, 1, 2, 3)))
-    table_BM = jnp.asarray([[0, 1], [2, 3]], jnp.int32)
     new = jnp.ones((2, 1, 1, 3))
-    after = append(pages, new, new, table_BM, jnp.asarray([[4], [3]]), jnp.asarray([[True], [True]]))
+    owned = jnp.asarray([[True], [True]])
+    after = append(pages, new, new, jnp.asarray(table), jnp.asarray(slots)[:, None], owned)
     assert np.asarray(after.k_AKWH).sum(-1).reshape(-1).tolist() == [0, 0, 0, 0, 0, 0, 0, 3]
 
 
@@ -163,14 +166,23 @@ def test_the_three_combines_agree_and_empty_ranks_are_nothing():
         assert not np.isnan(met.o_BTNH).any()
 
 
-def test_rows_that_cannot_be_are_refused():
-    plan = plan_of(1, 4)
-    with pytest.raises(ValueError, match="page is 0: give at least 1"):
-        start_rows(plan, [3], [4], 0)
-    with pytest.raises(ValueError, match="row 1: a prompt of 9 tokens does not fit its room of 8"):
-        start_rows(plan, [3, 9], [4, 8], 4)
-    with pytest.raises(ValueError, match="3 rows cannot be shared among dp 2"):
-        start_rows(Plan(make_mesh(1, 4, dp=2), BlockLayout(4)), [1, 1, 1], [1, 1, 1], 4)
+@pytest.mark.parametrize(
+    ("prompt_lens", "max_lens", "change", "message"),
+    [
+        ([3], [4], {"page": 0}, "page is 0: give at least 1"),
+        ([3, 9], [4, 8], {}, "row 1: a prompt of 9 tokens does not fit its room of 8"),
+        ([1, 1, 1], [1, 1, 1], {}, "3 rows cannot be shared among dp 2"),
+        ([], [], {}, "0 rows cannot be shared"),
+        ([1, 1], [4], {}, "2 prompt_lens, but 1 max_lens: give one of each per row"),
+        ([1, 1], [4, 4], {"kv_heads": 3}, "tp 2 does not divide the 3 key/value heads: choose tp 1 or 3"),
+    ],
+)
+def test_a_cache_that_cannot_be_is_refused(prompt_lens, max_lens, change, message):
+    dp = 1 if len(prompt_lens) == 1 or max_lens == [4, 8] else 2
+    plan = Plan(make_mesh(2, 2, dp), BlockLayout(2))
+    shape = {"page": 4, "layers": 1, "kv_heads": 2, "head_width": 8, "dtype": jnp.float32} | change
+    with pytest.raises(ValueError, match=message):
+        make_cache(plan, prompt_lens, max_lens, **shape)
 
 
 def test_heads_that_do_not_divide_are_refused_with_the_nearest_that_do():
@@ -192,6 +204,13 @@ def test_a_plan_that_cannot_be_is_refused():
         Plan(mesh, BlockLayout(4), "ring")
     with pytest.raises(ValueError, match="unknown kernel 'triton': choose one of auto, xla"):
         Plan(mesh, BlockLayout(4), kernel="triton")
+    for other in (
+        jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)),
+        jax.make_mesh((1, 4, 2), ("dp", "cp", "tp"), axis_types=(AxisType.Auto,) * 3),
+        jax.make_mesh((1, 2, 4), ("dp", "tp", "cp"), axis_types=(AxisType.Explicit,) * 3),
+    ):
+        with pytest.raises(ValueError, match="make it with make_mesh"):
+            Plan(other, BlockLayout(4))
     with pytest.raises(ValueError, match="tp 4 x cp 4 needs 16 devices, but there are 8 of platform 'cpu'"):
         make_mesh(4, 4)
     with pytest.raises(ValueError, match="cp is 0: give at least 1"):

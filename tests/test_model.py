@@ -9,7 +9,7 @@ import pytest
 
 from helix_jax.checkpoint import load
 from helix_jax.config import Plan
-from helix_jax.generation import generate, next_logits
+from helix_jax.generation import Decoded, generate, stream
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import make_mesh
 from helix_jax.train import LOG2_E, held_out_windows, nats_per_token
@@ -36,7 +36,8 @@ def test_sharded_logits_and_greedy_tokens_are_those_of_transformers(tp: int, cp:
     model, plan = load(DEMO, mesh, jnp.float32), Plan(mesh, BlockLayout(cp, 16))
     tokens, stride = golden["tokens"].tolist(), int(golden["stride"])
     for index in (1, 40, len(golden["logits"]) - 1):
-        ours = next_logits(model, tokens[: index * stride + 1], plan)
+        events = stream(model, [tokens[: index * stride + 1]], plan, max_new_tokens=1, chunk=64)
+        [ours] = [event.logits_BV[0] for event in events if isinstance(event, Decoded)]
         assert np.abs(ours - golden["logits"][index]).max() <= 2e-4
     [greedy] = generate(model, [tokens], plan, max_new_tokens=len(golden["greedy"]), chunk=64)
     assert greedy == golden["greedy"].tolist()

@@ -34,13 +34,13 @@ def test_frequencies_are_the_softmax(logits_V, temperature: float):
     np.testing.assert_allclose(found, p, atol=0.015)
 
 
-@pytest.mark.parametrize("k", [1, 3, V, 100])
+@pytest.mark.parametrize("k", [1, 3, V, 100, 2**31, 2**32 + 1])
 def test_top_k_leaves_the_k_likeliest(logits_V, k: int):
     kept = set(np.argsort(-logits_V)[:k])
     assert set(draws(logits_V, {"temperature": 3.0, "top_k": k})) == kept
 
 
-@pytest.mark.parametrize(("k", "p"), [(0, 0.5), (0, 0.9), (0, 1e-6), (0, 1.0), (4, 0.8)])
+@pytest.mark.parametrize(("k", "p"), [(0, 0.5), (0, 0.9), (0, 1e-6), (0, 1e-46), (0, 1.0), (4, 0.8)])
 def test_top_p_leaves_the_fewest_that_reach_p_among_what_top_k_left(logits_V, k: int, p: float):
     order = np.argsort(-logits_V)[: k or V]
     share = np.exp(logits_V[order] / 2)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from helix_jax import generation
-from helix_jax.cache import KVCache, Pages, Rows, empty_cache, per_row, start_rows
+from helix_jax.cache import KVCache, Pages, Rows, make_cache, per_row
 from helix_jax.checkpoint import shard
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig, Plan
@@ -120,20 +120,18 @@ def test_many_steps_on_the_device_equal_one_by_one(placement: str):
     one_by_one = generate(model, prompts, plan, max_new_tokens=31, page=4)
     stop = one_by_one[1][12]
 
-    rows = start_rows(plan, [3, 5, 0], [40, 40, 0], 4)
-    cache = empty_cache(plan, rows, 4, **cache_shape(model))
+    cache, rows = make_cache(plan, [3, 5, 0], [40, 40, 0], page=4, **cache_shape(model))
     weights = model.weights()
     sampling = make_sampling(3)
     tokens_BT = per_row(plan, np.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [0] * 5]))
     out = step(model.config, plan, weights, cache, rows, tokens_BT, per_row(plan, [3, 5, 0]), sampling)
-    live_B = jnp.asarray([True, True, False])
-    many = many_steps(
-        model.config, plan, 30, weights, out.cache, out.rows, out.token_B, live_B, jnp.asarray([stop]), sampling
-    )
-    for row in (0, 1):
+    limit_B = per_row(plan, [3 + 20, 40, 0])
+    stops = jnp.asarray([stop])
+    many = many_steps(TINY, plan, 30, weights, out.cache, out.rows, out.token_B, limit_B, stops, sampling)
+    for row, most in ((0, 21), (1, 31)):  # the first token is said already; then as many as the limit leaves room for
         said = [int(out.token_B[row]), *np.asarray(many.tokens_BS[row])[np.asarray(many.live_BS[row])].tolist()]
-        end = one_by_one[row].index(stop) + 1 if stop in one_by_one[row] else 31
-        assert said == one_by_one[row][:end]
+        end = one_by_one[row].index(stop) + 1 if stop in one_by_one[row] else most
+        assert said == one_by_one[row][: min(end, most)]
     assert not many.live_BS[2].any()
     lengths = np.asarray([3, 5, 0]) + np.asarray(many.live_BS).sum(1)
     np.testing.assert_array_equal(many.rows.length_B, lengths)
@@ -142,8 +140,8 @@ def test_many_steps_on_the_device_equal_one_by_one(placement: str):
 def test_idle_rows_write_and_move_nothing():
     mesh = make_mesh(1, 4)
     plan, model = Plan(mesh, BlockLayout(4, 3)), shard(tiny_model(), mesh)
-    rows = start_rows(plan, [3, 3], [9, 9], 4)
-    cache = jax.tree.map(lambda pool: jnp.full_like(pool, jnp.nan), empty_cache(plan, rows, 4, **cache_shape(model)))
+    cache, rows = make_cache(plan, [3, 3], [9, 9], page=4, **cache_shape(model))
+    cache = jax.tree.map(lambda pool: jnp.full_like(pool, jnp.nan), cache)
     weights = model.weights()
     tokens_BT = per_row(plan, np.ones((2, 3)))
     out = step(model.config, plan, weights, cache, rows, tokens_BT, per_row(plan, [0, 0]), make_sampling(2))
@@ -155,8 +153,7 @@ def test_float32_means_float32_wherever_matrices_meet():
     """Every product of the step asks for the highest precision: on a TPU or GPU the default would not be float32."""
     mesh = make_mesh(2, 4)
     plan, model = Plan(mesh, BlockLayout(4)), shard(tiny_model(), mesh)
-    rows = start_rows(plan, [3], [9], 4)
-    cache = empty_cache(plan, rows, 4, **cache_shape(model))
+    cache, rows = make_cache(plan, [3], [9], page=4, **cache_shape(model))
     weights = model.weights()
     new = per_row(plan, [[1]]), per_row(plan, [1])
     text = step.lower(model.config, plan, weights, cache, rows, *new, make_sampling(1)).as_text()

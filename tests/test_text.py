@@ -29,6 +29,12 @@ def test_broken_bytes_come_out_as_decoding_at_once_gives_them(raw: bytes):
     assert "".join(streamed(list(raw))) == raw.decode(errors="replace")
 
 
+def test_text_that_never_becomes_characters_comes_out_all_the_same():
+    pieces = streamed([0xFF] * 100)
+    assert "".join(pieces) == "\N{REPLACEMENT CHARACTER}" * 100
+    assert max(map(len, pieces)) < 10
+
+
 def test_a_character_waits_for_its_last_byte():
     assert streamed(list("aé€".encode())) == ["a", "", "é", "", "", "€", ""]
 

@@ -29,6 +29,15 @@ def test_the_loss_is_the_surprise_of_each_next_token():
     np.testing.assert_allclose(ours, -logp[np.arange(19), tokens[0, 1:]], rtol=1e-5, atol=1e-5)
 
 
+def test_float32_training_asks_for_float32_products():
+    state = start(tiny_model().weights(), CONFIG)
+    run = jax.jit(train_step, static_argnums=(0, 1, 2))
+    text = run.lower(TINY, CONFIG, jnp.float32, state, jnp.zeros((2, 9), jnp.int32)).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) > 3 * TINY.layers * 9
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
 def test_training_learns_a_text_by_heart():
     weights = tiny_model().weights()
     state = start(weights, CONFIG)
@@ -43,7 +52,7 @@ def test_training_learns_a_text_by_heart():
     assert int(state.step) == CONFIG.steps
 
 
-@given(st.integers(2, 40).map(lambda half: 2 * half), st.integers(0, 300), st.integers(1, 300))
+@given(st.integers(2, 81), st.integers(0, 300), st.integers(1, 300))
 def test_held_out_windows_predict_every_token_once_after_half_a_context(context: int, before: int, held: int):
     first = context + 1 + before
     text = np.arange(first + held)
@@ -61,6 +70,9 @@ def test_held_out_windows_predict_every_token_once_after_half_a_context(context:
         ({"warmup_steps": 40}, "warmup_steps is 40: give at least 0, fewer than the 40 steps"),
         ({"dropout": 1.0}, "dropout is 1.0: give a share"),
         ({"held_out": -0.1}, "held_out is -0.1: give a share"),
+        ({"context": 1}, "context is 1: give at least 2"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0: give a positive number"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0: give a positive number"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused(change, message):
@@ -113,7 +125,12 @@ def test_the_script_trains_a_folder_that_loads(tmp_path: Path):
         (("batch = 2", ""), "[train]: 'batch' is missing"),
         (("context = 32", "context = 64"), "context 64 exceeds max_positions 32"),
         (("scripts/data/kjv.txt", "scripts/data/none.txt"), "none.txt"),
-        (("heads = 2", "heads = ["), "run.toml"),
+        (("heads = 2", "heads = ["), "run.toml is not TOML"),
+        (("vocab = 256", "vocab = 64"), "this script trains on bytes: set tokenizer = 'bytes' and vocab = 256"),
+        (('"scripts/data/kjv.txt"', "5"), "5"),
+        (("held_out = 0.0002", "held_out = 0.0"), "of which 0 are held out, are too few"),
+        (('tokenizer = "bytes"', "tokenizer = 3"), "tokenizer is 3: give a value of type str"),
+        (("layers = 1", "layers = 1\nstop_ids = [256]"), "stop id 256 is outside of the vocabulary of 256"),
     ],
 )
 def test_a_bad_config_is_one_line_and_exit_2(tmp_path: Path, change, message: str):

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.table import Table
 from helix_jax.cache import tokens_per_rank
 from helix_jax.checkpoint import load, read_config
 from helix_jax.cli.devices import open_mesh
+from helix_jax.cli.prompts import encode, read_ids, read_text
 from helix_jax.combine import COMBINES
 from helix_jax.config import KERNELS, Plan
 from helix_jax.generation import (
@@ -25,8 +27,7 @@ from helix_jax.generation import (
     Compiled,
     Decoded,
     Prefilled,
-    generate,
-    next_logits,
+    check_request,
     stream,
 )
 from helix_jax.layout import PLACEMENTS, BlockLayout
@@ -123,7 +124,9 @@ def run(options: argparse.Namespace) -> int:
     notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     config = read_config(options.model)
     tokenizer = open_tokenizer(options.model, config)
-    prompt = _read_prompt(options, tokenizer)
+    prompt = _prompt(options, tokenizer)
+    shape = _request(options)
+    check_request(config, [prompt], **shape)
     mesh = open_mesh(options.platform, options.tp, options.cp)
     layout = BlockLayout(mesh.shape[CP], options.block, options.placement)
     plan = Plan(mesh, layout, options.combine, options.kernel)
@@ -134,7 +137,7 @@ def run(options: argparse.Namespace) -> int:
         tokenizer=tokenizer,
         dtype=options.dtype or ("float32" if _platform(mesh) == "cpu" else "bfloat16"),
         block=options.block,
-        options=_decoding(options),
+        options={**shape, **_sampling(options)},
     )
     done = _decode(job, plan, notes, quiet=options.json)
     difference = _difference(job, done.tokens, mesh) if options.verify else None
@@ -150,58 +153,27 @@ def run(options: argparse.Namespace) -> int:
     return OK
 
 
-def _read_prompt(options: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:
+def _prompt(options: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:
     if options.prompt_ids is not None:
-        return _read_ids(options.prompt_ids)
-    if tokenizer is None:
-        raise ValueError(f"'{options.model}' has no tokenizer.json: give token ids with --prompt-ids FILE.json")
-    if options.prompt_file is None:
-        text, source = options.prompt, "--prompt"
-    else:
-        text, source = _read_text(options.prompt_file), f"'{options.prompt_file}'"
-    if not text:
-        raise ValueError(f"{source} is empty: give at least one character")
-    try:
-        return tokenizer.encode(text)
-    except UnicodeEncodeError:
-        raise ValueError(f"{source} is not valid UTF-8: give text, or token ids with --prompt-ids") from None
+        return read_ids(options.prompt_ids)
+    if options.prompt_file is not None:
+        return encode(read_text(options.prompt_file), f"'{options.prompt_file}'", tokenizer, options.model)
+    return encode(options.prompt, "--prompt", tokenizer, options.model)
 
 
-def _read_text(file: Path) -> str:
-    if not file.is_file():
-        raise ValueError(f"prompt file '{file}' does not exist: give a text file")
-    try:
-        return file.read_bytes().decode()
-    except UnicodeDecodeError:
-        raise ValueError(
-            f"prompt file '{file}' is not valid UTF-8: give text, or token ids with --prompt-ids"
-        ) from None
+def _request(options: argparse.Namespace) -> dict[str, int]:
+    return {
+        "max_new_tokens": options.max_new_tokens,
+        "chunk": options.prefill_chunk,
+        "page": DEFAULT_PAGE if options.page is None else options.page,
+    }
 
 
-def _read_ids(file: Path) -> list[int]:
-    if not file.is_file():
-        raise ValueError(f"prompt file '{file}' does not exist: give a JSON list of token ids")
-    try:
-        ids = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"prompt file '{file}' is not JSON ({error}): give a list of token ids") from None
-    if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
-        raise ValueError(f"prompt file '{file}' is not a list of token ids: give one like [1, 2, 3]")
-    return ids
-
-
-def _decoding(options: argparse.Namespace) -> dict[str, Any]:
-    """The options of `stream` that do not depend on the mesh."""
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     if options.top_k is not None and options.top_k < 1:
         raise ValueError(f"--top-k is {options.top_k}: give at least 1, or leave it out")
     sampling = make_sampling(1, options.temperature, options.top_k or 0, options.top_p, options.seed)
-    return {
-        "max_new_tokens": options.max_new_tokens,
-        "page": DEFAULT_PAGE if options.page is None else options.page,
-        "chunk": options.prefill_chunk,
-        "sampling": sampling,
-        "stop_ids": () if options.ignore_eos else None,
-    }
+    return {"sampling": sampling, "stop_ids": () if options.ignore_eos else None}
 
 
 def _decode(job: Job, plan: Plan, notes: Console, *, quiet: bool) -> Run:
@@ -238,20 +210,17 @@ def _write(piece: str) -> None:
 def _difference(job: Job, tokens: list[int], mesh: Mesh) -> str | None:
     """Decodes again with nothing sharded; says where the tokens part, if they do."""
     mesh = make_mesh(devices=list(mesh.devices.flat))
-    plan, model = Plan(mesh, BlockLayout(1, job.block)), job.load(mesh)
-    [again] = generate(model, [job.prompt], plan, **job.options)
-    if again == tokens:
-        return None
-    index = next(
-        (i for i, (a, b) in enumerate(zip(tokens, again, strict=False)) if a != b),
-        min(len(tokens), len(again)),
-    )
-    best = np.sort(next_logits(model, job.prompt + again[:index], plan))[-2:]
-    ours, theirs = tokens[index : index + 1], again[index : index + 1]
-    return (
-        f"not verified: new token {index} is {ours}, but {theirs} on one device; "
-        f"its two best logits lie {best[1] - best[0]:.3g} apart"
-    )
+    plan = Plan(mesh, BlockLayout(1, job.block))
+    said = (event for event in stream(job.load(mesh), [job.prompt], plan, **job.options) if isinstance(event, Decoded))
+    for index, (ours, event) in enumerate(zip_longest(tokens, said)):
+        theirs = event.tokens[0] if event else None
+        if ours != theirs:
+            best = np.sort(np.asarray(event.logits_BV[0]))[-2:] if event else (np.nan, np.nan)
+            return (
+                f"not verified: new token {index} is {ours}, but {theirs} on one device; "
+                f"its two best logits lie {best[1] - best[0]:.3g} apart"
+            )
+    return None
 
 
 def _report(job: Job, plan: Plan, done: Run, verified: bool | None) -> dict[str, Any]:

@@ -35,7 +35,9 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name} is {getattr(options, name)}: give 0 tokens or more")
     layout = BlockLayout(options.cp, options.block, options.placement)
     found = report(layout, options.prompt, options.decode)
-    if options.plot:
+    if options.plot is not None:
+        if not options.plot.suffix:
+            raise ValueError(f"--plot '{options.plot}' has no ending: give a file like growth.png")
         plot_growth(options.plot, layout, options.prompt, options.decode)
         print(f"helix-jax: wrote '{options.plot}'", file=sys.stderr)
     if options.json:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from helix_jax.config import ModelConfig
+from helix_jax.config import ModelConfig, from_mapping
 
 # Ours -> (theirs, the letters of their axes in their order; letters side by side are one merged axis).
 TENSORS = {
@@ -33,12 +33,13 @@ _SIZES = {
     "max_positions": "max_position_embeddings",
 }
 
-# What would change the numbers if it were another: key, the only values that are computed here.
+# What would change the numbers if it were another: key, and the only values that are computed here.
 _FIXED = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "rope_scaling": (None,),
+    "hidden_act": ("silu", None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (1.0, None),
+    "quantization_config": (None,),
 }
 
 
@@ -59,34 +60,45 @@ def read_config(published: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig that a published config.json describes.
 
     Raises:
-        ValueError: a size that is missing, or an option that this transformer does not compute.
+        ValueError: a size that is missing or no number, or an option that this transformer does not compute.
     """
     for key, values in _FIXED.items():
-        if published.get(key, values[0]) not in values:
+        if published.get(key) not in (*values, None):
             raise ValueError(f"config.json: {key} {published[key]!r} is not supported, only {values[0]!r}")
-    missing = [key for key in _SIZES.values() if key not in published]
-    if missing:
-        raise ValueError(f"config.json: '{missing[0]}' is missing: complete the file")
-    heads, stop = published["num_attention_heads"], published.get("eos_token_id")
-    return ModelConfig(
-        **{field: published[key] for field, key in _SIZES.items()},
-        kv_heads=published.get("num_key_value_heads", heads),
-        head_width=published.get("head_dim") or published["hidden_size"] // heads,
-        rope_theta=_rope_theta(published),
-        norm_eps=published.get("rms_norm_eps", 1e-6),
-        tied_head=published.get("tie_word_embeddings", False),
-        stop_ids=() if stop is None else tuple(stop) if isinstance(stop, list) else (stop,),
-        tokenizer=published.get("tokenizer"),
-    )
+    sizes = {field: _size(published, key) for field, key in _SIZES.items()}
+    stop = published.get("eos_token_id")
+    values = {
+        **sizes,
+        "kv_heads": _size(published, "num_key_value_heads", sizes["heads"]),
+        "head_width": _size(published, "head_dim", sizes["width"] // sizes["heads"]),
+        "rope_theta": _rope_theta(published),
+        "norm_eps": published.get("rms_norm_eps", 1e-6),
+        "tied_head": published.get("tie_word_embeddings", False),
+        "stop_ids": [] if stop is None else stop if isinstance(stop, list) else [stop],
+        "tokenizer": published.get("tokenizer"),
+    }
+    return from_mapping(ModelConfig, values, "config.json")
 
 
-def _rope_theta(published: Mapping[str, Any]) -> float:
-    """As published (`rope_theta`), or as transformers 5 writes it (`rope_parameters`)."""
-    rope = published.get("rope_parameters") or {}
-    kind = rope.get("rope_type", "default")
-    if kind != "default":
-        raise ValueError(f"config.json: rope_type '{kind}' is not supported, only 'default'")
-    return float(rope.get("rope_theta", published.get("rope_theta", 10_000.0)))
+def _size(published: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = default if published.get(key) is None else published[key]
+    if value is None:
+        raise ValueError(f"config.json: '{key}' is missing: complete the file")
+    if type(value) is not int or value < 1:
+        raise ValueError(f"config.json: {key} is {value!r}: give a whole number of at least 1")
+    return value
+
+
+def _rope_theta(published: Mapping[str, Any]) -> Any:
+    """As published (`rope_theta`, `rope_scaling`), or as transformers 5 writes it (`rope_parameters`)."""
+    theta = published.get("rope_theta")
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = published.get(key) or {}
+        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        if kind != "default":
+            raise ValueError(f"config.json: {key} of type {kind!r} is not supported, only 'default'")
+        theta = rope.get("rope_theta", theta)
+    return 10_000.0 if theta is None else theta
 
 
 def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:

@@ -1,0 +1,49 @@
+"""A prompt, from the command line or a file, as token ids."""
+
+import json
+from pathlib import Path
+
+from helix_jax.text import Tokenizer
+
+
+def encode(text: str, source: str, tokenizer: Tokenizer | None, model: Path) -> list[int]:
+    """The ids of a text that came from `source`.
+
+    Raises:
+        ValueError: no tokenizer, an empty text, or one that is not valid Unicode.
+    """
+    if tokenizer is None:
+        raise ValueError(f"'{model}' has no tokenizer.json: give token ids with --prompt-ids FILE.json")
+    if not text:
+        raise ValueError(f"{source} is empty: give at least one character")
+    try:
+        return tokenizer.encode(text)
+    except UnicodeEncodeError:
+        raise ValueError(f"{source} is not valid UTF-8: give text, or token ids with --prompt-ids") from None
+
+
+def read_text(file: Path) -> str:
+    """Raises ValueError if there is no such file, or it is not text."""
+    try:
+        return _read(file).decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"prompt file '{file}' is not valid UTF-8: give text, or ids with --prompt-ids") from None
+
+
+def read_ids(file: Path) -> list[int]:
+    """Raises ValueError if there is no such file, or it is not a JSON list of whole numbers."""
+    try:
+        ids = json.loads(_read(file))
+    except ValueError as error:
+        raise ValueError(f"prompt file '{file}' is not JSON ({error}): give a list of token ids") from None
+    if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
+        raise ValueError(f"prompt file '{file}' is not a list of token ids: give one like [1, 2, 3]")
+    return ids
+
+
+def _read(file: Path) -> bytes:
+    """Opened, not looked at first: it may be a pipe."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise FileNotFoundError(f"prompt file '{file}' cannot be read: {error.strerror}") from None
