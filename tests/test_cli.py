@@ -238,6 +238,26 @@ def test_too_few_accelerators_is_said_with_their_count_and_the_way_out(monkeypat
         open_mesh("tpu", 1, 1)
 
 
+def test_libtpus_search_for_a_tpu_is_not_shown(monkeypatch, capfd):
+    import jax
+
+    from helix_jax.cli import devices
+
+    def chattering():
+        os.write(2, b"no TPU worker hostnames\n")
+        return real()
+
+    real = jax.devices
+    monkeypatch.setattr(jax, "devices", chattering)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: name == "libtpu")
+    assert devices.open_mesh("auto", 2, 4).size == 8
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    devices.open_mesh("auto", 2, 4)
+    assert capfd.readouterr().err == "no TPU worker hostnames\n"
+
+
 def test_a_difference_is_exit_1_with_its_index_and_gap(monkeypatch, capsys):
     """The unsharded run is made to say another word; run in this process, which has its 8 devices."""
     from helix_jax.cli import generate as command

@@ -16,7 +16,6 @@ OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 1 (--verify found a difference), 2 (bad input) or 130 (Ctrl-C)."""
-    _quiet_libtpu()
     try:
         options = _parser().parse_args(arguments)
         return options.run(options)
@@ -57,9 +56,3 @@ def _parser() -> argparse.ArgumentParser:
         command.add_arguments(added)
         added.set_defaults(run=command.run)
     return parser
-
-
-def _quiet_libtpu() -> None:
-    """Without a TPU, an installed libtpu fills stderr with its search for one."""
-    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")

@@ -1,7 +1,12 @@
 """Which devices a command runs on. Called before any JAX backend starts, as the number of fake devices must be."""
 
+import importlib.util
 import os
 import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jax
 from jax.sharding import Mesh
@@ -43,9 +48,30 @@ def _fake_devices_wanted() -> int:
     return max(1, jax.config.jax_num_cpu_devices)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+@contextmanager
+def _libtpu_silenced() -> Iterator[None]:
+    """Without a TPU, an installed libtpu fills stderr with its search for one, from C++, past any setting of ours."""
+    if importlib.util.find_spec("libtpu") is None:
+        yield
+        return
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as chatter:
+        os.dup2(chatter.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            chatter.seek(0)
+            if jax.default_backend() == "tpu":  # then it is no chatter
+                sys.stderr.write(chatter.read().decode(errors="replace"))
+
+
 def _devices(platform: str) -> list[Device]:
     try:
-        devices = jax.devices()
+        with _libtpu_silenced():
+            devices = jax.devices()
     except RuntimeError as error:
         raise ValueError(f"JAX found no device ({error}): try --platform cpu") from None
     if platform not in ("auto", devices[0].platform):
