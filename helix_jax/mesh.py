@@ -62,7 +62,8 @@ def make_mesh(tp: int = 1, cp: int = 1, dp: int = 1, devices: Sequence[Device] |
     if wanted > len(devices):
         raise ValueError(
             f"tp {tp} x cp {cp}{f' x dp {dp}' if dp > 1 else ''} needs {wanted} devices, but there are {len(devices)} "
-            f"of platform '{devices[0].platform}': choose a smaller mesh, or --platform cpu for fake devices"
+            f"of platform '{devices[0].platform}': choose a smaller mesh, or fake devices: --platform cpu (in Python, "
+            f"jax.config.update('jax_num_cpu_devices', {wanted}) before JAX starts)"
         )
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices[:wanted])
 

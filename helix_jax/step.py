@@ -48,7 +48,7 @@ def _step(
 
     T = 1 is decoding, a larger T a chunk of a prompt. A row of count 0 writes nothing and moves nothing. Nothing here
     depends on the lengths' values: one compilation serves them all. Room is the caller's to check: tokens that find no
-    page are not written.
+    page are not written. On a CPU split into devices, wait for a step before the next: steps that pile up deadlock.
     """
     model = assemble(config, weights)
 
