@@ -12,10 +12,10 @@ A position is global and 0-based, a slot is its place on the rank that owns it. 
 
 from helix_jax.attention import Partial, attend, merge
 from helix_jax.cache import KVCache, Pages, Rows, make_cache
-from helix_jax.checkpoint import load, save, shard
+from helix_jax.checkpoint import DEMO_MODEL, load, save, shard
 from helix_jax.combine import COMBINES, combine
 from helix_jax.config import ModelConfig, Plan
-from helix_jax.generation import generate, stream
+from helix_jax.generation import cache_shape, generate, stream
 from helix_jax.helix import helix_attention
 from helix_jax.layout import PLACEMENTS, BlockLayout
 from helix_jax.mesh import make_mesh
@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "COMBINES",
+    "DEMO_MODEL",
     "PLACEMENTS",
     "BlockLayout",
     "KVCache",
@@ -38,6 +39,7 @@ __all__ = [
     "Sampling",
     "Transformer",
     "attend",
+    "cache_shape",
     "combine",
     "generate",
     "helix_attention",

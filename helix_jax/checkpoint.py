@@ -21,6 +21,7 @@ from helix_jax.models import llama
 from helix_jax.models.transformer import Transformer
 
 FAMILIES = {"llama": llama}
+DEMO_MODEL = Path(__file__).parent / "demo"  # the folder of the byte model that ships
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
@@ -73,8 +74,8 @@ def shard(model: Transformer, mesh: Mesh, dtype: DTypeLike | None = None) -> Tra
     return _materialise(model.config, mesh, values.__getitem__, dtype or model.embed_VD[...].dtype)
 
 
-def save(model: Transformer, folder: str | Path, dtype: DTypeLike = jnp.bfloat16) -> None:
-    """Writes a Hugging Face folder that transformers and `load` open.
+def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None) -> None:
+    """Writes a Hugging Face folder that transformers and `load` open, in `dtype` (default: as the weights are).
 
     Raises:
         ValueError: the folder holds the index or the generation config of another model.
@@ -84,7 +85,7 @@ def save(model: Transformer, folder: str | Path, dtype: DTypeLike = jnp.bfloat16
     for file in (INDEX_FILE, GENERATION_FILE):
         if (folder / file).exists():
             raise ValueError(f"'{folder}' holds another model's {file}, which would go before this one: choose another")
-    family, tensors = _family(model.config), {}
+    family, tensors, dtype = _family(model.config), {}, dtype or model.embed_VD[...].dtype
     for path, value in _parameters(model):
         name, axes = family.tensor_of(path)
         tensors[name] = _to_published(value.astype(dtype), axes, path[-1])

@@ -169,7 +169,7 @@ def _decode(run: Run, out: StepOutput, live_B: np.ndarray, max_new_tokens: int, 
 
 
 def cache_shape(model: Transformer) -> dict[str, Any]:
-    """What `empty_cache` needs to know of a model."""
+    """What `make_cache` needs to know of a model: `make_cache(plan, ..., **cache_shape(model))`."""
     config, dtype = model.config, model.embed_VD[...].dtype
     return {
         "layers": config.layers,
@@ -198,6 +198,8 @@ def check_request(
 def _check_prompt(config: ModelConfig, row: int, prompt: Prompt, max_new_tokens: int) -> list[int]:
     if prompt is None:
         return []
+    if not isinstance(prompt, Sequence | np.ndarray):
+        raise ValueError(f"prompt {row} is {prompt!r}: give a list of prompts, each a sequence of token ids")
     if len(prompt) == 0:
         raise ValueError(f"prompt {row} is empty: give at least one token")
     try:

@@ -33,7 +33,7 @@ def helix_attention(
     Causal, exact, and equal for every mesh, placement and combine. Writes `pages` in place if the caller donates them.
     Tokens past `count_B` write nothing; their output is 0. The caller adds `count_B` to `rows.length_B` once all layers
     are done, and keeps within the room that the rows were made with: lengths are traced, and a token that finds no page
-    is lost.
+    is lost. On a CPU split into devices, wait for a result before the next call: steps that pile up can deadlock.
 
     Returns the attention output in the type of `q_BTNH`, its heads sharded over the flat axis (tp, cp), and the pages.
 

@@ -46,6 +46,7 @@ def _step(
 ) -> StepOutput:
     """Appends the first `count_B` (0 to T) of `tokens_BT` to each row, and chooses the token that follows the last one.
 
+    config and weights: `model.config` and `model.weights()`. cache: taken over, use the one that comes back.
     T = 1 is decoding, a larger T a chunk of a prompt. A row of count 0 writes nothing and moves nothing. Nothing here
     depends on the lengths' values: one compilation serves them all. Room is the caller's to check: tokens that find no
     page are not written. On a CPU split into devices, wait for a step before the next: steps that pile up deadlock.
@@ -85,8 +86,8 @@ def _many_steps(
 ) -> ManyOutput:
     """Decodes up to `steps` tokens per row on the device, starting by appending `token_B`.
 
-    A row runs while it is shorter than its limit, which is at most the room it was made with (0 for an idle row), and
-    ends after any of `stop_ids`.
+    A row runs while its length, prompt included, is below its limit, which is at most the room that it was made with (0
+    for an idle row), and ends after any of `stop_ids` (which may be empty).
     """
 
     def one(carry: tuple[KVCache, Rows, Array, Array], _: None):

@@ -33,7 +33,7 @@ class HuggingFace:
         try:
             from tokenizers import Tokenizer as Published
         except ImportError:
-            raise ValueError(f"'{file}' needs the package tokenizers: pip install 'helix_jax[hf]'") from None
+            raise ValueError(f"'{file}' needs the package tokenizers: pip install tokenizers") from None
         try:
             self._published = Published.from_file(str(file))
         except Exception as error:  # the package raises nothing narrower

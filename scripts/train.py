@@ -118,7 +118,7 @@ def train(model_config: ModelConfig, config: TrainConfig, text: np.ndarray, out:
                 bar.console.print(json.dumps(entry), soft_wrap=True)
                 log.write(json.dumps(entry) + "\n")
                 log.flush()
-                checkpoint.save(assemble(model_config, state.weights), out)
+                checkpoint.save(assemble(model_config, state.weights), out, jnp.bfloat16)
 
 
 def batch_of(text: np.ndarray, config: TrainConfig, step: int) -> jax.Array:

@@ -84,6 +84,7 @@ def test_layout_bad_input_is_one_line_and_exit_2(capsys):
         ({"--plot": "/nowhere/x.png"}, "/nowhere/x.png"),
         ({"--plot": "/tmp/x.nonsense"}, "nonsense"),
         ({"--plot": ""}, "--plot '.' has no ending: give a file like growth.png"),
+        ({"--prompt": "99999999999"}, "25000000001 blocks are too many to list: give a longer --block"),
         ({"--block": "300000000", "--cp": "8"}, "block 300000000 x cp 8 passes 32-bit integers"),
     ]:
         assert main(["layout", *(word for pair in (good | change).items() for word in pair)]) == 2
@@ -215,11 +216,17 @@ def test_without_a_tokenizer_text_is_refused_and_ids_are_not(tmp_path: Path):
     bad(["--prompt", "And", "--model", tmp_path], "has no tokenizer.json: give token ids with --prompt-ids")
     found = result("generate", "--prompt-ids", tmp_path / "ids.json", "--model", tmp_path, "--max-new-tokens", 3)
     assert found["text"] is None
+    shown = helix("generate", "--prompt-ids", tmp_path / "ids.json", "--model", tmp_path, "--max-new-tokens", 3)
+    assert json.loads(shown.stdout) == found["tokens"]
     assert len(found["tokens"]) == 3
 
 
 class Accelerator:
     platform = "gpu"
+
+
+class Tpu:
+    platform = "tpu"
 
 
 def test_too_few_accelerators_is_said_with_their_count_and_the_way_out(monkeypatch):
@@ -253,8 +260,9 @@ def test_libtpus_search_for_a_tpu_is_not_shown(monkeypatch, capfd):
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: name == "libtpu")
     assert devices.open_mesh("auto", 2, 4).size == 8
     assert capfd.readouterr().err == ""
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    devices.open_mesh("auto", 2, 4)
+    real = lambda: [Tpu()]  # noqa: E731
+    with pytest.raises(ValueError, match="needs 8 devices"):
+        devices.open_mesh("auto", 2, 4)
     assert capfd.readouterr().err == "no TPU worker hostnames\n"
 
 

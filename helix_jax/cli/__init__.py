@@ -1,6 +1,7 @@
 """`helix-jax`: parse, call, print. Results on stdout, everything else on stderr."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 1 (--verify found a difference), 2 (bad input) or 130 (Ctrl-C)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows text all the same
     try:
         options = _parser().parse_args(arguments)
         return options.run(options)
@@ -29,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _complain(f"out of device memory ({str(error).splitlines()[0]}): take more devices or a shorter prompt")
     except KeyboardInterrupt:
-        print("\nhelix-jax: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        print("\nhelix-jax: interrupted", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)  # XLA's threads still run: a teardown of the interpreter under them may crash
 
 
 class _Parser(argparse.ArgumentParser):

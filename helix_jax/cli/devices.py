@@ -49,7 +49,7 @@ def _fake_devices_wanted() -> int:
 
 
 @contextmanager
-def _libtpu_silenced() -> Iterator[None]:
+def _libtpu_silenced(found: list[Device]) -> Iterator[None]:
     """Without a TPU, an installed libtpu fills stderr with its search for one, from C++, past any setting of ours."""
     if importlib.util.find_spec("libtpu") is None:
         yield
@@ -64,16 +64,17 @@ def _libtpu_silenced() -> Iterator[None]:
             os.dup2(stderr, 2)
             os.close(stderr)
             chatter.seek(0)
-            if jax.default_backend() == "tpu":  # then it is no chatter
+            if found and found[0].platform == "tpu":  # then it is no chatter
                 sys.stderr.write(chatter.read().decode(errors="replace"))
 
 
 def _devices(platform: str) -> list[Device]:
+    devices: list[Device] = []
     try:
-        with _libtpu_silenced():
-            devices = jax.devices()
-    except RuntimeError as error:
-        raise ValueError(f"JAX found no device ({error}): try --platform cpu") from None
+        with _libtpu_silenced(devices):
+            devices += jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that a platform that JAX_PLATFORMS names is there
+        raise ValueError(f"JAX found no device ({error or 'see JAX_PLATFORMS'}): try --platform cpu") from None
     if platform not in ("auto", devices[0].platform):
         raise ValueError(
             f"--platform {platform}: JAX found only {len(devices)} x {devices[0].platform}: try --platform cpu"

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from helix_jax.cache import tokens_per_rank
-from helix_jax.checkpoint import load, read_config
+from helix_jax.checkpoint import DEMO_MODEL, load, read_config
 from helix_jax.cli.devices import open_mesh
 from helix_jax.cli.prompts import encode, read_ids, read_text
 from helix_jax.combine import COMBINES
@@ -36,7 +36,6 @@ from helix_jax.models.transformer import Transformer
 from helix_jax.sampling import make_sampling
 from helix_jax.text import TextStream, Tokenizer, open_tokenizer
 
-DEMO_MODEL = Path(__file__).parents[1] / "demo"
 OK, DIFFERENT = 0, 1
 
 
@@ -197,7 +196,10 @@ def _decode(job: Job, plan: Plan, notes: Console, *, quiet: bool) -> Run:
                 decode_s += event.seconds
                 tokens.append(event.tokens[0])
                 _write(text.feed(event.tokens[0]) if text else "")
-    _write(text.rest() + "\n" if text else "")
+    if text:
+        _write(text.rest() + "\n")
+    elif not quiet:  # no tokenizer: the ids are all that there is to show
+        _write(json.dumps(tokens) + "\n")
     return Run(tokens, compile_s, prefill_s, decode_s / (len(tokens) - 1) if len(tokens) > 1 else None)
 
 

@@ -12,6 +12,8 @@ from rich.table import Table
 
 from helix_jax.layout import PLACEMENTS, BlockLayout, held_ranges
 
+MOST_BLOCKS = 10_000_000
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -34,6 +36,9 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) < 0:
             raise ValueError(f"--{name} is {getattr(options, name)}: give 0 tokens or more")
     layout = BlockLayout(options.cp, options.block, options.placement)
+    blocks = -(-(options.prompt + options.decode) // options.block)
+    if blocks > MOST_BLOCKS:
+        raise ValueError(f"{blocks} blocks are too many to list: give a longer --block, or fewer tokens")
     found = report(layout, options.prompt, options.decode)
     if options.plot is not None:
         if not options.plot.suffix:
@@ -73,7 +78,7 @@ def plot_growth(file: Path, layout: BlockLayout, prompt_len: int, decoded: int) 
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install 'helix_jax[plot]'") from None
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     panels = figure.subplots(1, len(PLACEMENTS), sharey=True)
     steps = np.arange(decoded + 1)
