@@ -17,6 +17,8 @@ from helix_jax.config import Plan
 from helix_jax.mesh import CP, NEW_KEYS_BTKH, PAGES_AKWH, QUERIES_BTNH, ROWS_B, TABLE_RBM, TRADED_BTNH
 
 
+# Compiled once when it is called by itself (an eager shard_map compiles anew in every call); inlined under another jit.
+@partial(jax.jit, static_argnames=("plan", "scale"), inline=True)
 def helix_attention(
     plan: Plan,
     pages: Pages,
