@@ -74,7 +74,9 @@ def _devices(platform: str) -> list[Device]:
         with _libtpu_silenced(devices):
             devices += jax.devices()
     except (RuntimeError, AssertionError) as error:  # JAX asserts that a platform that JAX_PLATFORMS names is there
-        raise ValueError(f"JAX found no device ({error or 'see JAX_PLATFORMS'}): try --platform cpu") from None
+        raise ValueError(
+            f"JAX found no device ({str(error) or 'JAX_PLATFORMS names one that is not there'}): try --platform cpu"
+        ) from None
     if platform not in ("auto", devices[0].platform):
         raise ValueError(
             f"--platform {platform}: JAX found only {len(devices)} x {devices[0].platform}: try --platform cpu"
