@@ -103,6 +103,8 @@ def _parameters(model: Transformer) -> Iterator[tuple[ParameterPath, np.ndarray]
 
 
 def _family(config: ModelConfig) -> ModuleType:
+    if config.family not in FAMILIES:
+        raise ValueError(f"unknown family '{config.family}': choose one of {', '.join(FAMILIES)}")
     return FAMILIES[config.family]
 
 
