@@ -14,12 +14,13 @@ from helix_jax.attention import Partial, attend, merge
 from helix_jax.cache import KVCache, Pages, Rows, make_cache
 from helix_jax.checkpoint import DEMO_MODEL, load, save, shard
 from helix_jax.combine import COMBINES, combine
-from helix_jax.config import ModelConfig, Plan
+from helix_jax.config import ModelConfig
 from helix_jax.generation import cache_shape, generate, stream
 from helix_jax.helix import helix_attention
 from helix_jax.layout import PLACEMENTS, BlockLayout
 from helix_jax.mesh import make_mesh
 from helix_jax.models.transformer import Transformer
+from helix_jax.plan import Plan
 from helix_jax.sampling import Sampling, make_sampling
 from helix_jax.step import many_steps, step
 

@@ -42,6 +42,13 @@ def merge(partials: Partial) -> Partial:
     return normalise(o_BTNH, weight_XBTN.sum(0), top_BTN)
 
 
+def with_sink(partial: Partial, sink_N: Float[Array, "N"]) -> Partial:
+    """Merges the partial `(0, sink)`: every head has a logit that takes its share of the softmax and has no value."""
+    lse_BTN = jnp.broadcast_to(sink_N.astype(jnp.float32), partial.lse_BTN.shape)
+    sink = Partial(jnp.zeros_like(partial.o_BTNH), lse_BTN)
+    return merge(Partial(*map(_stack, partial, sink)))
+
+
 def normalise(sum_BTNH: Array, weight_BTN: Array, top_BTN: Array) -> Partial:
     """The partial whose values sum to `sum_BTNH` under weights of total `weight_BTN`, both scaled by exp(-top)."""
     some_BTN = weight_BTN > 0
@@ -72,21 +79,25 @@ def attend(
     table entries included, may be anything, NaN too. A query with `lo >= hi` gives the empty partial. `hi` need not
     rise by one per token. `v_AKWH` None: the values are the first `v_width` numbers of the keys.
 
-    Only the passes between the least `lo` and the greatest `hi` are run: the time follows what is filled, not what is
-    allocated. This is the reference; the kernels are its twins.
+    A row is read from the page of its least `lo` on, in as many passes as the longest row takes: the time follows what
+    is seen, be it a window or all that is filled, not what is allocated. This is the reference; the kernels are its
+    twins.
     """
     B, T, N, H = q_BTNH.shape
     K, W = k_AKWH.shape[1:3]
     M = table_BM.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    hi_BT = jnp.minimum(hi_BT, M * W)
+    first_page_B = jnp.where(hi_BT > lo_BT, lo_BT, M * W).min(1) // W
 
-    def one_pass(first_page: Array | int, pages: int) -> Partial:
-        page_C = first_page + jnp.arange(pages)
-        page_BC = jnp.take(table_BM, page_C, axis=1, mode="clip")  # past the table: masked below, slots end there
-        k_BCKWH = jnp.take(k_AKWH, page_BC, axis=0, mode="clip")
-        v_BCKWH = k_BCKWH[..., :v_width] if v_AKWH is None else jnp.take(v_AKWH, page_BC, axis=0, mode="clip")
-        slot_CW = page_C[:, None] * W + jnp.arange(W)
-        return _attend_slots(q_BTKGH, k_BCKWH, v_BCKWH, slot_CW, lo_BT, jnp.minimum(hi_BT, M * W), scale)
+    def one_pass(first: Array | int, pages: int) -> Partial:
+        page_BC = first_page_B[:, None] + first + jnp.arange(pages)
+        # Past the table: masked below, as slots end there.
+        entry_BC = jnp.take_along_axis(table_BM, page_BC, axis=1, mode="clip")
+        k_BCKWH = jnp.take(k_AKWH, entry_BC, axis=0, mode="clip")
+        v_BCKWH = k_BCKWH[..., :v_width] if v_AKWH is None else jnp.take(v_AKWH, entry_BC, axis=0, mode="clip")
+        slot_BCW = page_BC[..., None] * W + jnp.arange(W)
+        return _attend_slots(q_BTKGH, k_BCKWH, v_BCKWH, slot_BCW, lo_BT, hi_BT, scale)
 
     C = pages_per_pass or _pages_per_pass(B, T * N, k_AKWH.shape[0], W)
     if C >= M:
@@ -98,9 +109,8 @@ def attend(
     # The carry takes its type, and what it varies over inside shard_map, from a real pass, which is never computed.
     like = one_pass(0, 1)
     empty = Partial(jnp.zeros_like(like.o_BTNH), jnp.full_like(like.lse_BTN, -jnp.inf))
-    first = jnp.min(jnp.where(hi_BT > lo_BT, lo_BT, M * W)) // (C * W)
-    last = -(-jnp.max(hi_BT) // (C * W))
-    return lax.fori_loop(first, last, join, empty)
+    slots_B = hi_BT.max(1) - first_page_B * W
+    return lax.fori_loop(0, -(-slots_B.max() // (C * W)), join, empty)
 
 
 def _stack(a: Array, b: Array) -> Array:
@@ -113,10 +123,11 @@ def _pages_per_pass(rows: int, queries: int, pool: int, words: int) -> int:
 
 
 def _attend_slots(
-    q_BTKGH: Array, k_BCKWH: Array, v_BCKWH: Array, slot_CW: Array, lo_BT: Array, hi_BT: Array, scale: float
+    q_BTKGH: Array, k_BCKWH: Array, v_BCKWH: Array, slot_BCW: Array, lo_BT: Array, hi_BT: Array, scale: float
 ) -> Partial:
     B, T, K, G, _ = q_BTKGH.shape
-    seen_BTCW = (lo_BT[..., None, None] <= slot_CW) & (slot_CW < hi_BT[..., None, None])
+    slot_B1CW = slot_BCW[:, None]
+    seen_BTCW = (lo_BT[..., None, None] <= slot_B1CW) & (slot_B1CW < hi_BT[..., None, None])
     used_BCW = seen_BTCW.any(1)
     v_BCKWH = jnp.where(used_BCW[:, :, None, :, None], v_BCKWH, 0)  # 0 * NaN is NaN: unused values must go
 

@@ -10,20 +10,23 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from helix_jax.config import Plan
 from helix_jax.layout import Integer, slots_needed
-from helix_jax.mesh import CP, DP, PAGES_AKWH, ROWS_B, TABLE_RBM, sharding
+from helix_jax.mesh import CP, DP, PAGES_AKWH, PAGES_LATENT_AKWH, ROWS_B, TABLE_RBM, sharding
+from helix_jax.plan import Plan
 
 
 class Pages(NamedTuple):
-    """The pages of one layer. Globally A counts the pages of all ranks; inside `shard_map`, those of this one."""
+    """The pages of one layer. Globally A counts the pages of all ranks; inside `shard_map`, those of this one.
+
+    v_AKWH None: of latent attention, where one vector per token stands for the keys and values of all heads.
+    """
 
     k_AKWH: Float[Array, "A K W H"]
-    v_AKWH: Float[Array, "A K W H"]
+    v_AKWH: Float[Array, "A K W H"] | None
 
 
 class KVCache(NamedTuple):
-    """One pair of sharded arrays per layer. A step takes it over (donated) and gives it back, written in place."""
+    """The sharded pages of each layer. A step takes it over (donated) and gives it back, written in place."""
 
     layers: tuple[Pages, ...]
 
@@ -50,26 +53,28 @@ def make_cache(
     kv_heads: int,
     head_width: int,
     dtype: DTypeLike,
+    latent: bool = False,
 ) -> tuple[KVCache, Rows]:
     """An empty cache with room for `max_lens` positions in each row, and the rows: every one has pages of its own.
 
     page: tokens per page. The pools are sharded over (dp, cp) and tp from the start; all ranks have as many pages as
-    the fullest one can need.
+    the fullest one can need. latent: one array a layer, of kv_heads 1, that every device of tp holds whole.
 
     Raises:
         ValueError: a page below 1, a batch that dp does not divide, a prompt longer than its room, kv_heads that tp
             does not divide.
     """
     rows = _start_rows(plan, prompt_lens, max_lens, page)
-    plan.check_kv_heads(kv_heads)
+    if not latent:
+        plan.check_kv_heads(kv_heads)
     _, B, M = rows.table_RBM.shape
     shape = (plan.mesh.shape[CP] * B * M, kv_heads, page, head_width)
-    spec = sharding(plan.mesh, PAGES_AKWH)
+    spec = sharding(plan.mesh, PAGES_LATENT_AKWH if latent else PAGES_AKWH)
 
-    def layer() -> Pages:
-        return Pages(*(jnp.zeros(shape, dtype, device=spec) for _ in Pages._fields))
+    def pool() -> Array:
+        return jnp.zeros(shape, dtype, device=spec)
 
-    return KVCache(tuple(layer() for _ in range(layers))), rows
+    return KVCache(tuple(Pages(pool(), None if latent else pool()) for _ in range(layers))), rows
 
 
 def _start_rows(plan: Plan, prompt_lens: Sequence[int], max_lens: Sequence[int], page: int) -> Rows:
@@ -103,7 +108,7 @@ def per_row(plan: Plan, values: ArrayLike | Sequence[Any]) -> Array:
 def append(
     pages: Pages,
     k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"] | None,
     table_BM: Int[Array, "B M"],
     slot_BT: Int[Array, "B T"],
     owned_BT: Bool[Array, "B T"],
@@ -120,10 +125,11 @@ def append(
     # All indexed axes lead: a scatter over (page, word) with the heads between makes XLA transpose the whole pool.
     at = (page_BT[..., None], jnp.arange(K), (slot_BT % W)[..., None])
 
-    def write(pool_AKWH: Array, new_BTKH: Array) -> Array:
+    def write(pool_AKWH: Array, new_BTKH: Any) -> Array:
         return pool_AKWH.at[at].set(new_BTKH.astype(pool_AKWH.dtype), mode="drop")
 
-    return Pages(write(pages.k_AKWH, k_BTKH), write(pages.v_AKWH, v_BTKH))
+    k_AKWH = write(pages.k_AKWH, k_BTKH)
+    return Pages(k_AKWH, None if pages.v_AKWH is None else write(pages.v_AKWH, v_BTKH))
 
 
 def tokens_per_rank(plan: Plan, length: Integer, prompt_len: Integer) -> list[int]:

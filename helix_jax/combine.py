@@ -39,6 +39,11 @@ def combine(partial: Partial, how: str = "psum", axis: str = "cp") -> Partial:
     raise ValueError(f"unknown combine '{how}': choose one of {', '.join(COMBINES)}")
 
 
+def total(x: Array, axes: tuple[str, ...]) -> Array:
+    """The sum over the devices of `axes`, inside `shard_map`: what each expert's device has computed, put together."""
+    return lax.psum(x, axes)
+
+
 def _by_psum(partial: Partial, axis: str, ranks: int) -> Partial:
     packed_BTNX, top_BTN = _reweighted(partial, axis)
     # Inside the island, not after it: were the sum to leave replicated over cp, XLA would gather the weights of the

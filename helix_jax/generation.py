@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
 
 from helix_jax.cache import KVCache, Rows, make_cache, per_row
-from helix_jax.config import ModelConfig, Plan
-from helix_jax.mesh import ROWS_B, sharding
+from helix_jax.config import ModelConfig
+from helix_jax.mesh import EXPERT_WEIGHTS, ROWS_B, sharding, weight_sharding
 from helix_jax.models.transformer import Transformer
+from helix_jax.plan import Plan
 from helix_jax.sampling import Sampling, make_sampling
 from helix_jax.step import StepOutput, step
 
@@ -92,7 +94,8 @@ def stream(
         raise ValueError("the model's weights lie on another mesh than the plan's: use load or shard with plan.mesh")
     if sampling and len(sampling.seed_B) != len(prompts):
         raise ValueError(f"sampling is for {len(sampling.seed_B)} rows, but there are {len(prompts)} prompts")
-    plan.check_heads(model.config.heads, model.config.kv_heads)
+    plan.check_model(model.config)
+    _check_experts(model, plan)
     checked = check_request(model.config, prompts, max_new_tokens=max_new_tokens, chunk=chunk, page=page)
     lens = [len(prompt) for prompt in checked]
     # The last token is said, not cached.
@@ -168,14 +171,25 @@ def _decode(run: Run, out: StepOutput, live_B: np.ndarray, max_new_tokens: int, 
         seconds = time.perf_counter() - began
 
 
+def _check_experts(model: Transformer, plan: Plan) -> None:
+    """Experts that lie otherwise than the plan has them would be moved in every step."""
+    for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name = str(path[-1])
+        if name in EXPERT_WEIGHTS[plan.experts]:
+            lies, wanted = parameter[...].sharding, weight_sharding(plan.mesh, name, plan.experts)
+            if not lies.is_equivalent_to(wanted, parameter.ndim):
+                raise ValueError(f"the model's experts are not spread as the plan's '{plan.experts}': load them so")
+
+
 def cache_shape(model: Transformer) -> dict[str, Any]:
     """What `make_cache` needs to know of a model: `make_cache(plan, ..., **cache_shape(model))`."""
     config, dtype = model.config, model.embed_VD[...].dtype
     return {
         "layers": config.layers,
         "kv_heads": config.kv_heads,
-        "head_width": config.head_width,
+        "head_width": config.cache_width,
         "dtype": dtype,
+        "latent": config.latent is not None,
     }
 
 

@@ -26,10 +26,17 @@ QUERIES_BTNH = P(DP, None, TP, None)
 NEW_KEYS_BTKH = P(DP, None, TP, None)
 TRADED_BTNH = P(DP, None, FLAT, None)
 
-# The cache: pages over cp (and over dp, as the rows are), heads over tp. The page table is one per rank.
+# The cache: pages over cp (and over dp, as the rows are), heads over tp. The page table is one per rank. A latent is
+# not copied per head, as it serves them all, but every device of tp holds it.
 PAGES_AKWH = P((DP, CP), TP, None, None)
+PAGES_LATENT_AKWH = P((DP, CP), None, None, None)
+NEW_LATENT_BTKH = P(DP, None, None, None)
 TABLE_RBM = P(CP, DP, None)
 ROWS_B = P(DP)
+SINK_N = P(FLAT)
+
+# What the experts' island takes and gives: every device of the flat axis has all the tokens of its rows.
+TOKENS_BTD = P(DP, None, None)
 
 # Weights, by the name of the parameter. Query, key and value projections are copied over cp: each of its ranks needs
 # the queries of all heads of its tp group. The rest is tensor parallel over the flat axis.
@@ -39,11 +46,39 @@ WEIGHTS = {
     "q_DNH": P(None, TP, None),
     "k_DKH": P(None, TP, None),
     "v_DKH": P(None, TP, None),
+    "q_bias_NH": P(TP, None),
+    "k_bias_KH": P(TP, None),
+    "v_bias_KH": P(TP, None),
     "o_NHD": P(FLAT, None, None),
+    "sink_N": SINK_N,
     "gate_DF": P(None, FLAT),
     "up_DF": P(None, FLAT),
     "down_FD": P(FLAT, None),
-    "norm_D": REPLICATED,
+    # Latent attention: what makes the latents is copied, as it makes one for all heads; then heads over tp before the
+    # cp ranks trade, over the flat axis after it.
+    "q_down_DQ": REPLICATED,
+    "q_up_QNH": P(None, TP, None),
+    "kv_down_DY": REPLICATED,
+    "k_up_NIZ": P(TP, None, None),
+    "v_up_NZU": P(FLAT, None, None),
+    "o_NUD": P(FLAT, None, None),
+    **dict.fromkeys(("norm_D", "attention_norm_D", "attention_post_norm_D", "ff_norm_D", "ff_post_norm_D"), REPLICATED),
+    **dict.fromkeys(("q_norm_H", "k_norm_H", "q_norm_Q", "kv_norm_Z", "o_bias_D"), REPLICATED),
+    **dict.fromkeys(("router_DE", "router_bias_E", "choice_bias_E", "down_bias_ED"), REPLICATED),
+}
+
+# The experts' own weights, by how they are spread: whole experts over all devices, or whole experts over cp and the
+# width of each over tp, which evens out the work where few tokens choose among few experts.
+EXPERT_AXES = {"flat": (FLAT, None), "cp": (CP, TP)}
+EXPERT_WEIGHTS = {
+    spread: {
+        "gate_EDF": P(experts, None, width),
+        "up_EDF": P(experts, None, width),
+        "gate_bias_EF": P(experts, width),
+        "up_bias_EF": P(experts, width),
+        "down_EFD": P(experts, width, None),
+    }
+    for spread, (experts, width) in EXPERT_AXES.items()
 }
 
 
@@ -87,5 +122,6 @@ def sharding(mesh: Mesh, spec: P) -> NamedSharding:
     return NamedSharding(mesh, P(*dims))
 
 
-def weight_sharding(mesh: Mesh, name: str) -> NamedSharding:
-    return sharding(mesh, WEIGHTS[name])
+def weight_sharding(mesh: Mesh, name: str, experts: str = "flat") -> NamedSharding:
+    """Where the parameter `name` lives; `experts`: how experts are spread, a key of EXPERT_WEIGHTS."""
+    return sharding(mesh, {**WEIGHTS, **EXPERT_WEIGHTS[experts]}[name])

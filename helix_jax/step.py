@@ -1,7 +1,7 @@
 """The jitted step: T new tokens per row, a count per row, one token out. The cache is donated and written in place."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,12 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from helix_jax.cache import KVCache, Pages, Rows
-from helix_jax.config import ModelConfig, Plan
+from helix_jax.config import ModelConfig
 from helix_jax.helix import helix_attention
 from helix_jax.mesh import ROWS_B, sharding
+from helix_jax.models import moe
 from helix_jax.models.transformer import Weights, assemble
+from helix_jax.plan import Plan
 from helix_jax.sampling import Sampling, sample
 
 
@@ -53,11 +55,13 @@ def _step(
     """
     model = assemble(config, weights)
 
-    def attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, state: Pages, *, scale: float):
-        return helix_attention(plan, state, q_BTNH, k_BTKH, v_BTKH, rows, count_B, scale=scale)
+    def attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array | None, state: Pages, **how: Any) -> tuple[Array, Pages]:
+        return helix_attention(plan, state, q_BTNH, k_BTKH, v_BTKH, rows, count_B, **how)
 
-    position_BT = rows.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
-    x_BTD, layers = model(tokens_BT, position_BT, attention, cache.layers)
+    step_T = jnp.arange(tokens_BT.shape[1])
+    position_BT = rows.length_B[:, None] + step_T
+    run_experts = moe.on_mesh(plan.mesh, plan.experts, step_T < count_B[:, None])
+    x_BTD, layers = model(tokens_BT, position_BT, attention, cache.layers, run_experts)
     last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
     logits_BV = model.logits(jnp.take_along_axis(x_BTD, last_B11, axis=1)[:, 0])
 

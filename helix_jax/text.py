@@ -1,5 +1,6 @@
 """Text to token ids and back; and text as it comes, without broken characters."""
 
+import os
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -58,6 +59,28 @@ def open_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
         raise ValueError(f"'{folder}': unknown tokenizer '{config.tokenizer}' in config.json: only 'bytes' is built in")
     file = folder / "tokenizer.json"
     return HuggingFace(file) if file.exists() else None
+
+
+def chat_ids(folder: Path, text: str) -> list[int]:
+    """`text` as what the user says in the chat template of a model folder, up to where the answer begins.
+
+    Raises:
+        ValueError: a package of the extra `hf` that is not installed, no template, or one that cannot be read.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell that PyTorch is not there
+    try:
+        import jinja2
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ValueError(f"--chat needs the package {error.name}: pip install transformers jinja2") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if not tokenizer.chat_template:
+            raise ValueError(f"'{folder}' has no chat template: leave out --chat")
+        said = [{"role": "user", "content": text}]
+        return list(tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=True, return_dict=False))
+    except (OSError, KeyError, jinja2.TemplateError) as error:
+        raise ValueError(f"the chat template of '{folder}' cannot be used ({error})") from None
 
 
 class TextStream:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
+from helix_jax.attention import Partial, with_sink
 from helix_jax.config import ModelConfig
 from helix_jax.models.transformer import Transformer, Weights, assemble
 
@@ -84,18 +85,39 @@ def nats_per_token(
     inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
     position_BT = jnp.broadcast_to(jnp.arange(inputs_BT.shape[1]), inputs_BT.shape)
     states = (None,) * model.config.layers
-    x_BTD, _ = model(inputs_BT, position_BT, causal_attention, states, drop or (lambda x_BTD: x_BTD))
+    x_BTD, _ = model(inputs_BT, position_BT, causal_attention, states, drop=drop or (lambda x_BTD: x_BTD))
     return optax.softmax_cross_entropy_with_integer_labels(model.logits(x_BTD), targets_BT)
 
 
-def causal_attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, state: None, *, scale: float) -> tuple[Array, None]:
+def causal_attention(
+    q_BTNH: Array,
+    k_BTKH: Array,
+    v_BTKH: Array | None,
+    state: None,
+    *,
+    scale: float,
+    window: int | None = None,
+    sink_N: Array | None = None,
+    v_width: int | None = None,
+) -> tuple[Array, None]:
     """Attention within the call itself, without a cache, in the form that a Transformer takes."""
-    flash = jax.default_backend() == "gpu" and q_BTNH.dtype == jnp.bfloat16
+    plain = v_BTKH is not None and sink_N is None
+    flash = plain and jax.default_backend() == "gpu" and q_BTNH.dtype == jnp.bfloat16
     with jax.default_matmul_precision("highest" if q_BTNH.dtype == jnp.float32 else "default"):
-        o_BTNH = jax.nn.dot_product_attention(
-            q_BTNH, k_BTKH, v_BTKH, scale=scale, is_causal=True, implementation="cudnn" if flash else "xla"
+        found: Any = jax.nn.dot_product_attention(
+            q_BTNH,
+            k_BTKH,
+            k_BTKH if v_BTKH is None else v_BTKH,
+            scale=scale,
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation="cudnn" if flash else "xla",
+            return_residual=sink_N is not None,
         )
-    return o_BTNH, state
+    if sink_N is None:
+        return found[..., :v_width], state
+    o_BTNH, lse_BTN = found
+    return with_sink(Partial(o_BTNH, lse_BTN.astype(jnp.float32)), sink_N).o_BTNH.astype(q_BTNH.dtype), state
 
 
 def train_step(

@@ -11,6 +11,9 @@ jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 
 ROOT = pathlib.Path(__file__).parents[1]
+GOLDEN = pathlib.Path(
+    os.environ.get("HELIX_GOLDEN", ROOT / "tests" / "golden")
+)  # or what make_golden.py made elsewhere
 COMPILED = ROOT / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(COMPILED))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -9,10 +9,10 @@ import pytest
 
 from helix_jax.checkpoint import shard
 from helix_jax.combine import COMBINES
-from helix_jax.config import Plan
 from helix_jax.generation import generate
 from helix_jax.layout import PLACEMENTS, BlockLayout
 from helix_jax.mesh import make_mesh
+from helix_jax.plan import Plan
 from helix_jax.sampling import make_sampling
 from tests.reference import TINY, gaps_of, naive_greedy, ties_before_difference, tiny_model
 

@@ -11,10 +11,10 @@ from jax.sharding import AxisType
 from helix_jax.attention import Partial, merge
 from helix_jax.cache import Pages, Rows, append, make_cache, per_row
 from helix_jax.combine import COMBINES, combine
-from helix_jax.config import Plan
 from helix_jax.helix import helix_attention
 from helix_jax.layout import PLACEMENTS, BlockLayout
 from helix_jax.mesh import make_mesh
+from helix_jax.plan import Plan
 from tests.reference import relative_error, softmax_attention
 
 B, H, PAGE, SCALE = 4, 8, 4, 0.4

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from helix_jax.checkpoint import load
-from helix_jax.config import Plan
 from helix_jax.generation import Decoded, generate, stream
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import make_mesh
+from helix_jax.plan import Plan
 from helix_jax.train import LOG2_E, held_out_windows, nats_per_token
 from tests.conftest import ROOT
 from tests.reference import naive_logits

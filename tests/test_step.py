@@ -14,11 +14,12 @@ from helix_jax import generation
 from helix_jax.cache import KVCache, Pages, Rows, make_cache, per_row
 from helix_jax.checkpoint import shard
 from helix_jax.combine import COMBINES
-from helix_jax.config import ModelConfig, Plan
+from helix_jax.config import ModelConfig
 from helix_jax.generation import cache_shape, generate
 from helix_jax.layout import PLACEMENTS, BlockLayout
 from helix_jax.mesh import CP, PAGES_AKWH, ROWS_B, TABLE_RBM, make_mesh, sharding
 from helix_jax.models.transformer import Transformer
+from helix_jax.plan import Plan
 from helix_jax.sampling import make_sampling
 from helix_jax.step import _step, many_steps, step
 from tests.reference import TINY, tiny_model

@@ -11,16 +11,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from helix_jax.cache import tokens_per_rank
 from helix_jax.checkpoint import DEMO_MODEL, load, read_config
 from helix_jax.cli.devices import open_mesh
+from helix_jax.cli.notes import Notes
 from helix_jax.cli.prompts import encode, read_ids, read_text
 from helix_jax.combine import COMBINES
-from helix_jax.config import KERNELS, Plan
+from helix_jax.config import ModelConfig
 from helix_jax.generation import (
     DEFAULT_CHUNK,
     DEFAULT_PAGE,
@@ -33,8 +32,9 @@ from helix_jax.generation import (
 from helix_jax.layout import PLACEMENTS, BlockLayout
 from helix_jax.mesh import CP, TP, make_mesh
 from helix_jax.models.transformer import Transformer
+from helix_jax.plan import EXPERTS, KERNELS, Plan
 from helix_jax.sampling import make_sampling
-from helix_jax.text import TextStream, Tokenizer, open_tokenizer
+from helix_jax.text import TextStream, Tokenizer, chat_ids, open_tokenizer
 
 OK, DIFFERENT = 0, 1
 
@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--page", type=int, metavar="TOKENS", help="length of a cache page (default: the kernel's choice)")
     add("--placement", default="helix", metavar="|".join(PLACEMENTS), help="where blocks go (default: helix)")
     add("--combine", default="psum", metavar="|".join(COMBINES), help="how partials meet (default: psum)")
+    add("--experts", default="flat", metavar="|".join(EXPERTS), help="experts over all devices, or cp (default: flat)")
     add("--kernel", default="auto", metavar="|".join(KERNELS), help="what computes attention (default: auto)")
     add(
         "--prefill-chunk",
@@ -88,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="draw from the likeliest that reach P together (default: 1)",
     )
     add("--seed", type=int, default=0, help="a draw depends on it and the position alone (default: 0)")
+    add("--chat", action="store_true", help="put the prompt into the model's chat template, as what the user says")
     add("--ignore-eos", action="store_true", help="go on past an end-of-sequence token")
     add("--platform", choices=("auto", "cpu", "gpu", "tpu"), default="auto", help="cpu: tp * cp fake devices")
     add("--verify", action="store_true", help="decode again on one device; exit 1 if a token differs")
@@ -105,8 +107,16 @@ class Job:
     block: int
     options: dict[str, Any]
 
-    def load(self, mesh: Mesh) -> Transformer:
-        return load(self.folder, mesh, jnp.dtype(self.dtype))
+    experts: str
+
+    def load(self, mesh: Mesh, notes: Notes) -> Transformer:
+        with notes.reading() as bar:
+            task = bar.add_task("weights", total=None)
+
+            def read(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
+
+            return load(self.folder, mesh, jnp.dtype(self.dtype), experts=self.experts, on_read=read)
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,7 @@ class Run:
 
 
 def run(options: argparse.Namespace) -> int:
-    notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    notes = Notes()
     config = read_config(options.model)
     tokenizer = open_tokenizer(options.model, config)
     prompt = _prompt(options, tokenizer)
@@ -128,8 +138,8 @@ def run(options: argparse.Namespace) -> int:
     check_request(config, [prompt], **shape)
     mesh = open_mesh(options.platform, options.tp, options.cp)
     layout = BlockLayout(mesh.shape[CP], options.block, options.placement)
-    plan = Plan(mesh, layout, options.combine, options.kernel)
-    plan.check_heads(config.heads, config.kv_heads)
+    plan = Plan(mesh, layout, options.combine, options.kernel, options.experts)
+    plan.check_model(config)
     job = Job(
         folder=options.model,
         prompt=prompt,
@@ -137,27 +147,32 @@ def run(options: argparse.Namespace) -> int:
         dtype=options.dtype or ("float32" if _platform(mesh) == "cpu" else "bfloat16"),
         block=options.block,
         options={**shape, **_sampling(options)},
+        experts=options.experts,
     )
     done = _decode(job, plan, notes, quiet=options.json)
-    difference = _difference(job, done.tokens, mesh) if options.verify else None
+    difference = _difference(job, done.tokens, mesh, notes) if options.verify else None
     if options.json:
         print(json.dumps(_report(job, plan, done, None if not options.verify else difference is None)))
     else:
-        notes.print(_table(job, plan, done))
+        notes.console.print(_table(job, plan, done))
     if difference is not None:
-        notes.print(f"helix-jax: {difference}")
+        notes.say(difference)
         return DIFFERENT
     if options.verify:
-        notes.print(f"helix-jax: verified: the {len(done.tokens)} tokens equal those of one device")
+        notes.say(f"verified: the {len(done.tokens)} tokens equal those of one device")
     return OK
 
 
 def _prompt(options: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:
     if options.prompt_ids is not None:
+        if options.chat:
+            raise ValueError("--chat needs text, not --prompt-ids: give --prompt or --prompt-file")
         return read_ids(options.prompt_ids)
+    text, source = options.prompt, "--prompt"
     if options.prompt_file is not None:
-        return encode(read_text(options.prompt_file), f"'{options.prompt_file}'", tokenizer, options.model)
-    return encode(options.prompt, "--prompt", tokenizer, options.model)
+        text, source = read_text(options.prompt_file), f"'{options.prompt_file}'"
+    ids = encode(text, source, tokenizer, options.model)
+    return chat_ids(options.model, text) if options.chat else ids
 
 
 def _request(options: argparse.Namespace) -> dict[str, int]:
@@ -175,15 +190,15 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     return {"sampling": sampling, "stop_ids": () if options.ignore_eos else None}
 
 
-def _decode(job: Job, plan: Plan, notes: Console, *, quiet: bool) -> Run:
+def _decode(job: Job, plan: Plan, notes: Notes, *, quiet: bool) -> Run:
     """Decodes; unless `quiet`, text goes to stdout as it comes."""
     text = None if quiet or job.tokenizer is None else TextStream(job.tokenizer)
     tokens: list[int] = []
     compile_s, prefill_s, decode_s = 0.0, 0.0, 0.0
-    events = stream(job.load(plan.mesh), [job.prompt], plan, **job.options)
-    if _platform(plan.mesh) == "cpu" and plan.mesh.size > 1:  # said once all input is known to be good
-        notes.print(f"helix-jax: the CPU is split into {plan.mesh.size} fake devices")
-    with _progress(notes) as bar:
+    model = job.load(plan.mesh, notes)
+    events = stream(model, [job.prompt], plan, **job.options)
+    _say_how(model.config, plan, notes)  # once all input is known to be good
+    with notes.counting() as bar:
         task = bar.add_task("prefill", total=len(job.prompt))
         for event in events:
             if isinstance(event, Compiled):
@@ -203,17 +218,26 @@ def _decode(job: Job, plan: Plan, notes: Console, *, quiet: bool) -> Run:
     return Run(tokens, compile_s, prefill_s, decode_s / (len(tokens) - 1) if len(tokens) > 1 else None)
 
 
+def _say_how(config: ModelConfig, plan: Plan, notes: Notes) -> None:
+    if _platform(plan.mesh) == "cpu" and plan.mesh.size > 1:
+        notes.say(f"the CPU is split into {plan.mesh.size} fake devices")
+    tp = plan.mesh.shape[TP]
+    if config.latent and tp > 1:
+        notes.say(f"a latent serves all heads: the cache is held {tp} times, once for each of tp {tp}")
+
+
 def _write(piece: str) -> None:
     if piece:
         sys.stdout.write(piece)
         sys.stdout.flush()
 
 
-def _difference(job: Job, tokens: list[int], mesh: Mesh) -> str | None:
+def _difference(job: Job, tokens: list[int], mesh: Mesh, notes: Notes) -> str | None:
     """Decodes again with nothing sharded; says where the tokens part, if they do."""
     mesh = make_mesh(devices=list(mesh.devices.flat))
     plan = Plan(mesh, BlockLayout(1, job.block))
-    said = (event for event in stream(job.load(mesh), [job.prompt], plan, **job.options) if isinstance(event, Decoded))
+    events = stream(job.load(mesh, notes), [job.prompt], plan, **job.options)
+    said = (event for event in events if isinstance(event, Decoded))
     for index, (ours, event) in enumerate(zip_longest(tokens, said)):
         theirs = event.tokens[0] if event else None
         if ours != theirs:
@@ -260,8 +284,3 @@ def _held(job: Job, plan: Plan, done: Run) -> list[int]:
 
 def _platform(mesh: Mesh) -> str:
     return mesh.devices.flat[0].platform
-
-
-def _progress(notes: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal)

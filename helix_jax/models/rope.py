@@ -1,25 +1,90 @@
 """Rotary positions: every token is turned by its own index in its own row."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from helix_jax.config import Rope
 
-def rotate(x_BTNH: Float[Array, "B T N H"], position_BT: Int[Array, "B T"], theta: float) -> Array:
-    """Turns the pairs (i, i + H / 2) of each head by the angle `position / theta ** (2 i / H)`, in float32.
+
+def rotate(x_BTNH: Float[Array, "B T N H"], position_BT: Int[Array, "B T"], rope: Rope) -> Array:
+    """Turns the pairs (i, i + H / 2) of each head by the angle `position * rate[i]`, in float32.
+
+    An interleaved rope turns the pairs (2 i, 2 i + 1); the result then has their first halves before their second.
 
     Source: arXiv 2104.09864, in the half-split order of Hugging Face's Llama.
     """
-    angle_BT1h = (position_BT[..., None] * _rates(x_BTNH.shape[-1], theta))[:, :, None]
-    cos, sin = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    angle_BT1h = (position_BT[..., None] * rates(x_BTNH.shape[-1], rope))[:, :, None]
+    size = np.float32(magnitude(rope))
+    cos, sin = size * jnp.cos(angle_BT1h), size * jnp.sin(angle_BT1h)
+    x = x_BTNH.astype(jnp.float32)
+    a, b = (x[..., ::2], x[..., 1::2]) if rope.interleaved else jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
 
 
-def _rates(width: int, theta: float) -> np.ndarray:
-    """Radians per position, in the publishers' own order of float32 operations.
+def rates(width: int, rope: Rope) -> np.ndarray:
+    """Radians per position of each pair, in the publishers' own order of float32 operations.
 
     Another order differs by an ulp, which at theta 1e6 is 0.06 radian at the millionth position.
     """
-    return 1 / np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
+    period_h = np.float32(rope.theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
+    if rope.kind == "yarn":
+        return _yarn(period_h, width, rope)
+    rate_h = 1 / period_h
+    if rope.kind == "linear":
+        return rate_h / np.float32(rope.factor)
+    if rope.kind == "llama3":
+        return _llama3(rate_h, rope)
+    return rate_h
+
+
+def _llama3(rate_h: np.ndarray, rope: Rope) -> np.ndarray:
+    """Slow pairs, which never came round in the original positions, are slowed by the factor; fast ones are left."""
+    reach = rope.original_positions
+    wavelength_h = np.float32(2 * math.pi) / rate_h
+    slow_h = rate_h / np.float32(rope.factor)
+    share_h = (reach / wavelength_h - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    between_h = (1 - share_h) * slow_h + share_h * rate_h
+    rate_h = np.where(wavelength_h < reach / rope.high_freq_factor, rate_h, between_h)
+    return np.where(wavelength_h > reach / rope.low_freq_factor, slow_h, rate_h).astype(np.float32)
+
+
+def _yarn(period_h: np.ndarray, width: int, rope: Rope) -> np.ndarray:
+    """A ramp over the pairs from the rates as they were to those divided by the factor. Source: arXiv 2309.00071."""
+
+    def pair_that_turns(times: float) -> float:
+        return width * math.log(rope.original_positions / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    high += 0.001 * (low == high)
+    slowed_h = np.clip((np.arange(width // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    rate_h = 1 / (np.float32(rope.factor) * period_h) * slowed_h + 1 / period_h * (1 - slowed_h)
+    return rate_h.astype(np.float32)
+
+
+def magnitude(rope: Rope) -> float:
+    """By how much rotated queries and keys are longer than they were."""
+    if rope.kind != "yarn":
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return _yarn_scale(rope.factor, rope.mscale) / _yarn_scale(rope.factor, rope.mscale_all_dim)
+    return _yarn_scale(rope.factor)
+
+
+def softmax_gain(rope: Rope) -> float:
+    """By how much the scale of the softmax is larger than it was: for DeepSeek, who scale the whole head."""
+    if rope.kind != "yarn" or not rope.mscale_all_dim:
+        return 1.0
+    return _yarn_scale(rope.factor, rope.mscale_all_dim) ** 2
+
+
+def _yarn_scale(factor: float, mscale: float = 1.0) -> float:
+    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0

@@ -1,0 +1,7 @@
+"""Weights: from a Hugging Face folder, or from a model in memory, straight to their shards; and back to a folder."""
+
+from helix_jax.checkpoint.placing import shard
+from helix_jax.checkpoint.reading import DEMO_MODEL, load, read_config
+from helix_jax.checkpoint.writing import save
+
+__all__ = ["DEMO_MODEL", "load", "read_config", "save", "shard"]

@@ -1,0 +1,68 @@
+"""Every part of every parameter from where it is to the devices that need it, and no more of it than that."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from helix_jax.checkpoint.parameters import Index, ParameterPath, abstract, shapes, type_of, without_padding
+from helix_jax.config import ModelConfig
+from helix_jax.mesh import flat_size, weight_sharding
+from helix_jax.models.transformer import Transformer
+
+# The part of a parameter that an index leaves, on the host.
+Read = Callable[[ParameterPath, Index], np.ndarray]
+
+
+def shard(model: Transformer, mesh: Mesh, dtype: DTypeLike | None = None, *, experts: str = "flat") -> Transformer:
+    """The same model, its weights dealt out to the devices of `mesh`, in `dtype` (default: as they are).
+
+    experts: how experts are spread, as in Plan.
+    """
+    own, parameters = shapes(model.config), dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+
+    def read(path: ParameterPath, index: Index) -> np.ndarray:
+        return without_padding(parameters[path][...], own[path])[index]
+
+    return place(model.config, mesh, read, dtype or model.embed_VD[...].dtype, experts)
+
+
+def place(
+    config: ModelConfig,
+    mesh: Mesh,
+    read: Read,
+    dtype: DTypeLike,
+    experts: str,
+    placed: Callable[[ParameterPath], None] = lambda path: None,
+) -> Transformer:
+    """A Transformer over `mesh`, one parameter at a time; `placed` is told of each."""
+    own = shapes(config)
+    graph, state = nnx.split(abstract(config, flat_size(mesh)))
+    values = []
+    for path, parameter in nnx.to_flat_state(state):
+        spec = weight_sharding(mesh, str(path[-1]), experts)
+        part = _padded_part(path, parameter.shape, own[path], read, type_of(path, dtype))
+        values.append((path, parameter.replace(jax.make_array_from_callback(parameter.shape, spec, part))))
+        placed(path)
+    return nnx.merge(graph, nnx.from_flat_state(values))
+
+
+def _padded_part(
+    path: ParameterPath, shape: tuple[int, ...], own: tuple[int, ...], read: Read, dtype: DTypeLike
+) -> Callable[[Any], np.ndarray]:
+    """What lies at an index into the padded parameter: of its own shape what `read` gives, zeros beyond."""
+    parts: dict[Any, np.ndarray] = {}  # devices that hold copies share one
+
+    def part(index: Index) -> np.ndarray:
+        spans = tuple(span.indices(size)[:2] for span, size in zip(index, shape, strict=True))
+        if spans not in parts:
+            inside = tuple(slice(min(a, size), min(b, size)) for (a, b), size in zip(spans, own, strict=True))
+            value = read(path, inside).astype(dtype)
+            parts[spans] = np.pad(value, [(0, b - a - n) for (a, b), n in zip(spans, value.shape, strict=True)])
+        return parts[spans]
+
+    return part

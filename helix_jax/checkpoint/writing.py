@@ -1,0 +1,89 @@
+"""A Hugging Face folder that transformers and `load` open, written one file at a time."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from safetensors.numpy import save_file
+
+from helix_jax.checkpoint.parameters import Home, ParameterPath, family_of, homes, type_of, without_padding
+from helix_jax.checkpoint.reading import GENERATION_FILE
+from helix_jax.checkpoint.tensors import INDEX_FILE, WEIGHTS_FILE
+from helix_jax.models.transformer import Transformer
+
+_FILE_BYTES = 4 * 10**9  # of one safetensors file, unless a single layer is larger
+
+
+def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None) -> None:
+    """Writes a Hugging Face folder that transformers and `load` open, in `dtype` (default: as the weights are).
+
+    One file, or several and an index for a large model: the host holds one of them at a time.
+
+    Raises:
+        ValueError: the folder holds the index or the generation config of another model.
+    """
+    folder, dtype = Path(folder), jnp.dtype(dtype or model.embed_VD[...].dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (INDEX_FILE, GENERATION_FILE):
+        if (folder / file).exists():
+            raise ValueError(f"'{folder}' holds another model's {file}, which would go before this one: choose another")
+    published = family_of(model.config).write_config(model.config, dtype.name)
+
+    home_of = homes(model.config)
+    files = list(_files(home_of, dtype.itemsize))
+    index: dict[str, str] = {}
+    for number, paths in enumerate(files, 1):
+        name = WEIGHTS_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        tensors = _published(model, {path: home_of[path] for path in paths}, dtype)
+        save_file(tensors, _unfinished(folder / name), metadata={"format": "pt"})
+        _finish(folder / name)
+        index |= dict.fromkeys(tensors, name)
+    if len(files) > 1:
+        _write_json(folder / INDEX_FILE, {"metadata": {}, "weight_map": index})
+    _write_json(folder / "config.json", published)
+
+
+def _files(home_of: dict[ParameterPath, Home], itemsize: int) -> Iterator[list[ParameterPath]]:
+    """Which parameters go to a file together: whole layers, since a tensor may hold several of our parameters."""
+    groups: dict[ParameterPath, list[ParameterPath]] = {}
+    for path in home_of:
+        groups.setdefault(path[:2] if path[0] == "layers" else ("outside",), []).append(path)
+    paths, size = [], 0
+    for group in groups.values():
+        added = sum(int(np.prod(home_of[path].shape)) * itemsize for path in group)
+        if paths and size + added > _FILE_BYTES:
+            yield paths
+            paths, size = [], 0
+        paths, size = paths + group, size + added
+    yield paths
+
+
+def _published(model: Transformer, home_of: dict[ParameterPath, Home], dtype: np.dtype) -> dict[str, np.ndarray]:
+    """The published tensors that hold these parameters."""
+    parameters = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    tensors: dict[str, np.ndarray] = {}
+    for path, home in home_of.items():
+        value = without_padding(parameters[path][...], home.shape)
+        for number, name in enumerate(home.names):
+            whole = tensors.setdefault(name, np.zeros(home.published_shape, type_of(path, dtype)))
+            home.part(whole)[...] = value[number] if home.per_expert else value
+    return tensors
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    _unfinished(file).write_text(json.dumps(content, indent=2) + "\n")
+    _finish(file)
+
+
+def _unfinished(file: Path) -> Path:
+    """Where a file is written before it takes its place: cut off by a kill or a full disk, it never does."""
+    return file.with_name(file.name + ".unfinished")
+
+
+def _finish(file: Path) -> None:
+    _unfinished(file).replace(file)

@@ -1,0 +1,19 @@
+"""Published families: a table each, from which folders are read and written. The next one is one more page."""
+
+from helix_jax.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from helix_jax.families.family import Family, Tensor
+from helix_jax.families.gemma3 import GEMMA3_TEXT
+from helix_jax.families.gpt_oss import GPT_OSS
+from helix_jax.families.llama import LLAMA, MISTRAL
+from helix_jax.families.mixtral import MIXTRAL
+from helix_jax.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL),
+        *(GPT_OSS, GEMMA3_TEXT, DEEPSEEK_V2, DEEPSEEK_V3),
+    )
+}
+
+__all__ = ["FAMILIES", "Family", "Tensor"]

@@ -1,0 +1,106 @@
+"""DeepSeek V2, V3 and R1: latent attention, experts in groups and shared ones, YaRN that scales the softmax."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from helix_jax.config import ModelConfig
+from helix_jax.families.family import (
+    EXPERT_TENSORS,
+    LAYER_TENSORS,
+    SIZES,
+    Family,
+    Fields,
+    Key,
+    Published,
+    RopeKeys,
+    Tensor,
+)
+
+_GREEDY, _GROUPED = "greedy", "group_limited_greedy"
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What follows from several keys at once. `by_method`: whether groups count depends on `topk_method`, as in V2."""
+
+    by_method: bool
+
+    def read(self, published: Published, fields: Fields) -> None:
+        fields |= {"kv_heads": 1, "head_width": fields["latent.nope_width"] + fields["latent.rope_width"]}
+        fields["latent.query_rank"] = published.get("q_lora_rank")
+        fields["experts.dense_layers"] = tuple(range(published.get("first_k_dense_replace", 0)))
+        fields["experts.shared_width"] = (published.get("n_shared_experts") or 0) * fields["experts.width"]
+        method = published.get("topk_method", _GREEDY)
+        if self.by_method and method not in (_GREEDY, _GROUPED):
+            raise ValueError(f"config.json: topk_method {method!r} is not supported, only '{_GREEDY}' and '{_GROUPED}'")
+        if not self.by_method or method == _GROUPED:
+            fields["experts.groups"] = published.get("n_group") or 1
+            fields["experts.chosen_groups"] = published.get("topk_group") or 1
+
+    def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
+        latent, experts = config.latent, config.experts
+        if latent is None or experts is None:
+            raise ValueError(f"a {published['model_type']} model has latent attention and experts: this one has not")
+        if experts.dense_layers != tuple(range(len(experts.dense_layers))):
+            raise ValueError(f"dense layers {experts.dense_layers} are not the first ones: {published['model_type']}")
+        published |= {
+            "num_key_value_heads": config.heads,
+            "q_lora_rank": latent.query_rank,
+            "first_k_dense_replace": len(experts.dense_layers),
+            "n_shared_experts": experts.shared_width // experts.width or None,
+            "n_group": experts.groups,
+            "topk_group": experts.chosen_groups,
+        }
+        if self.by_method:
+            published["topk_method"] = _GREEDY if experts.groups == 1 else _GROUPED
+
+
+PARTS = (
+    *SIZES,
+    RopeKeys(interleaved=True),
+    Key("latent.width", "kv_lora_rank"),
+    Key("latent.rope_width", "qk_rope_head_dim"),
+    Key("latent.nope_width", "qk_nope_head_dim"),
+    Key("latent.value_width", "v_head_dim"),
+    Key("experts.count", "n_routed_experts"),
+    Key("experts.chosen", "num_experts_per_tok"),
+    Key("experts.width", "moe_intermediate_size"),
+    Key("experts.scale", "routed_scaling_factor", float),
+)
+
+TENSORS = {
+    **LAYER_TENSORS,
+    **EXPERT_TENSORS,
+    "attention.q_down_DQ": Tensor("self_attn.q_a_proj.weight", "Q D"),
+    "attention.q_norm_Q": Tensor("self_attn.q_a_layernorm.weight", "Q"),
+    "attention.q_up_QNH": Tensor("self_attn.q_b_proj.weight", "NH Q"),
+    "attention.kv_down_DY": Tensor("self_attn.kv_a_proj_with_mqa.weight", "Y D"),
+    "attention.kv_norm_Z": Tensor("self_attn.kv_a_layernorm.weight", "Z"),
+    "attention.k_up_NIZ": Tensor("self_attn.kv_b_proj.weight", "N(I+U) Z"),
+    "attention.v_up_NZU": Tensor("self_attn.kv_b_proj.weight", "N(I+U) Z"),
+    "attention.o_NUD": Tensor("self_attn.o_proj.weight", "D NU"),
+    "ff.choice_bias_E": Tensor("mlp.gate.e_score_correction_bias", "E"),
+    "ff.shared.gate_DF": Tensor("mlp.shared_experts.gate_proj.weight", "F D"),
+    "ff.shared.up_DF": Tensor("mlp.shared_experts.up_proj.weight", "F D"),
+    "ff.shared.down_FD": Tensor("mlp.shared_experts.down_proj.weight", "D F"),
+}
+OPTIONS = {"hidden_act": "silu", "attention_bias": False, "moe_layer_freq": 1}
+
+DEEPSEEK_V2 = Family(
+    model_type="deepseek_v2",
+    architecture="DeepseekV2ForCausalLM",
+    parts=(*PARTS, Structure(by_method=True)),
+    options={**OPTIONS, "mlp_bias": False, "scoring_func": "softmax", "norm_topk_prob": False},
+    always={"experts.normalised": False},
+    layer_tensors=TENSORS,
+)
+
+DEEPSEEK_V3 = Family(
+    model_type="deepseek_v3",
+    architecture="DeepseekV3ForCausalLM",
+    parts=(*PARTS, Key("experts.normalised", "norm_topk_prob", bool, True), Structure(by_method=False)),
+    options={**OPTIONS, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "rope_interleave": True},
+    always={"experts.scoring": "sigmoid", "experts.choice_bias": True, "experts.group_score": "top2"},
+    layer_tensors=TENSORS,
+    extras=(r"model\.layers\.{layers}\..*",),  # the multi-token-prediction layer, one past the last
+)

@@ -1,0 +1,82 @@
+"""Gemma 3, text only: norms before and after, local and global layers with rotary positions of their own."""
+
+from typing import Any
+
+from helix_jax.config import ModelConfig
+from helix_jax.families.family import (
+    LAYER_TENSORS,
+    SIZES,
+    Family,
+    Fields,
+    Key,
+    Published,
+    Tensor,
+    Windows,
+    read_rope,
+    write_scaling,
+)
+from helix_jax.families.llama import BIASES
+
+THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
+
+
+def all_but_every_sixth(published: Published, layers: int) -> tuple[int, ...]:
+    pattern = published.get("sliding_window_pattern", published.get("_sliding_window_pattern", 6))
+    return tuple(layer for layer in range(layers) if (layer + 1) % pattern)
+
+
+class TwoRopes:
+    """One for the windowed layers and one for the others, which alone is scaled."""
+
+    def read(self, published: Published, fields: Fields) -> None:
+        both = published.get("rope_parameters")
+        if both is None:
+            theta = published.get("rope_theta", THETA)
+            fields["rope"] = read_rope(published.get("rope_scaling"), "rope_scaling", theta)
+            local: Any = {"rope_theta": published.get("rope_local_base_freq", LOCAL_THETA)}
+        else:
+            if not isinstance(both, dict) or set(both) - {"full_attention", "sliding_attention"}:
+                raise ValueError(f"config.json: rope_parameters {both!r} are not of full_ and sliding_attention")
+            fields["rope"] = read_rope(both.get("full_attention"), "rope_parameters", THETA)
+            local = both.get("sliding_attention")
+        fields["rope_local"] = read_rope(local, "rope_parameters", LOCAL_THETA)
+
+    def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
+        published |= {"rope_theta": config.rope.theta, "rope_scaling": write_scaling(config.rope)}
+        published["rope_local_base_freq"] = (config.rope_local or config.rope).theta
+
+
+class Scales:
+    """Embeddings are scaled by the root of their width; the softmax by a width that need not be the heads'."""
+
+    def read(self, published: Published, fields: Fields) -> None:
+        fields["embed_scale"] = fields["width"] ** 0.5
+        fields["softmax_scale"] = published.get("query_pre_attn_scalar", 256) ** -0.5
+
+    def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
+        published["query_pre_attn_scalar"] = round((config.softmax_scale or config.head_width**-0.5) ** -2)
+
+
+GEMMA3_TEXT = Family(
+    model_type="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    parts=(
+        *(Key(**{**vars(key), "default": True}) if key.field == "tied_head" else key for key in SIZES),
+        Key("kv_heads", "num_key_value_heads"),
+        Key("head_width", "head_dim", int, 256),
+        *(*BIASES, TwoRopes(), Windows(all_but_every_sixth), Scales()),
+    ),
+    options={
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "use_bidirectional_attention": False,
+    },
+    always={"activation": "gelu_tanh", "qk_norm": True, "norm_offset": True, "post_norms": True},
+    layer_tensors={
+        **LAYER_TENSORS,
+        "attention_post_norm_D": Tensor("post_attention_layernorm.weight", "D"),
+        "ff_norm_D": Tensor("pre_feedforward_layernorm.weight", "D"),
+        "ff_post_norm_D": Tensor("post_feedforward_layernorm.weight", "D"),
+    },
+)

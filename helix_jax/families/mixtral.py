@@ -1,0 +1,33 @@
+"""Mixtral."""
+
+from helix_jax.families.family import (
+    HEADS,
+    LAYER_TENSORS,
+    SIZES,
+    Family,
+    Key,
+    RopeKeys,
+    Tensor,
+    Windows,
+    all_layers,
+)
+
+MIXTRAL = Family(
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    parts=(
+        *(*SIZES, *HEADS, RopeKeys(theta=1_000_000.0), Windows(all_layers, layer_types=False)),
+        Key("experts.count", "num_local_experts"),
+        Key("experts.chosen", "num_experts_per_tok"),
+        Key("experts.width", "intermediate_size"),
+    ),
+    options={"hidden_act": "silu"},
+    always={},
+    layer_tensors={
+        **LAYER_TENSORS,
+        "ff.router_DE": Tensor("block_sparse_moe.gate.weight", "E D"),
+        "ff.gate_EDF": Tensor("block_sparse_moe.experts.{e}.w1.weight", "F D"),
+        "ff.up_EDF": Tensor("block_sparse_moe.experts.{e}.w3.weight", "F D"),
+        "ff.down_EFD": Tensor("block_sparse_moe.experts.{e}.w2.weight", "D F"),
+    },
+)

@@ -1,0 +1,75 @@
+"""Grouped-query attention around a cache that it knows nothing of: what attends comes in as an argument."""
+
+from typing import Any, Protocol, runtime_checkable
+
+from flax import nnx
+from jax import Array
+
+from helix_jax.config import ModelConfig
+from helix_jax.models.parts import Parameters, rms_norm
+from helix_jax.models.rope import rotate, softmax_gain
+from helix_jax.numerics import einsum
+
+
+@runtime_checkable
+class Attention(Protocol):
+    """Attention of new tokens to what their rows hold. `state` is one layer's own: the pages of its cache, say.
+
+    window: a query sees that many positions. sink_N: a logit per head without a value. v_BTKH None: the values are the
+    first `v_width` numbers of the keys.
+    """
+
+    def __call__(
+        self,
+        q_BTNH: Array,
+        k_BTKH: Array,
+        v_BTKH: Array | None,
+        state: Any,
+        *,
+        scale: float,
+        window: int | None = None,
+        sink_N: Array | None = None,
+        v_width: int | None = None,
+    ) -> tuple[Array, Any]: ...
+
+
+class SelfAttention(nnx.Module):
+    def __init__(self, config: ModelConfig, layer: int, make: Parameters):
+        self.config, self.rope, self.window = config, config.rope_of(layer), config.window_of(layer)
+        self.scale = (config.softmax_scale or config.head_width**-0.5) * softmax_gain(self.rope)
+        self.q_DNH = make.matrix("q_DNH", "D")
+        self.k_DKH = make.matrix("k_DKH", "D")
+        self.v_DKH = make.matrix("v_DKH", "D")
+        self.o_NHD = make.onto_residual("o_NHD", "NH")
+        if config.qkv_bias:
+            self.q_bias_NH = make.bias("q_bias_NH")
+            self.k_bias_KH = make.bias("k_bias_KH")
+            self.v_bias_KH = make.bias("v_bias_KH")
+        if config.o_bias:
+            self.o_bias_D = make.bias("o_bias_D")
+        if config.qk_norm:
+            self.q_norm_H = make.norm("q_norm_H")
+            self.k_norm_H = make.norm("k_norm_H")
+        if config.sinks:
+            self.sink_N = make.bias("sink_N")
+
+    def __call__(self, x_BTD: Array, position_BT: Array, attention: Attention, state: Any) -> tuple[Array, Any]:
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
+        q_BTNH, k_BTKH = (rotate(x, position_BT, self.rope) for x in (q_BTNH, k_BTKH))
+        sink_N = self.sink_N[...] if self.config.sinks else None
+        how = {"scale": self.scale, "window": self.window, "sink_N": sink_N}
+        o_BTNH, state = attention(q_BTNH, k_BTKH, v_BTKH, state, **how)
+        o_BTD = einsum("btnh,nhd->btd", o_BTNH, self.o_NHD[...])
+        return o_BTD + self.o_bias_D[...] if self.config.o_bias else o_BTD, state
+
+    def _project(self, x_BTD: Array) -> tuple[Array, Array, Array]:
+        q_BTNH = einsum("btd,dnh->btnh", x_BTD, self.q_DNH[...])
+        k_BTKH = einsum("btd,dkh->btkh", x_BTD, self.k_DKH[...])
+        v_BTKH = einsum("btd,dkh->btkh", x_BTD, self.v_DKH[...])
+        if self.config.qkv_bias:
+            q_BTNH, k_BTKH = q_BTNH + self.q_bias_NH[...], k_BTKH + self.k_bias_KH[...]
+            v_BTKH = v_BTKH + self.v_bias_KH[...]
+        if self.config.qk_norm:
+            q_BTNH = rms_norm(q_BTNH, self.q_norm_H, self.config)
+            k_BTKH = rms_norm(k_BTKH, self.k_norm_H, self.config)
+        return q_BTNH, k_BTKH, v_BTKH

@@ -1,0 +1,82 @@
+"""What every module of a model is made of: parameters named by their shape, norms, gated feed-forwards.
+
+A parameter's name says all about it: `q_DNH` has the shape [D, N, H], is sharded as mesh.WEIGHTS["q_DNH"] says, and is
+initialised for the fan-in that stands beside it.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from helix_jax.config import ModelConfig
+from helix_jax.numerics import einsum
+
+
+class Parameters:
+    """Makes the parameters of a model: matrices normal of variance 1 / fan-in, norms that change nothing, biases 0.
+
+    ff_width: which feed-forward's width F stands for, if not the dense layers'.
+    """
+
+    def __init__(self, config: ModelConfig, devices: int, rngs: nnx.Rngs, ff_width: int | None = None):
+        self.config, self.devices, self.rngs = config, devices, rngs
+        self.dims = config.dims(devices, ff_width)
+
+    def of_width(self, ff_width: int) -> "Parameters":
+        return Parameters(self.config, self.devices, self.rngs, ff_width)
+
+    def matrix(self, name: str, fan_in: str, gain: float = 1.0) -> nnx.Param[Array]:
+        std = gain / math.sqrt(math.prod(self.dims[letter] for letter in fan_in))
+        return nnx.Param(std * jax.random.normal(self.rngs.params(), self._shape(name)))
+
+    def onto_residual(self, name: str, fan_in: str) -> nnx.Param[Array]:
+        """A matrix whose product is added to the residual stream: smaller, the more layers add to it."""
+        return self.matrix(name, fan_in, gain=(2 * self.config.layers) ** -0.5)
+
+    def norm(self, name: str) -> nnx.Param[Array]:
+        return nnx.Param(jnp.full(self._shape(name), 0.0 if self.config.norm_offset else 1.0))
+
+    def bias(self, name: str) -> nnx.Param[Array]:
+        return nnx.Param(jnp.zeros(self._shape(name)))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.dims[letter] for letter in name.split("_")[-1])
+
+
+def rms_norm(x: Array, weight: nnx.Param[Array], config: ModelConfig, eps: float | None = None) -> Array:
+    """x / rms(x) * weight over the last axis, in float32. eps: if not the config's."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + (config.norm_eps if eps is None else eps))
+    gain = weight[...].astype(jnp.float32)
+    return (x32 * (1 + gain if config.norm_offset else gain)).astype(x.dtype)
+
+
+def gated(gate: Array, up: Array, config: ModelConfig) -> Array:
+    """The activation of a gated feed-forward: act(gate) * up."""
+    if config.activation == "gelu_tanh":
+        return jax.nn.gelu(gate, approximate=True) * up
+    return jax.nn.silu(gate) * up
+
+
+def clamped_gated(gate: Array, up: Array, limit: float, config: ModelConfig) -> Array:
+    """gpt-oss's: both clamped to the limit, the gate's sigmoid steeper, one added to what it gates."""
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return gate * jax.nn.sigmoid(config.swiglu_alpha * gate) * (up + 1)
+
+
+class FeedForward(nnx.Module):
+    """The dense one: gate, up, down."""
+
+    def __init__(self, config: ModelConfig, make: Parameters):
+        self.config = config
+        self.gate_DF = make.matrix("gate_DF", "D")
+        self.up_DF = make.matrix("up_DF", "D")
+        self.down_FD = make.onto_residual("down_FD", "F")
+
+    def __call__(self, x_BTD: Array) -> Array:
+        gate_BTF = einsum("btd,df->btf", x_BTD, self.gate_DF[...])
+        up_BTF = einsum("btd,df->btf", x_BTD, self.up_DF[...])
+        return einsum("btf,fd->btd", gated(gate_BTF, up_BTF, self.config), self.down_FD[...])
