@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 Device = Any  # jax.Device, which type checkers do not take for a type
+AnyMesh = Mesh | AbstractMesh  # of devices that are there, or, to trace and to reckon, of some that are not
 
 DP, TP, CP = "dp", "tp", "cp"
 FLAT = (TP, CP)
@@ -103,12 +104,12 @@ def make_mesh(tp: int = 1, cp: int = 1, dp: int = 1, devices: Sequence[Device] |
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices[:wanted])
 
 
-def flat_size(mesh: Mesh) -> int:
+def flat_size(mesh: AnyMesh) -> int:
     """How many devices share the weights: the width of the flat axis."""
     return mesh.shape[TP] * mesh.shape[CP]
 
 
-def sharding(mesh: Mesh, spec: P) -> NamedSharding:
+def sharding(mesh: AnyMesh, spec: P) -> NamedSharding:
     """`spec` on `mesh`, written as XLA writes what it gives back: without axes of size 1, without None at the end.
 
     A step's results then have the very shardings of its arguments, and the next step is the same compiled program.
@@ -122,6 +123,6 @@ def sharding(mesh: Mesh, spec: P) -> NamedSharding:
     return NamedSharding(mesh, P(*dims))
 
 
-def weight_sharding(mesh: Mesh, name: str, experts: str = "flat") -> NamedSharding:
+def weight_sharding(mesh: AnyMesh, name: str, experts: str = "flat") -> NamedSharding:
     """Where the parameter `name` lives; `experts`: how experts are spread, a key of EXPERT_WEIGHTS."""
     return sharding(mesh, {**WEIGHTS, **EXPERT_WEIGHTS[experts]}[name])

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType
 
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
 from helix_jax.layout import BlockLayout
-from helix_jax.mesh import CP, DP, EXPERT_WEIGHTS, TP, flat_size
+from helix_jax.mesh import CP, DP, EXPERT_WEIGHTS, TP, AnyMesh, flat_size
 
 KERNELS = ("auto", "xla")
 EXPERTS = tuple(EXPERT_WEIGHTS)
@@ -24,7 +24,7 @@ class Plan:
             combine, kernel or spread of experts.
     """
 
-    mesh: Mesh
+    mesh: AnyMesh
     layout: BlockLayout
     combine: str = "psum"
     kernel: str = "auto"

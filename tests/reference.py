@@ -1,13 +1,15 @@
 """What the library is judged by: float64 softmax in NumPy, and a model without cache or mesh."""
 
+import tomllib
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from helix_jax.config import ModelConfig
+from helix_jax.config import ModelConfig, from_mapping
 from helix_jax.models.transformer import Transformer
 from helix_jax.train import causal_attention
 
@@ -19,6 +21,10 @@ TINY = ModelConfig(layers=2, width=32, heads=16, kv_heads=8, head_width=8, ff_wi
 
 def tiny_model(config: ModelConfig = TINY, seed: int = 0) -> Transformer:
     return Transformer(config, rngs=nnx.Rngs(seed))
+
+
+def shape_in(file: Path) -> ModelConfig:
+    return from_mapping(ModelConfig, tomllib.loads(file.read_text())["model"], str(file))
 
 
 def softmax_attention(q_TNH, k_SKH, v_SKH, seen_TS, scale: float) -> tuple[np.ndarray, np.ndarray]:

@@ -104,6 +104,7 @@ class Job:
     prompt: list[int]
     tokenizer: Tokenizer | None
     dtype: str
+    platform: str
     block: int
     options: dict[str, Any]
 
@@ -140,16 +141,18 @@ def run(options: argparse.Namespace) -> int:
     layout = BlockLayout(mesh.shape[CP], options.block, options.placement)
     plan = Plan(mesh, layout, options.combine, options.kernel, options.experts)
     plan.check_model(config)
+    platform = mesh.devices.flat[0].platform
     job = Job(
         folder=options.model,
         prompt=prompt,
         tokenizer=tokenizer,
-        dtype=options.dtype or ("float32" if _platform(mesh) == "cpu" else "bfloat16"),
+        dtype=options.dtype or ("float32" if platform == "cpu" else "bfloat16"),
+        platform=platform,
         block=options.block,
         options={**shape, **_sampling(options)},
         experts=options.experts,
     )
-    done = _decode(job, plan, notes, quiet=options.json)
+    done = _decode(job, job.load(mesh, notes), plan, notes, quiet=options.json)
     difference = _difference(job, done.tokens, mesh, notes) if options.verify else None
     if options.json:
         print(json.dumps(_report(job, plan, done, None if not options.verify else difference is None)))
@@ -190,14 +193,13 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     return {"sampling": sampling, "stop_ids": () if options.ignore_eos else None}
 
 
-def _decode(job: Job, plan: Plan, notes: Notes, *, quiet: bool) -> Run:
+def _decode(job: Job, model: Transformer, plan: Plan, notes: Notes, *, quiet: bool) -> Run:
     """Decodes; unless `quiet`, text goes to stdout as it comes."""
     text = None if quiet or job.tokenizer is None else TextStream(job.tokenizer)
     tokens: list[int] = []
     compile_s, prefill_s, decode_s = 0.0, 0.0, 0.0
-    model = job.load(plan.mesh, notes)
     events = stream(model, [job.prompt], plan, **job.options)
-    _say_how(model.config, plan, notes)  # once all input is known to be good
+    _say_how(job, model.config, plan, notes)  # once all input is known to be good
     with notes.counting() as bar:
         task = bar.add_task("prefill", total=len(job.prompt))
         for event in events:
@@ -218,8 +220,8 @@ def _decode(job: Job, plan: Plan, notes: Notes, *, quiet: bool) -> Run:
     return Run(tokens, compile_s, prefill_s, decode_s / (len(tokens) - 1) if len(tokens) > 1 else None)
 
 
-def _say_how(config: ModelConfig, plan: Plan, notes: Notes) -> None:
-    if _platform(plan.mesh) == "cpu" and plan.mesh.size > 1:
+def _say_how(job: Job, config: ModelConfig, plan: Plan, notes: Notes) -> None:
+    if job.platform == "cpu" and plan.mesh.size > 1:
         notes.say(f"the CPU is split into {plan.mesh.size} fake devices")
     tp = plan.mesh.shape[TP]
     if config.latent and tp > 1:
@@ -256,7 +258,7 @@ def _report(job: Job, plan: Plan, done: Run, verified: bool | None) -> dict[str,
         "prompt_tokens": len(job.prompt),
         "ranks": [{"rank": rank, "tokens": count} for rank, count in enumerate(_held(job, plan, done))],
         "mesh": {"tp": plan.mesh.shape[TP], "cp": plan.mesh.shape[CP]},
-        "platform": _platform(plan.mesh),
+        "platform": job.platform,
         "kernel": plan.chosen_kernel,
         "compile_s": done.compile_s,
         "prefill_s": done.prefill_s,
@@ -280,7 +282,3 @@ def _table(job: Job, plan: Plan, done: Run) -> Table:
 def _held(job: Job, plan: Plan, done: Run) -> list[int]:
     """Tokens in the cache of each rank; the last token was said, not cached."""
     return tokens_per_rank(plan, len(job.prompt) + len(done.tokens) - 1, len(job.prompt))
-
-
-def _platform(mesh: Mesh) -> str:
-    return mesh.devices.flat[0].platform

@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
-from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from helix_jax.combine import total
 from helix_jax.config import Experts, ModelConfig
-from helix_jax.mesh import DP, EXPERT_AXES, EXPERT_WEIGHTS, FLAT, TOKENS_BTD
+from helix_jax.mesh import DP, EXPERT_AXES, EXPERT_WEIGHTS, FLAT, TOKENS_BTD, AnyMesh
 from helix_jax.models.parts import FeedForward, Parameters, clamped_gated, gated
 from helix_jax.numerics import einsum
 
@@ -112,7 +111,7 @@ def _spread(choice: Choice, experts: int) -> Array:
     return (jax.nn.one_hot(choice.expert_BTC, experts) * choice.weight_BTC[..., None]).sum(-2)
 
 
-def on_mesh(mesh: Mesh, spread: str, live_BT: Array) -> RunExperts:
+def on_mesh(mesh: AnyMesh, spread: str, live_BT: Array) -> RunExperts:
     """Runs experts that are spread over `mesh` (a key of EXPERT_WEIGHTS), for the live tokens only: the island."""
     axes, _ = EXPERT_AXES[spread]
     specs = ExpertWeights._make(EXPERT_WEIGHTS[spread][name] for name in ExpertWeights._fields)

@@ -1,0 +1,263 @@
+"""The small models of tests/golden/: for each family a config.json in which all of its features are on."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    config: dict[str, Any]
+    quantization: dict[str, Any] | None = None
+    offset: int = 0  # of the seed: chosen so that no greedy step is nearly a draw
+
+
+ATTENTION = {
+    "vocab_size": 97,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 0.01,  # published are 1e-5 and less, which nobody would miss
+}
+DEEPSEEK = ATTENTION | {
+    "hidden_size": 40,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "intermediate_size": 56,
+    "moe_intermediate_size": 12,
+    "moe_layer_freq": 1,
+    "first_k_dense_replace": 1,
+    "rope_theta": 100.0,
+}
+DEEPSEEK_YARN = {
+    "type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 2,
+    "beta_slow": 1,
+}
+DEEPSEEK_V2 = DEEPSEEK | {
+    "model_type": "deepseek_v2",
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": False,
+    "scoring_func": "softmax",
+    "rope_scaling": DEEPSEEK_YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+}
+DEEPSEEK_V3 = DEEPSEEK | {
+    "model_type": "deepseek_v3",
+    "q_lora_rank": 28,
+    "n_routed_experts": 16,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "rope_interleave": True,
+    "num_nextn_predict_layers": 1,
+    "rope_scaling": DEEPSEEK_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+}
+GPT_OSS = ATTENTION | {
+    "model_type": "gpt_oss",
+    "hidden_size": 40,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "head_dim": 16,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": 10,
+    "swiglu_limit": 2.0,
+    "rope_theta": 150000,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 2.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 32,
+    },
+}
+
+FAMILIES = {
+    "llama": Family(
+        ATTENTION
+        | {
+            "model_type": "llama",
+            "hidden_size": 48,
+            "intermediate_size": 72,
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+        offset=9,
+    ),
+    "llama_linear": Family(
+        ATTENTION
+        | {
+            "model_type": "llama",
+            "hidden_size": 40,
+            "intermediate_size": 72,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "rms_norm_eps": 0.001,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        },
+        offset=8,
+    ),
+    "mistral": Family(
+        ATTENTION
+        | {
+            "model_type": "mistral",
+            "hidden_size": 56,
+            "intermediate_size": 72,
+            "num_hidden_layers": 3,
+            "head_dim": 8,
+            "sliding_window": 10,
+        },
+        offset=6,
+    ),
+    "qwen2": Family(
+        ATTENTION
+        | {
+            "model_type": "qwen2",
+            "hidden_size": 64,
+            "intermediate_size": 40,
+            "num_hidden_layers": 4,
+            "use_sliding_window": True,
+            "sliding_window": 10,
+            "max_window_layers": 2,
+        },
+        offset=7,
+    ),
+    "qwen3": Family(
+        ATTENTION
+        | {
+            "model_type": "qwen3",
+            "hidden_size": 48,
+            "intermediate_size": 56,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "rope_theta": 1000.0,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "beta_fast": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+        offset=1,
+    ),
+    "qwen3_moe": Family(
+        ATTENTION
+        | {
+            "model_type": "qwen3_moe",
+            "hidden_size": 40,
+            "intermediate_size": 72,
+            "moe_intermediate_size": 24,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": False,
+            "mlp_only_layers": [1],
+        },
+        offset=4,
+    ),
+    "mixtral": Family(
+        ATTENTION
+        | {
+            "model_type": "mixtral",
+            "hidden_size": 40,
+            "intermediate_size": 24,
+            "num_hidden_layers": 3,
+            "head_dim": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": 10,
+        },
+        offset=7,
+    ),
+    "gpt_oss": Family(
+        GPT_OSS,
+        offset=5,
+    ),
+    "gpt_oss_mxfp4": Family(
+        GPT_OSS | {"hidden_size": 64, "intermediate_size": 64},
+        quantization={
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+            "quant_method": "mxfp4",
+        },
+        offset=7,
+    ),
+    "gemma3_text": Family(
+        ATTENTION
+        | {
+            "model_type": "gemma3_text",
+            "hidden_size": 48,
+            "intermediate_size": 56,
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 5,
+            "rms_norm_eps": 0.03,
+            "sliding_window": 10,
+            "sliding_window_pattern": 3,
+            "rope_theta": 1000.0,
+            "rope_local_base_freq": 100.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+        offset=4,
+    ),
+    "deepseek_v2": Family(
+        DEEPSEEK_V2
+        | {
+            "q_lora_rank": 28,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.7,
+        },
+        offset=9,
+    ),
+    "deepseek_v2_lite": Family(
+        DEEPSEEK_V2
+        | {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.3},
+        offset=6,
+    ),
+    "deepseek_v3": Family(
+        DEEPSEEK_V3,
+        offset=3,
+    ),
+    "deepseek_v3_fp8": Family(
+        DEEPSEEK_V3,
+        quantization={
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [16, 16],
+        },
+    ),
+}

@@ -1,0 +1,131 @@
+"""Experts spread over a mesh say what all of them say on one device, and do the routed work, not all of it."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helix_jax.config import Experts, ModelConfig
+from helix_jax.mesh import EXPERT_WEIGHTS, make_mesh, weight_sharding
+from helix_jax.models.moe import Choice, ExpertWeights, on_mesh, on_one_device, tile_size
+from tests.reference import TINY, relative_error
+
+E, D, F = 16, 128, 96
+EXPERTS = Experts(count=E, chosen=2, width=F)
+CONFIG = dataclasses.replace(TINY, experts=EXPERTS)
+MESHES = [(1, 1), (1, 8), (2, 4), (8, 1), (2, 2), (1, 4)]
+
+
+def weights_of(random, *, bias: bool = False, experts: int = E, width: int = F) -> ExpertWeights:
+    shapes = [(experts, D, width), (experts, D, width), (experts, width, D)] + 2 * bias * [(experts, width)]
+    return ExpertWeights(*(jnp.asarray(random.normal(size=shape) / 4, jnp.float32) for shape in shapes))
+
+
+def choices(random, B: int, T: int, C: int, kind: str) -> Choice:
+    """Whom the tokens are sent to: at random, all to one device's experts, or all to one and the same expert."""
+    if kind == "random":
+        expert_BTC = np.stack([random.permutation(E)[:C] for _ in range(B * T)]).reshape(B, T, C)
+    elif kind == "first":
+        expert_BTC = np.broadcast_to(np.arange(C), (B, T, C))
+    else:
+        expert_BTC = np.broadcast_to([E - 1, *list(range(C - 1))], (B, T, C))
+    return Choice(jnp.asarray(expert_BTC, jnp.int32), jnp.asarray(random.random((B, T, C)), jnp.float32))
+
+
+def placed(weights: ExpertWeights, mesh, spread: str) -> ExpertWeights:
+    named = zip(ExpertWeights._fields, weights, strict=True)
+    return ExpertWeights._make(
+        None if value is None else jax.device_put(value, weight_sharding(mesh, name, spread)) for name, value in named
+    )
+
+
+@pytest.mark.parametrize("spread", EXPERT_WEIGHTS)
+@pytest.mark.parametrize(("tp", "cp"), MESHES)
+def test_experts_on_a_mesh_equal_those_on_one_device(tp: int, cp: int, spread: str):
+    """However uneven the routing, nothing is dropped; a dead token gets nothing and costs nothing."""
+    random = np.random.default_rng(tp * 10 + cp)
+    mesh = make_mesh(tp, cp)
+    for config, bias in ((CONFIG, False), (dataclasses.replace(CONFIG, swiglu_limit=0.5), True)):
+        weights = weights_of(random, bias=bias)
+        live_BT = jnp.asarray(random.random((2, 9)) < 0.8)
+        run = jax.jit(
+            lambda x, choice, weights, live, config=config: on_mesh(mesh, spread, live)(config, x, choice, weights)
+        )
+        for kind in ("random", "first", "one"):
+            x_BTD = jnp.asarray(random.normal(size=(2, 9, D)), jnp.float32)
+            choice = choices(random, 2, 9, 3, kind)
+            ours = run(x_BTD, choice, placed(weights, mesh, spread), live_BT)
+            theirs = jnp.where(live_BT[..., None], on_one_device(config, x_BTD, choice, weights), 0)
+            assert relative_error(ours, theirs) <= 2e-6
+
+
+def test_rows_may_lie_on_dp():
+    random, mesh = np.random.default_rng(0), make_mesh(tp=2, cp=2, dp=2)
+    weights, x_BTD = weights_of(random), jnp.asarray(random.normal(size=(4, 5, D)), jnp.float32)
+    choice = choices(random, 4, 5, 2, "random")
+    for spread in EXPERT_WEIGHTS:
+        run = on_mesh(mesh, spread, jnp.ones((4, 5), bool))
+        ours = jax.jit(run, static_argnums=0)(CONFIG, x_BTD, choice, placed(weights, mesh, spread))
+        assert relative_error(ours, on_one_device(CONFIG, x_BTD, choice, weights)) <= 2e-6
+
+
+@pytest.mark.parametrize("spread", EXPERT_WEIGHTS)
+@pytest.mark.parametrize(("B", "T"), [(1, 1), (8, 1), (64, 1), (2, 128)])
+def test_the_work_of_a_device_is_the_routed_work(B: int, T: int, spread: str):
+    """Products of one tile, as XLA counts them in the loop's body, times the tiles that the routing makes.
+
+    XLA counts the body of a loop once, however often it runs: how often is counted here, expert by expert.
+    """
+    random, mesh, C = np.random.default_rng(0), make_mesh(2, 4), EXPERTS.chosen
+    weights, choice = weights_of(random), choices(random, B, T, C, "random")
+    x_BTD = jnp.zeros((B, T, D))
+    run = jax.jit(on_mesh(mesh, spread, jnp.ones((B, T), bool)), static_argnums=0)
+    compiled = run.lower(CONFIG, x_BTD, choice, placed(weights, mesh, spread)).compile()
+    assert re.findall(r" (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", compiled.as_text()) == ["all-reduce"]
+
+    tile, devices = tile_size(B * T * C, E), mesh.size
+    width = F if spread == "flat" else F // 2
+    tile_flops = 2 * 3 * tile * D * width
+    counted = compiled.cost_analysis()["flops"]
+    # Besides the products: routing and activations, whose share falls as D and F grow past those of this test.
+    assert tile_flops <= counted <= 1.2 * tile_flops + 200 * B * T * C
+    tiles = -(-np.bincount(np.asarray(choice.expert_BTC).ravel(), minlength=E) // tile)
+    done = tiles.sum() * tile_flops / (devices if spread == "flat" else devices / 2)
+    routed = 2 * 3 * B * T * C * D * F / devices
+    assert done <= 1.5 * routed
+
+
+def test_a_group_that_is_not_chosen_gives_no_expert():
+    """Also where its experts alone would be the best."""
+    from helix_jax.models.moe import _of_best_groups
+
+    grouped = Experts(count=8, chosen=2, width=4, groups=4, chosen_groups=2, group_score="top2")
+    rank = jnp.asarray([9.0, 0, 5, 5, 6, 5, 1, 1])  # sums of the best two: 9, 10, 11, 2
+    np.testing.assert_array_equal(jnp.isfinite(_of_best_groups(rank, grouped)), [0, 0, 1, 1, 1, 1, 0, 0])
+    best = dataclasses.replace(grouped, group_score="best")  # 9, 5, 6, 1
+    np.testing.assert_array_equal(jnp.isfinite(_of_best_groups(rank, best)), [1, 1, 0, 0, 1, 1, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"count": 0}, "experts count is 0: give a whole number of at least 1"),
+        ({"chosen": 17}, "17 experts are chosen of too few"),
+        ({"groups": 3}, "16 experts in 3 groups, of which 1 are chosen, do not divide"),
+        ({"groups": 4, "chosen_groups": 5}, "16 experts in 4 groups, of which 5 are chosen"),
+        ({"groups": 8, "chosen_groups": 1, "chosen": 3}, "3 experts are chosen of too few"),
+        ({"scoring": "max"}, "experts scoring is 'max': choose one of softmax, sigmoid"),
+        ({"groups": 16, "chosen_groups": 4, "group_score": "top2"}, "16 groups of 16 experts have no best two"),
+    ],
+)
+def test_experts_that_cannot_be_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Experts(**{"count": E, "chosen": 2, "width": F, **values})
+
+
+def test_a_layer_that_is_not_there_cannot_be_dense():
+    with pytest.raises(ValueError, match="layer 5 is not one of the 2: mend the config"):
+        ModelConfig(**{**vars(TINY), "experts": Experts(count=4, chosen=1, width=8, dense_layers=(5,))})
