@@ -88,7 +88,7 @@ def attend(
     M = table_BM.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     hi_BT = jnp.minimum(hi_BT, M * W)
-    first_page_B = jnp.where(hi_BT > lo_BT, lo_BT, M * W).min(1) // W
+    first_page_B, slots = span(lo_BT, hi_BT, W, M * W)
 
     def one_pass(first: Array | int, pages: int) -> Partial:
         page_BC = first_page_B[:, None] + first + jnp.arange(pages)
@@ -109,8 +109,18 @@ def attend(
     # The carry takes its type, and what it varies over inside shard_map, from a real pass, which is never computed.
     like = one_pass(0, 1)
     empty = Partial(jnp.zeros_like(like.o_BTNH), jnp.full_like(like.lse_BTN, -jnp.inf))
-    slots_B = hi_BT.max(1) - first_page_B * W
-    return lax.fori_loop(0, -(-slots_B.max() // (C * W)), join, empty)
+    return lax.fori_loop(0, -(-slots // (C * W)), join, empty)
+
+
+def span(
+    lo_BT: Int[Array, "B T"], hi_BT: Int[Array, "B T"], page: int, room: int
+) -> tuple[Int[Array, "B"], Int[Array, ""]]:
+    """The first page of each row that holds a slot that is seen, and how many slots from there on the longest row has.
+
+    room: slots that a table holds; a row in which nothing is seen starts there.
+    """
+    first_page_B = jnp.where(hi_BT > lo_BT, lo_BT, room).min(1) // page
+    return first_page_B, (hi_BT.max(1) - first_page_B * page).max()
 
 
 def _stack(a: Array, b: Array) -> Array:

@@ -73,14 +73,16 @@ def chat_ids(folder: Path, text: str) -> list[int]:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise ValueError(f"--chat needs the package {error.name}: pip install transformers jinja2") from None
+    tokenizer = None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if not tokenizer.chat_template:
-            raise ValueError(f"'{folder}' has no chat template: leave out --chat")
-        said = [{"role": "user", "content": text}]
-        return list(tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=True, return_dict=False))
-    except (OSError, KeyError, jinja2.TemplateError) as error:
-        raise ValueError(f"the chat template of '{folder}' cannot be used ({error})") from None
+        if (folder / "tokenizer.json").exists():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if tokenizer is not None and tokenizer.chat_template:
+            said = [{"role": "user", "content": text}]
+            return list(tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False))
+    except (OSError, ValueError, KeyError, jinja2.TemplateError) as error:
+        raise ValueError(f"the chat template of '{folder}' cannot be used ({error}): leave out --chat") from None
+    raise ValueError(f"'{folder}' has no chat template: leave out --chat")
 
 
 class TextStream:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helix_jax.attention import Partial, attend, merge
+from helix_jax.attention import Partial, attend, merge, span
 from tests.reference import relative_error, softmax_attention
 
 B, T, N, K, H, W, M, A = 3, 4, 6, 2, 8, 4, 7, 30
@@ -132,6 +132,14 @@ def test_merge_is_a_commutative_monoid(seed: int):
     for one in (both(a, empty), both(empty, a)):
         np.testing.assert_array_equal(one.lse_BTN, a.lse_BTN)
         np.testing.assert_array_equal(one.o_BTNH, a.o_BTNH)
+
+
+def test_only_what_is_seen_is_read():
+    """From the page of the row's least `lo` on, in the fewest passes: rows far apart do not lengthen each other."""
+    lo_BT, hi_BT = jnp.asarray([[990, 995], [3, 0], [0, 0]]), jnp.asarray([[1000, 1004], [10, 0], [0, 0]])
+    first_page_B, slots = span(lo_BT, hi_BT, page=8, room=4096)
+    np.testing.assert_array_equal(first_page_B, [123, 0, 512])
+    assert slots == 1004 - 123 * 8
 
 
 def test_merge_of_parts_is_attention_over_the_whole():

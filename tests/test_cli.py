@@ -16,7 +16,8 @@ import pytest
 from helix_jax import __version__
 from helix_jax.cli import main
 from helix_jax.layout import PLACEMENTS
-from tests.conftest import COMPILED, ROOT
+from tests.conftest import COMPILED, GOLDEN, ROOT
+from tests.test_families import PLAIN
 
 PASSAGE = ROOT / "scripts" / "data" / "passage.txt"
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_", "PYTEST"))}
@@ -191,6 +192,8 @@ def test_bad_settings_are_one_line_and_exit_2(tmp_path: Path):
     bad([*prompt, "--placement", "spiral"], "unknown placement 'spiral': choose one of helix, striped, last_rank")
     bad([*prompt, "--combine", "ring"], "unknown combine 'ring'")
     bad([*prompt, "--kernel", "triton"], "unknown kernel 'triton': choose one of auto, xla")
+    bad([*prompt, "--experts", "tp"], "unknown experts 'tp': choose one of flat, cp")
+    bad([*prompt, "--chat"], "has no chat template: leave out --chat")
     bad([*prompt, "--tp", 4], "tp 4 does not divide the 2 key/value heads: choose tp 2")
     bad(["--prompt", "And", "--cp", 3], "tp 1 x cp 3 = 3 does not divide the 8 query heads: choose cp 2 or 4")
     bad([*prompt, "--block", 0], "block is 0")
@@ -219,6 +222,61 @@ def test_without_a_tokenizer_text_is_refused_and_ids_are_not(tmp_path: Path):
     shown = helix("generate", "--prompt-ids", tmp_path / "ids.json", "--model", tmp_path, "--max-new-tokens", 3)
     assert json.loads(shown.stdout) == found["tokens"]
     assert len(found["tokens"]) == 3
+
+
+SLOW = [f for f in PLAIN if f.name not in ("gpt_oss", "gemma3_text", "deepseek_v3")]
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [pytest.param(f, marks=[pytest.mark.slow] if f in SLOW else [], id=f.name) for f in PLAIN],
+)
+def test_a_folder_goes_on_greedily_as_in_transformers(folder: Path, tmp_path: Path):
+    golden = np.load(folder / "golden.npz")
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps(golden["tokens"][: golden["prompt_len"]].tolist()))
+    settings = ("--dtype", "float32", "--ignore-eos", "--max-new-tokens", 64, "--block", 4, "--experts", "cp", "--json")
+    done = helix("generate", "--model", folder, "--prompt-ids", ids, "--tp", 2, "--cp", 2, *settings)
+    assert json.loads(done.stdout)["tokens"] == golden["greedy"].tolist()
+    said = ["helix-jax: the CPU is split into 4 fake devices"]
+    if folder.name.startswith("deepseek"):
+        said.append("helix-jax: a latent serves all heads: the cache is held 2 times, once for each of tp 2")
+    if folder.name == "deepseek_v3":
+        skipped = "model.layers.3.eh_proj.weight to model.layers.3.shared_head.norm.weight"
+        said.insert(0, f"helix-jax: skipped 5 tensors that decoding has no use for: {skipped}")
+    assert done.stderr.splitlines() == said
+
+
+def test_meshes_that_do_not_fit_latent_attention_are_refused_with_those_that_do(tmp_path: Path):
+    (tmp_path / "ids.json").write_text("[1]")
+    model = ("--prompt-ids", tmp_path / "ids.json", "--model", GOLDEN / "deepseek_v3")
+    bad([*model, "--tp", 3, "--cp", 1], "tp 3 does not divide the 8 query heads: choose tp 2 or 4")
+    bad([*model, "--tp", 2, "--cp", 8], "tp 2 x cp 8 = 16 does not divide the 8 query heads: choose cp 4")
+
+
+def test_chat_puts_the_prompt_into_the_models_template(tmp_path: Path):
+    """Asked by itself, the template gives ids: the same ids, given as ids, are answered alike."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("transformers")
+    words = {"user": 0, ":": 1, "hello": 2, "there": 3, "model": 4, "?": 5}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).symlink_to(GOLDEN / "llama" / file)
+    chat = ["--prompt", "hello there", "--chat", "--model", tmp_path, "--max-new-tokens", 3]
+    bad(chat, "has no chat template: leave out --chat")
+    turns = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
+    template = turns + "{% if add_generation_prompt %}model :{% endif %}"
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template})
+    )
+    found = result("generate", *chat)
+    assert found["prompt_tokens"] == 6
+    (tmp_path / "ids.json").write_text("[0, 1, 2, 3, 4, 1]")
+    ids = ["--prompt-ids", tmp_path / "ids.json", "--model", tmp_path, "--max-new-tokens", 3]
+    assert result("generate", *ids)["tokens"] == found["tokens"]
+    bad([*ids, "--chat"], "--chat needs text, not --prompt-ids")
 
 
 class Accelerator:

@@ -20,19 +20,38 @@ from tests.reference import relative_error, softmax_attention
 B, H, PAGE, SCALE = 4, 8, 4, 0.4
 PROMPTS, MOST = (1, 30, 0, 17), (9, 61, 0, 40)  # shorter than a block, not a multiple of one, idle, another
 
-run = jax.jit(helix_attention, static_argnums=0, static_argnames="scale", donate_argnums=1)
+STATIC = ("scale", "window", "v_width")
+run = jax.jit(helix_attention, static_argnums=0, static_argnames=STATIC, donate_argnums=1)
 
 
 def plan_of(tp: int, cp: int, placement: str = "helix", how: str = "psum", block: int = 3) -> Plan:
     return Plan(make_mesh(tp, cp), BlockLayout(cp, block, placement), how)
 
 
-def decode_all(plan: Plan, heads: int, kv_heads: int, chunk: int, dtype, *, fill: float = 0.0):
-    """Feeds whole rows through the island in chunks; returns outputs beside those of float64 attention."""
+def decode_all(
+    plan: Plan,
+    heads: int,
+    kv_heads: int,
+    chunk: int,
+    dtype,
+    *,
+    fill: float = 0.0,
+    window: int | None = None,
+    sink_N=None,
+    v_width: int | None = None,
+):
+    """Feeds whole rows through the island in chunks; returns outputs beside those of float64 attention.
+
+    v_width: of latent attention, whose values are the first numbers of its keys.
+    """
+    latent = v_width is not None
+    how = {"scale": SCALE, "window": window, "sink_N": sink_N, "v_width": v_width}
     random = np.random.default_rng(0)
     q_BSNH = jnp.asarray(random.normal(size=(B, max(MOST), heads, H)), dtype)
     k_BSKH, v_BSKH = (jnp.asarray(random.normal(size=(B, max(MOST), kv_heads, H)), dtype) for _ in "kv")
-    shape = {"layers": 1, "kv_heads": kv_heads, "head_width": H, "dtype": dtype}
+    if latent:
+        v_BSKH = k_BSKH[..., :v_width]
+    shape = {"layers": 1, "kv_heads": kv_heads, "head_width": H, "dtype": dtype, "latent": latent}
     ([pages],), rows = make_cache(plan, PROMPTS, MOST, page=PAGE, **shape)
     pages = jax.tree.map(lambda pool: jnp.full_like(pool, fill), pages)
 
@@ -47,19 +66,26 @@ def decode_all(plan: Plan, heads: int, kv_heads: int, chunk: int, dtype, *, fill
             for row, count in enumerate(count_B):
                 x[row, count:] = np.nan
             new.append(jnp.asarray(x))
-        o_BTNH, pages = run(plan, pages, *new, rows, per_row(plan, count_B), scale=SCALE)
+        new = (*new[:2], None) if latent else new
+        o_BTNH, pages = run(plan, pages, *new, rows, per_row(plan, count_B), **how)
         rows = rows._replace(length_B=rows.length_B + per_row(plan, count_B))
         for row, count in enumerate(count_B):
             outputs[row].append(np.asarray(o_BTNH[row, :count], np.float64))
             assert (np.asarray(o_BTNH[row, count:]) == 0).all()
     ours = np.concatenate([np.concatenate(row) for row in outputs])
     theirs = np.concatenate(
-        [
-            softmax_attention(q[:n], k[:n], v[:n], np.tri(n, dtype=bool), SCALE)[0]
-            for q, k, v, n in zip(q_BSNH, k_BSKH, v_BSKH, MOST, strict=True)
-        ]
+        [expected(q[:n], k[:n], v[:n], window, sink_N) for q, k, v, n in zip(q_BSNH, k_BSKH, v_BSKH, MOST, strict=True)]
     )
     return ours, theirs, pages
+
+
+def expected(q_TNH, k_TKH, v_TKH, window, sink_N) -> np.ndarray:
+    position = np.arange(len(q_TNH))
+    behind = position[:, None] - position
+    seen = (behind >= 0) & (behind < (window or len(position) + 1))
+    o_TNH, lse_TN = softmax_attention(q_TNH, k_TKH, v_TKH, seen, SCALE)
+    share_TN = 1 if sink_N is None else 1 / (1 + np.exp(np.asarray(sink_N, np.float64) - lse_TN))
+    return o_TNH * np.broadcast_to(share_TN, lse_TN.shape)[..., None]
 
 
 @pytest.mark.parametrize("how", COMBINES)
@@ -67,6 +93,60 @@ def decode_all(plan: Plan, heads: int, kv_heads: int, chunk: int, dtype, *, fill
 def test_sharded_attention_equals_float64(placement: str, how: str):
     ours, theirs, _ = decode_all(plan_of(2, 4, placement, how), 8, 2, 7, jnp.float32)
     assert relative_error(ours, theirs) <= 2e-6
+
+
+@pytest.mark.parametrize("window", [1, 5, 1000])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_windows_see_what_float64_sees_in_them(placement: str, window: int):
+    """Shorter than a block, across several ranks, and longer than any row; with a NaN in every slot not written."""
+    ours, theirs, _ = decode_all(plan_of(2, 4, placement), 8, 2, 7, jnp.float32, window=window, fill=np.nan)
+    assert relative_error(ours, theirs) <= 2e-6
+
+
+@pytest.mark.parametrize("how", COMBINES)
+def test_sinks_take_their_share_once(how: str):
+    """Per head, over whichever ranks, also where a window leaves most ranks empty, and however large the sink."""
+    sink_N = jnp.asarray([-1e30, -3, 0, 0.5, 1, 2, 5, 40], jnp.float32)
+    for tp, cp in ((2, 4), (1, 8), (1, 1)):
+        for window in (None, 4):
+            plan = plan_of(tp, cp, "helix", how)
+            ours, theirs, _ = decode_all(plan, 8, 2, 16, jnp.float32, window=window, sink_N=sink_N)
+            assert relative_error(ours, theirs) <= 2e-6
+
+
+@pytest.mark.parametrize("how", COMBINES)
+@pytest.mark.parametrize(("tp", "cp"), [(1, 8), (2, 4), (8, 1)])
+def test_latent_attention_equals_float64(tp: int, cp: int, how: str):
+    """One key for all heads, whose first numbers are the value; every device of tp holds it."""
+    ours, theirs, pages = decode_all(plan_of(tp, cp, "helix", how), 16, 1, 7, jnp.float32, v_width=6, fill=np.nan)
+    assert ours.shape[-1] == 6
+    assert relative_error(ours, theirs) <= 2e-6
+    assert pages.v_AKWH is None
+
+
+def numbers_held(cache) -> int:
+    """By all devices together, copies included."""
+    return sum(shard.data.size for pool in jax.tree.leaves(cache) for shard in pool.addressable_shards)
+
+
+@pytest.mark.parametrize(("tp", "cp"), [(1, 8), (2, 4), (4, 2), (1, 1)])
+def test_the_latent_cache_holds_one_vector_per_slot_for_each_of_tp(tp: int, cp: int):
+    """DeepSeek's shape: 512 + 64 numbers, not copied per head. Counted on the devices."""
+    plan = plan_of(tp, cp, block=16)
+    shape = {"layers": 3, "kv_heads": 1, "head_width": 512 + 64, "dtype": jnp.bfloat16, "latent": True}
+    cache, rows = make_cache(plan, [100, 7], [200, 150], page=16, **shape)
+    slots = rows.table_RBM.size * 16
+    assert slots >= 350
+    assert numbers_held(cache) == (512 + 64) * 3 * slots * tp
+
+
+@pytest.mark.parametrize(("tp", "cp"), [(1, 1), (1, 8), (2, 4), (4, 2), (8, 1)])
+def test_a_cache_of_grouped_heads_is_shared_by_tp_and_cp(tp: int, cp: int):
+    """The same positions: 1 / (tp cp) of the bytes on each device, and no number twice."""
+    shape = {"layers": 2, "kv_heads": 8, "head_width": 4, "dtype": jnp.float32}
+    cache, _ = make_cache(plan_of(tp, cp, block=16), [1024], [2048], page=16, **shape)
+    for pool in jax.tree.leaves(cache):
+        assert {shard.data.nbytes for shard in pool.addressable_shards} == {2048 * 8 * 4 * 4 // (tp * cp)}
 
 
 @pytest.mark.parametrize("how", COMBINES)
