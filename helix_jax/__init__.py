@@ -5,7 +5,9 @@ Array names end in the letters of their dimensions, `q_BTNH`; lower case is this
     B rows (sequences)   T new tokens per row in this call   S cached positions   N query heads   K key/value heads
     G = N / K            H width of a head                   D model width        F feed-forward  V vocabulary
     L layers             R ranks on cp                       A pages in the pool  W tokens per page  M pages per row
-    C pages in a pass    X anything else
+    E experts            C a few: pages in a pass, experts of a token             X anything else
+    Q, Z width of the latents of queries, of keys and values                      Y = Z + the rotary part, cached
+    I, U width of a head's key that is not rotated, of its value, in latent attention (H = I + the rotary part)
 
 A position is global and 0-based, a slot is its place on the rank that owns it. A partial is `(o, lse)`.
 """

@@ -11,10 +11,11 @@ from flax import nnx
 
 from helix_jax.checkpoint import load, read_config, save, writing
 from helix_jax.checkpoint.tensors import open_tensors
+from helix_jax.config import Experts, ModelConfig, Rope
 from helix_jax.families import FAMILIES
 from helix_jax.mesh import EXPERT_WEIGHTS, make_mesh
 from tests.conftest import GOLDEN, ROOT
-from tests.reference import shape_in
+from tests.reference import TINY, shape_in, tiny_model
 from tests.test_families import each_folder
 
 
@@ -319,3 +320,22 @@ def test_numbers_without_their_scale_are_refused(name: str, changes: dict, messa
     (folder_of(tmp_path, published) / "model.safetensors").symlink_to(GOLDEN / name / "model.safetensors")
     with pytest.raises(ValueError, match=message):
         load(tmp_path, make_mesh())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qk_norm": True}, "a 'llama' folder cannot say qk_norm True, only False: choose a family"),
+        ({"window": 8, "windowed_layers": (0,)}, "a 'llama' folder cannot say window 8, only None"),
+        ({"experts": Experts(count=4, chosen=1, width=8)}, "a 'llama' folder cannot say experts Experts"),
+        ({"family": "mixtral", "experts": Experts(count=4, chosen=1, width=8)}, "cannot say"),
+        ({"family": "qwen2"}, "a 'qwen2' folder cannot say qkv_bias False, only True"),
+        ({"family": "deepseek_v3"}, "a deepseek_v3 model has latent attention and experts: this one has not"),
+        ({"rope": Rope(interleaved=True)}, "cannot say rope"),
+    ],
+)
+def test_what_a_family_cannot_say_is_not_written_as_another_model(changes: dict, message: str, tmp_path: Path):
+    model = tiny_model(ModelConfig(**{**vars(TINY), **changes}))
+    with pytest.raises(ValueError, match=message):
+        save(model, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.numpy import save_file
 from helix_jax.checkpoint.parameters import Home, ParameterPath, family_of, homes, type_of, without_padding
 from helix_jax.checkpoint.reading import GENERATION_FILE
 from helix_jax.checkpoint.tensors import INDEX_FILE, WEIGHTS_FILE
+from helix_jax.config import ModelConfig
 from helix_jax.models.transformer import Transformer
 
 _FILE_BYTES = 4 * 10**9  # of one safetensors file, unless a single layer is larger
@@ -25,14 +27,15 @@ def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None)
     One file, or several and an index for a large model: the host holds one of them at a time.
 
     Raises:
-        ValueError: the folder holds the index or the generation config of another model.
+        ValueError: the folder holds the index or the generation config of another model; the family's config.json
+            cannot say what this model is.
     """
     folder, dtype = Path(folder), jnp.dtype(dtype or model.embed_VD[...].dtype)
     folder.mkdir(parents=True, exist_ok=True)
     for file in (INDEX_FILE, GENERATION_FILE):
         if (folder / file).exists():
             raise ValueError(f"'{folder}' holds another model's {file}, which would go before this one: choose another")
-    published = family_of(model.config).write_config(model.config, dtype.name)
+    published = _describe(model.config, dtype.name)
 
     home_of = homes(model.config)
     files = list(_files(home_of, dtype.itemsize))
@@ -46,6 +49,19 @@ def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None)
     if len(files) > 1:
         _write_json(folder / INDEX_FILE, {"metadata": {}, "weight_map": index})
     _write_json(folder / "config.json", published)
+
+
+def _describe(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of its family, once that is known to make the same model."""
+    published = family_of(config).write_config(config, dtype)
+    again = family_of(config).read_config(published)
+    for f in fields(config):
+        ours, theirs = getattr(config, f.name), getattr(again, f.name)
+        if ours != theirs:
+            raise ValueError(
+                f"a '{config.family}' folder cannot say {f.name} {ours!r}, only {theirs!r}: choose a family"
+            )
+    return published
 
 
 def _files(home_of: dict[ParameterPath, Home], itemsize: int) -> Iterator[list[ParameterPath]]:
