@@ -325,12 +325,12 @@ def test_numbers_without_their_scale_are_refused(name: str, changes: dict, messa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"qk_norm": True}, "a 'llama' folder cannot say qk_norm True, only False: choose a family"),
+        ({"qk_norm": True}, "a 'llama' folder cannot say qk_norm True, only False: not written"),
         ({"window": 8, "windowed_layers": (0,)}, "a 'llama' folder cannot say window 8, only None"),
         ({"experts": Experts(count=4, chosen=1, width=8)}, "a 'llama' folder cannot say experts Experts"),
         ({"family": "mixtral", "experts": Experts(count=4, chosen=1, width=8)}, "cannot say"),
         ({"family": "qwen2"}, "a 'qwen2' folder cannot say qkv_bias False, only True"),
-        ({"family": "deepseek_v3"}, "a deepseek_v3 model has latent attention and experts: this one has not"),
+        ({"family": "deepseek_v3"}, "a 'deepseek_v3' folder needs latent, which this model has not: not written"),
         ({"rope": Rope(interleaved=True)}, "cannot say rope"),
     ],
 )

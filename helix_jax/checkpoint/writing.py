@@ -58,9 +58,7 @@ def _describe(config: ModelConfig, dtype: str) -> dict[str, Any]:
     for f in fields(config):
         ours, theirs = getattr(config, f.name), getattr(again, f.name)
         if ours != theirs:
-            raise ValueError(
-                f"a '{config.family}' folder cannot say {f.name} {ours!r}, only {theirs!r}: choose a family"
-            )
+            raise ValueError(f"a '{config.family}' folder cannot say {f.name} {ours!r}, only {theirs!r}: not written")
     return published
 
 

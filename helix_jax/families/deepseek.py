@@ -39,8 +39,8 @@ class Structure:
 
     def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
         latent, experts = config.latent, config.experts
-        if latent is None or experts is None:
-            raise ValueError(f"a {published['model_type']} model has latent attention and experts: this one has not")
+        assert latent is not None, "the Keys before have been written"
+        assert experts is not None, "likewise"
         if experts.dense_layers != tuple(range(len(experts.dense_layers))):
             raise ValueError(f"dense layers {experts.dense_layers} are not the first ones: {published['model_type']}")
         published |= {

@@ -63,6 +63,9 @@ class Key:
         fields[self.field] = value
 
     def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
+        outer, nested, _ = self.field.partition(".")
+        if nested and getattr(config, outer) is None:
+            raise ValueError(f"a '{config.family}' folder needs {outer}, which this model has not: not written")
         name = self.names if isinstance(self.names, str) else self.names[0]
         published[name] = attrgetter(self.field)(config)
 
