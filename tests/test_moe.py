@@ -10,7 +10,8 @@ import pytest
 
 from helix_jax.config import Experts, ModelConfig
 from helix_jax.mesh import EXPERT_WEIGHTS, make_mesh, weight_sharding
-from helix_jax.models.moe import Choice, ExpertWeights, on_mesh, on_one_device, tile_size
+from helix_jax.models.experts import Choice, ExpertWeights, in_rounds, in_tiles, on_one_device, tile_size
+from helix_jax.models.moe import on_mesh
 from tests.reference import TINY, relative_error
 
 E, D, F = 16, 128, 96
@@ -62,6 +63,21 @@ def test_experts_on_a_mesh_equal_those_on_one_device(tp: int, cp: int, spread: s
             assert relative_error(ours, theirs) <= 2e-6
 
 
+@pytest.mark.parametrize("form", [in_tiles, in_rounds])
+@pytest.mark.parametrize("average", [1, 8, 100])
+def test_both_forms_equal_all_experts_on_all_tokens(form, average: int):
+    """Whatever average they were told to reckon with: one tile or round, or very many."""
+    random = np.random.default_rng(0)
+    weights, x_BTD = weights_of(random, bias=True), jnp.asarray(random.normal(size=(3, 20, D)), jnp.float32)
+    run = jax.jit(form, static_argnums=(0, 4))
+    for kind in ("random", "first", "one"):
+        choice = choices(random, 3, 20, 3, kind)
+        elsewhere = jnp.asarray(random.random((3, 20, 3)) < 0.3)
+        choice = Choice(jnp.where(elsewhere, random.choice([-7, -1, E, 99]), choice.expert_BTC), choice.weight_BTC)
+        theirs = on_one_device(CONFIG, x_BTD, choice, weights)
+        assert relative_error(run(CONFIG, x_BTD, choice, weights, average), theirs) <= 2e-6
+
+
 def test_rows_may_lie_on_dp():
     random, mesh = np.random.default_rng(0), make_mesh(tp=2, cp=2, dp=2)
     weights, x_BTD = weights_of(random), jnp.asarray(random.normal(size=(4, 5, D)), jnp.float32)
@@ -86,7 +102,7 @@ def test_the_work_of_a_device_is_the_routed_work(B: int, T: int, spread: str):
     compiled = run.lower(CONFIG, x_BTD, choice, placed(weights, mesh, spread)).compile()
     assert re.findall(r" (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", compiled.as_text()) == ["all-reduce"]
 
-    tile, devices = tile_size(B * T * C, E), mesh.size
+    tile, devices = tile_size(B * T * C // E), mesh.size
     width = F if spread == "flat" else F // 2
     tile_flops = 2 * 3 * tile * D * width
     counted = compiled.cost_analysis()["flops"]

@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 
 from helix_jax.config import ModelConfig
 from helix_jax.models.attention import Attention, SelfAttention
+from helix_jax.models.experts import on_one_device
 from helix_jax.models.mla import LatentAttention
-from helix_jax.models.moe import MixtureOfExperts, RunExperts, on_one_device
+from helix_jax.models.moe import MixtureOfExperts, RunExperts
 from helix_jax.models.parts import FeedForward, Parameters, rms_norm
 from helix_jax.numerics import einsum
 
