@@ -16,7 +16,7 @@ def _check_numbers(config: Any, what: str, may_be_zero: tuple[str, ...] = ()) ->
     """Raises ValueError for a size below 1 or a number that is not positive; None, where it may stand, is neither."""
     for f in fields(config):
         value = getattr(config, f.name)
-        if value is None or f.name in may_be_zero:
+        if value is None or (value == 0 and f.name in may_be_zero):
             continue
         if f.type in (int, int | None) and value < 1:
             raise ValueError(f"{what}{f.name} is {value}: give a whole number of at least 1")
@@ -59,6 +59,8 @@ class Rope:
         if self.kind not in ROPE_KINDS:
             raise ValueError(f"rope type {self.kind!r} is not supported: known are {', '.join(ROPE_KINDS)}")
         _check_numbers(self, "rope ", may_be_zero=("original_positions",))
+        if self.theta <= 1:
+            raise ValueError(f"rope theta is {self.theta}: give a number above 1")
         if self.kind in ("llama3", "yarn") and not self.original_positions:
             raise ValueError(f"rope type '{self.kind}' needs original_max_position_embeddings: mend the config")
 

@@ -80,7 +80,7 @@ def chat_ids(folder: Path, text: str) -> list[int]:
         if tokenizer is not None and tokenizer.chat_template:
             said = [{"role": "user", "content": text}]
             return list(tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False))
-    except (OSError, ValueError, KeyError, jinja2.TemplateError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, jinja2.TemplateError) as error:
         raise ValueError(f"the chat template of '{folder}' cannot be used ({error}): leave out --chat") from None
     raise ValueError(f"'{folder}' has no chat template: leave out --chat")
 

@@ -122,19 +122,19 @@ def change_config(**changes):
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json' is not a JSON object"),
         (change_config(model_type="mamba"), "unknown model_type 'mamba': known are llama"),
         (change_config(hidden_size="absent"), "config.json: 'hidden_size' is missing"),
-        (change_config(rope_scaling={"type": "yarn"}), "rope type 'yarn' needs original_max_position_embeddings"),
+        (change_config(rope_scaling={"type": "yarn"}), "rope_scaling of type 'yarn' has no factor: complete the file"),
         (change_config(rope_parameters={"rope_type": "dynamic"}), "rope_parameters of type 'dynamic' is not supported"),
         (change_config(rope_parameters=[1]), r"rope_parameters is \[1\]: give a table"),
         (change_config(rope_theta=0, rope_parameters=None), "rope theta is 0.0: give a positive number"),
-        (change_config(rms_norm_eps="1e-5"), "norm_eps is '1e-5': give a value of type float"),
+        (change_config(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5': give a number"),
         (change_config(partial_rotary_factor=0.5), "partial_rotary_factor 0.5 is not supported, only 1.0"),
         (change_config(quantization_config={"bits": 4}), "quantization_config .* is not supported"),
         (change_config(num_attention_heads="8", head_dim=None), "num_attention_heads is '8': give a whole number"),
         (change_config(num_attention_heads=0, head_dim=None), "num_attention_heads is 0: give a whole number"),
         (change_config(eos_token_id=61), "stop id 61 is outside of the vocabulary of 61"),
-        (change_config(eos_token_id="</s>"), r"stop_ids is \['</s>'\]: give a value of type tuple"),
+        (change_config(eos_token_id="</s>"), "eos_token_id is '</s>': give a token id"),
         (change_config(model_type=["llama"]), "unknown model_type"),
-        (change_tensors(model__norm__weight=np.ones(32, np.int8)), "'model.norm.weight' is of type int8: quantised"),
+        (change_tensors(model__norm__weight=np.ones(32, np.int8)), "'model.norm.weight' is of type I8: quantised"),
         (change_config(mlp_bias=True), "mlp_bias True is not supported, only False"),
         (change_config(hidden_act="gelu"), "hidden_act 'gelu' is not supported, only 'silu'"),
         (change_config(num_key_value_heads=5), "heads 16 is not a multiple of kv_heads 5"),
@@ -147,9 +147,47 @@ def test_what_is_wrong_with_a_folder_is_said(folder: Path, change, message: str)
         load(folder, make_mesh())
 
 
-def test_a_folder_that_is_not_there_is_said():
+def test_a_folder_that_is_not_there_is_said(folder: Path):
     with pytest.raises(ValueError, match="model folder '/nowhere' does not exist"):
         load("/nowhere", make_mesh())
+    with pytest.raises(ValueError, match="config.json' is not a folder"):
+        load(folder / "config.json", make_mesh())
+
+
+def test_a_tied_head_that_is_written_out_must_be_the_embedding(tmp_path: Path):
+    save(tiny_model(ModelConfig(**{**vars(TINY), "tied_head": True})), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, tmp_path / "model.safetensors")
+    load(tmp_path, make_mesh())
+    tensors["lm_head.weight"][60, 3] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="'lm_head.weight' is not 'model.embed_tokens.weight', but config.json has"):
+        load(tmp_path, make_mesh())
+
+
+def test_reading_weights_back_leaves_none_of_them_on_the_host(tmp_path: Path):
+    """A jax array that was looked at keeps what was seen."""
+    model = shard(tiny_model(), make_mesh(2, 4))
+    save(model, tmp_path)
+    shard(model, make_mesh(1, 8))
+    held = [param[...]._npy_value for _, param in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    assert all(value is None for value in held)
+
+
+def test_a_type_that_numpy_has_not_is_named_where_it_is_needed(folder: Path):
+    raw = (folder / "model.safetensors").read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    header["model.norm.weight"]["dtype"] = "F8_E8M0"
+    changed = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(changed).to_bytes(8, "little") + changed + raw[8 + size :])
+    with pytest.raises(ValueError, match="'model.norm.weight' is of type F8_E8M0: quantised weights need"):
+        load(folder, make_mesh())
+    nested = b"[" * 100_000
+    (folder / "model.safetensors").write_bytes(len(nested).to_bytes(8, "little") + nested)
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        load(folder, make_mesh())
 
 
 def test_a_config_says_which_key_is_unknown_missing_or_of_another_type():

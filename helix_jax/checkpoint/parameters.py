@@ -1,7 +1,9 @@
 """The parameters of a model and the published tensors that hold them, before there is any weight."""
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
@@ -42,7 +44,9 @@ class Home(NamedTuple):
         return our_part(published, self.axes, self.letters, {**self.sizes, **sizes})
 
 
+@lru_cache(maxsize=4)
 def abstract(config: ModelConfig, devices: int = 1) -> Transformer:
+    """The shapes of a Transformer whose weights `devices` share. Not to be changed: it is kept."""
     return nnx.eval_shape(lambda: Transformer(config, devices=devices, rngs=nnx.Rngs(0)))
 
 
@@ -78,5 +82,8 @@ def type_of(path: ParameterPath, dtype: DTypeLike) -> DTypeLike:
 
 
 def without_padding(value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """A parameter on the host, as large as the model makes it."""
-    return np.asarray(value)[tuple(map(slice, shape))]
+    """A parameter on the host, as large as the model makes it.
+
+    Of a copy: an array that has been looked at keeps what was seen, and the whole model would end on the host.
+    """
+    return np.asarray(jnp.copy(value))[tuple(map(slice, shape))]

@@ -1,6 +1,7 @@
 """Every part of every parameter from where it is to the devices that need it, and no more of it than that."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -25,8 +26,12 @@ def shard(model: Transformer, mesh: Mesh, dtype: DTypeLike | None = None, *, exp
     """
     own, parameters = shapes(model.config), dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
 
+    @lru_cache(maxsize=1)  # the parts of one parameter are asked for one after the other
+    def whole(path: ParameterPath) -> np.ndarray:
+        return without_padding(parameters[path][...], own[path])
+
     def read(path: ParameterPath, index: Index) -> np.ndarray:
-        return without_padding(parameters[path][...], own[path])[index]
+        return whole(path)[index]
 
     return place(model.config, mesh, read, dtype or model.embed_VD[...].dtype, experts)
 
@@ -62,7 +67,8 @@ def _padded_part(
         if spans not in parts:
             inside = tuple(slice(min(a, size), min(b, size)) for (a, b), size in zip(spans, own, strict=True))
             value = read(path, inside).astype(dtype)
-            parts[spans] = np.pad(value, [(0, b - a - n) for (a, b), n in zip(spans, value.shape, strict=True)])
+            missing = [(0, b - a - n) for (a, b), n in zip(spans, value.shape, strict=True)]
+            parts[spans] = np.pad(value, missing) if any(n for _, n in missing) else value
         return parts[spans]
 
     return part

@@ -26,10 +26,12 @@ def dequantiser(published: Mapping[str, Any]) -> Callable[[Tensors], Tensors]:
     given = published.get("quantization_config")
     if given is None:
         return lambda tensors: tensors
-    method = given.get("quant_method") if isinstance(given, Mapping) else given
+    if not isinstance(given, Mapping):
+        raise ValueError(f"config.json: quantization_config is {given!r}: give a table")
+    method = given.get("quant_method")
     if method == "mxfp4":
         return _from_mxfp4
-    block: Any = given.get("weight_block_size") if isinstance(given, Mapping) else None
+    block: Any = given.get("weight_block_size")
     if method == "fp8" and given.get("fmt", "e4m3") == "e4m3" and _is_block(block):
         return partial(_from_fp8, tuple(block))
     what = f"{method!r} of format {given.get('fmt')!r}, blocks {block}" if method == "fp8" else repr(method)
@@ -57,7 +59,7 @@ def _from_fp8(block: tuple[int, int], tensors: Tensors) -> Tensors:
             scale_RC = scale_RC.repeat(block[0], 0)[:rows].repeat(block[1], 1)[:, :columns]
             return stored.read(lead).astype(np.float32) * scale_RC[lead]
 
-        plain[name] = Stored(stored.shape, np.dtype(np.float32), stored.bytes + scale.bytes, read)
+        plain[name] = stored._replace(dtype=np.dtype(np.float32), bytes=stored.bytes + scale.bytes, read=read)
     return plain
 
 
@@ -78,14 +80,15 @@ def _from_mxfp4(tensors: Tensors) -> Tensors:
         def read(lead: slice, blocks: Stored = blocks, scales: Stored = scales) -> np.ndarray:
             packed = blocks.read(lead)
             values = np.stack([_FP4[packed & 15], _FP4[packed >> 4]], -1).reshape(*packed.shape[:3], -1)
-            values = np.ldexp(values, scales.read(lead).astype(np.int32)[..., None] - 127)
+            values = np.ldexp(values, scales.read(lead).astype(np.int32)[..., None] - 127).astype(jnp.bfloat16)
             return values.reshape(*packed.shape[:2], -1).swapaxes(1, 2)
 
         shape = (experts, groups * width * 2, rows)
-        plain[whole] = Stored(shape, np.dtype(np.float32), blocks.bytes + scales.bytes, read)
+        # Two bits of exponent and one of mantissa, times a power of two: bfloat16 holds it exactly.
+        plain[whole] = Stored(shape, "MXFP4", np.dtype(jnp.bfloat16), blocks.bytes + scales.bytes, read)
     return plain
 
 
-def is_number(dtype: np.dtype) -> bool:
-    """Whether weights of this type are what they say: a float of fewer than 16 bits needs a scale."""
-    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 2
+def is_number(stored: Stored) -> bool:
+    """Whether a tensor is what it says: a float of fewer than 16 bits is quantised and needs its scale."""
+    return stored.dtype is not None and jnp.issubdtype(stored.dtype, jnp.floating) and stored.dtype.itemsize >= 2

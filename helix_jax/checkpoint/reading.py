@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from helix_jax.checkpoint.quantised import dequantiser, is_number
 from helix_jax.checkpoint.tensors import Stored, open_tensors, read_json
 from helix_jax.config import ModelConfig
 from helix_jax.families import FAMILIES
+from helix_jax.families.family import TENSORS
 from helix_jax.models.transformer import Transformer
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo"  # the folder of the byte model that ships
@@ -56,6 +58,7 @@ def load(
     tensors, home_of = dequantiser(published)(open_tensors(folder)), homes(config)
     for home in home_of.values():
         _check(folder, home, tensors)
+    _check_tied_head(config, tensors)
     _report_extras(folder, config, set(tensors) - {name for home in home_of.values() for name in home.names})
 
     # A tensor may hold several of our parameters: it counts when the first of them is there.
@@ -67,8 +70,12 @@ def load(
             left.pop(name, None)
         on_read(total - sum(left.values()), total)
 
+    @lru_cache(maxsize=1)  # the parts of one parameter are read one after the other: dequantised once
+    def whole(name: str) -> np.ndarray:
+        return tensors[name].read(slice(None))
+
     def read(path: ParameterPath, index: Index) -> np.ndarray:
-        return _read_part(home_of[path], tensors, index)
+        return _read_part(home_of[path], tensors, whole, index)
 
     return place(config, mesh, read, dtype, experts, placed)
 
@@ -76,7 +83,8 @@ def load(
 def _read(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     """What config.json says, and what that means."""
     if not folder.is_dir():
-        raise ValueError(f"model folder '{folder}' does not exist: give a Hugging Face folder")
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise ValueError(f"model folder '{folder}' {what}: give a Hugging Face folder")
     published = read_json(folder / "config.json")
     kind = published.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
@@ -95,9 +103,9 @@ def _check(folder: Path, home: Home, tensors: dict[str, Stored]) -> None:
         shape, wanted = list(tensors[name].shape), list(home.published_shape)
         if shape != wanted:
             raise ValueError(f"tensor '{name}' has shape {shape}, but config.json makes it {wanted}")
-        if not is_number(tensors[name].dtype):
+        if not is_number(tensors[name]):
             raise ValueError(
-                f"tensor '{name}' is of type {tensors[name].dtype}: quantised weights need a known quantization_config"
+                f"tensor '{name}' is of type {tensors[name].type}: quantised weights need a known quantization_config"
             )
 
 
@@ -111,13 +119,31 @@ def _report_extras(folder: Path, config: ModelConfig, names: set[str]) -> None:
         log.warning("skipped %d tensors that decoding has no use for: %s", len(extras), named)
 
 
-def _read_part(home: Home, tensors: dict[str, Stored], index: Index) -> np.ndarray:
-    """The part of a parameter that `index` leaves. Experts that are not asked for are not read."""
-    lead, rest = index[0], index[1:]
-    if home.per_expert:
-        parts = [home.part(tensors[name].read(slice(None)))[rest] for name in home.names[lead]]
-        return np.stack(parts) if parts else np.zeros((0, *home.shape[1:]))[:, *rest]
-    [name] = home.names
-    if home.axes[0] == home.letters[0] == "E":
-        return home.part(tensors[name].read(lead), E=len(range(*lead.indices(home.shape[0]))))[:, *rest]
-    return home.part(tensors[name].read(slice(None)))[index]
+def _check_tied_head(config: ModelConfig, tensors: dict[str, Stored]) -> None:
+    """A tied head that is written out all the same is the embedding. Else versions of transformers differ on it."""
+    embedding, head = (TENSORS[name].name for name in ("embed_VD", "head_VD"))
+    if not config.tied_head or head not in tensors:
+        return
+    rows = range(0, config.vocab, 4096)
+    parts = (tuple(tensors[name].read(slice(first, first + 4096)) for name in (embedding, head)) for first in rows)
+    if tensors[head].shape != tensors[embedding].shape or not all(
+        np.array_equal(ours, theirs) for ours, theirs in parts
+    ):
+        raise ValueError(
+            f"'{head}' is not '{embedding}', but config.json has tie_word_embeddings true: set it to false"
+        )
+
+
+def _read_part(home: Home, tensors: dict[str, Stored], whole: Callable[[str], np.ndarray], index: Index) -> np.ndarray:
+    """The part of a parameter that `index` leaves. Experts are read one by one, and no others than are asked for."""
+    if not (home.per_expert or home.axes[0] == home.letters[0] == "E"):
+        return home.part(whole(home.names[0]))[index]
+    experts, rest = range(home.shape[0])[index[0]], index[1:]
+    shape = tuple(len(range(size)[span]) for span, size in zip(rest, home.shape[1:], strict=True))
+    parts = np.empty((len(experts), *shape), tensors[home.names[0]].dtype)
+    for i, e in enumerate(experts):
+        if home.per_expert:
+            parts[i] = home.part(whole(home.names[e]))[rest]
+        else:
+            parts[i] = home.part(tensors[home.names[0]].read(slice(e, e + 1)), E=1)[0][rest]
+    return parts

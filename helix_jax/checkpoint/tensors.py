@@ -32,10 +32,14 @@ _DTYPES = {
 
 
 class Stored(NamedTuple):
-    """A tensor in a file. `read` gives the part of it that a slice of its first axis leaves; `bytes`: in the file."""
+    """A tensor in a file. `read` gives the part of it that a slice of its first axis leaves; `bytes`: in the file.
+
+    dtype: of what is read; None for a `type` of the file that NumPy has no like of, which cannot be read.
+    """
 
     shape: tuple[int, ...]
-    dtype: np.dtype
+    type: str
+    dtype: np.dtype | None
     bytes: int
     read: Callable[[slice], np.ndarray]
 
@@ -77,22 +81,25 @@ def _open_file(file: Path) -> dict[str, Stored]:
             header = json.loads(opened.read(start - 8))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         return {name: _entry(file, start, size, **entry) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"'{file}' is not a whole safetensors file ({error}): fetch it again") from None
 
 
 def _entry(file: Path, start: int, size: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Stored:
-    kind = np.dtype(_DTYPES[dtype])
+    kind = np.dtype(_DTYPES[dtype]) if dtype in _DTYPES else None
     first, last = data_offsets
-    if last - first != math.prod(shape) * kind.itemsize or not 0 <= first <= last <= size - start:
+    wanted = last - first if kind is None else math.prod(shape) * kind.itemsize
+    if last - first != wanted or not 0 <= first <= last <= size - start:
         raise ValueError(f"bytes {first} to {last} do not hold {dtype} {shape}")
 
     def read(lead: slice) -> np.ndarray:
+        if kind is None:
+            raise ValueError(f"type {dtype} in '{file}' is not supported")
         if 0 in shape:
-            return np.zeros(shape, kind)
+            return np.zeros(shape, kind)[lead]
         return np.memmap(file, kind, "r", start + first, tuple(shape))[lead]
 
-    return Stored(tuple(shape), kind, last - first, read)
+    return Stored(tuple(shape), dtype, kind, last - first, read)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,12 @@ def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None)
             cannot say what this model is.
     """
     folder, dtype = Path(folder), jnp.dtype(dtype or model.embed_VD[...].dtype)
-    folder.mkdir(parents=True, exist_ok=True)
+    published = _describe(model.config, dtype.name)
     for file in (INDEX_FILE, GENERATION_FILE):
         if (folder / file).exists():
             raise ValueError(f"'{folder}' holds another model's {file}, which would go before this one: choose another")
-    published = _describe(model.config, dtype.name)
 
+    folder.mkdir(parents=True, exist_ok=True)
     home_of = homes(model.config)
     files = list(_files(home_of, dtype.itemsize))
     index: dict[str, str] = {}
@@ -55,11 +55,19 @@ def _describe(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The config.json of its family, once that is known to make the same model."""
     published = family_of(config).write_config(config, dtype)
     again = family_of(config).read_config(published)
-    for f in fields(config):
-        ours, theirs = getattr(config, f.name), getattr(again, f.name)
-        if ours != theirs:
-            raise ValueError(f"a '{config.family}' folder cannot say {f.name} {ours!r}, only {theirs!r}: not written")
+    for name, (ours, theirs) in _differences(config, again):
+        raise ValueError(f"a '{config.family}' folder cannot say {name} {ours!r}, only {theirs!r}: not written")
     return published
+
+
+def _differences(ours: Any, theirs: Any, where: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """The fields in which two configs differ, those of their parts by themselves."""
+    for f in fields(ours):
+        a, b = getattr(ours, f.name), getattr(theirs, f.name)
+        if is_dataclass(a) and is_dataclass(b):
+            yield from _differences(a, b, f"{where}{f.name}.")
+        elif a != b:
+            yield f"{where}{f.name}", (a, b)
 
 
 def _files(home_of: dict[ParameterPath, Home], itemsize: int) -> Iterator[list[ParameterPath]]:

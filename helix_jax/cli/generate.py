@@ -107,7 +107,6 @@ class Job:
     platform: str
     block: int
     options: dict[str, Any]
-
     experts: str
 
     def load(self, mesh: Mesh, notes: Notes) -> Transformer:

@@ -1,8 +1,6 @@
 """What a command says beside its result: lines on stderr, and bars, on a terminal only."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -31,11 +29,9 @@ class Notes:
     def counting(self) -> Progress:
         return self._bar(MofNCompleteColumn())
 
-    @contextmanager
-    def reading(self) -> Iterator[Progress]:
+    def reading(self) -> Progress:
         """A bar of bytes, and of bytes per second."""
-        with self._bar(DownloadColumn(), TransferSpeedColumn()) as bar:
-            yield bar
+        return self._bar(DownloadColumn(), TransferSpeedColumn())
 
     def _bar(self, *columns: ProgressColumn) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())

@@ -7,13 +7,14 @@ from helix_jax.config import ModelConfig
 from helix_jax.families.family import (
     EXPERT_TENSORS,
     LAYER_TENSORS,
-    SIZES,
     Family,
     Fields,
     Key,
     Published,
     RopeKeys,
     Tensor,
+    sizes,
+    value_of,
 )
 
 _GREEDY, _GROUPED = "greedy", "group_limited_greedy"
@@ -27,15 +28,16 @@ class Structure:
 
     def read(self, published: Published, fields: Fields) -> None:
         fields |= {"kv_heads": 1, "head_width": fields["latent.nope_width"] + fields["latent.rope_width"]}
-        fields["latent.query_rank"] = published.get("q_lora_rank")
-        fields["experts.dense_layers"] = tuple(range(published.get("first_k_dense_replace", 0)))
-        fields["experts.shared_width"] = (published.get("n_shared_experts") or 0) * fields["experts.width"]
+        fields["latent.query_rank"] = value_of(published, "q_lora_rank", int, None)
+        fields["experts.dense_layers"] = tuple(range(value_of(published, "first_k_dense_replace", int, 0, least=0)))
+        shared = value_of(published, "n_shared_experts", int, 0, least=0)
+        fields["experts.shared_width"] = shared * fields["experts.width"]
         method = published.get("topk_method", _GREEDY)
         if self.by_method and method not in (_GREEDY, _GROUPED):
             raise ValueError(f"config.json: topk_method {method!r} is not supported, only '{_GREEDY}' and '{_GROUPED}'")
         if not self.by_method or method == _GROUPED:
-            fields["experts.groups"] = published.get("n_group") or 1
-            fields["experts.chosen_groups"] = published.get("topk_group") or 1
+            fields["experts.groups"] = value_of(published, "n_group", int)
+            fields["experts.chosen_groups"] = value_of(published, "topk_group", int)
 
     def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
         latent, experts = config.latent, config.experts
@@ -56,7 +58,7 @@ class Structure:
 
 
 PARTS = (
-    *SIZES,
+    *sizes(),
     RopeKeys(interleaved=True),
     Key("latent.width", "kv_lora_rank"),
     Key("latent.rope_width", "qk_rope_head_dim"),

@@ -37,6 +37,26 @@ class Tensor(NamedTuple):
     axes: str
 
 
+def value_of(published: Published, name: str, kind: type, default: Any = REQUIRED, least: int = 1) -> Any:
+    """The value of a key, null counting as left out.
+
+    Raises:
+        ValueError: it is needed and not there, not of its kind, or a whole number below `least`.
+    """
+    value = published.get(name)
+    if value is None:
+        if default is REQUIRED:
+            raise ValueError(f"config.json: '{name}' is missing: complete the file")
+        return default
+    if kind is int and (type(value) is not int or value < least):
+        raise ValueError(f"config.json: {name} is {value!r}: give a whole number of at least {least}")
+    if kind is float and (type(value) not in (int, float) or not abs(value) < 1e30):
+        raise ValueError(f"config.json: {name} is {value!r:.40}: give a number")
+    if kind is not float and type(value) is not kind:
+        raise ValueError(f"config.json: {name} is {value!r}: give a value of type {kind.__name__}")
+    return float(value) if kind is float else value
+
+
 @dataclass(frozen=True)
 class Key:
     """A field that is a key. `names`: the first is written; a file may have any of them.
@@ -51,16 +71,9 @@ class Key:
 
     def read(self, published: Published, fields: Fields) -> None:
         names = (self.names,) if isinstance(self.names, str) else self.names
-        value = next((published[name] for name in names if published.get(name) is not None), None)
-        if value is None:
-            if self.default is REQUIRED:
-                raise ValueError(f"config.json: '{names[0]}' is missing: complete the file")
-            value = self.default(fields) if callable(self.default) else self.default
-        elif self.kind is int and (type(value) is not int or value < 1):
-            raise ValueError(f"config.json: {names[0]} is {value!r}: give a whole number of at least 1")
-        elif not isinstance(value, (int, float) if self.kind is float else self.kind):
-            raise ValueError(f"config.json: {names[0]} is {value!r}: give a value of type {self.kind.__name__}")
-        fields[self.field] = value
+        name = next((name for name in names if published.get(name) is not None), names[0])
+        default = self.default(fields) if callable(self.default) else self.default
+        fields[self.field] = value_of(published, name, self.kind, default)
 
     def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
         outer, nested, _ = self.field.partition(".")
@@ -83,47 +96,64 @@ _ROPE_KEYS = {
     "mscale": "mscale",
     "mscale_all_dim": "mscale_all_dim",
 }
+# Of each type: the keys that it must have, and those that it may have.
 _SCALING_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-    "yarn": tuple(key for key in _ROPE_KEYS if key not in ("rope_theta", "low_freq_factor", "high_freq_factor")),
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
+    ),
 }
+_OF_NO_EFFECT = ("type", "finetuned")
 
 
 @dataclass(frozen=True)
 class RopeKeys:
-    """Rotary positions, as published (`rope_theta`, `rope_scaling`) or as transformers 5 writes them."""
+    """Rotary positions, as published (`rope_theta`, `rope_scaling`) or as transformers 5 writes them.
+
+    needed: a file without either would be another model.
+    """
 
     theta: float = 10_000.0
     interleaved: bool = False
+    needed: bool = False
 
     def read(self, published: Published, fields: Fields) -> None:
         key = "rope_scaling" if published.get("rope_scaling") else "rope_parameters"
-        theta = published.get("rope_theta")
-        fields["rope"] = read_rope(published.get(key), key, self.theta if theta is None else theta, self.interleaved)
+        if self.needed and published.get(key) is None:
+            raise ValueError("config.json: 'rope_scaling' is missing: complete the file")
+        theta = value_of(published, "rope_theta", float, self.theta)
+        fields["rope"] = read_rope(published.get(key), key, theta, self.interleaved)
 
     def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
         published["rope_theta"] = config.rope.theta
         published["rope_scaling"] = write_scaling(config.rope)
 
 
-def read_rope(given: Any, where: str, theta: Any, interleaved: bool = False) -> Fields:
-    """The fields of Rope in the table `given`, which a file has under the key `where`; `theta` if it has none there."""
+def read_rope(given: Any, where: str, theta: float, interleaved: bool = False) -> Fields:
+    """The fields of Rope in the table `given`, which a file has under the key `where`; `theta` if it has none there.
+
+    A known key that its type has no use for counts for nothing, as in transformers.
+    """
     where = f"config.json: {where}"
     if given is not None and not isinstance(given, Mapping):
         raise ValueError(f"{where} is {given!r}: give a table")
     given = {key: value for key, value in (given or {}).items() if value is not None}
     kind = given.pop("rope_type", given.get("type", "default"))
-    given.pop("type", None)
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{where}: partial_rotary_factor is not supported, only 1.0")
-    if kind not in _SCALING_KEYS:
+    if not isinstance(kind, str) or kind not in _SCALING_KEYS:
         raise ValueError(f"{where} of type {kind!r} is not supported: known are {', '.join(_SCALING_KEYS)}")
-    for key in given:
-        if key not in _ROPE_KEYS:
-            raise ValueError(f"{where}: '{key}' is not supported: known are {', '.join(_ROPE_KEYS)}")
-    fields = {_ROPE_KEYS[key]: value for key, value in given.items()}
+    for key in set(given) - set(_ROPE_KEYS) - set(_OF_NO_EFFECT):
+        why = "transformers ignores it, others scale by it: take it out" if key == "attn_factor" else "it is not known"
+        raise ValueError(f"{where}: '{key}' is not supported: {why}")
+    needed, optional = _SCALING_KEYS[kind]
+    for key in needed:
+        if key not in given:
+            raise ValueError(f"{where} of type '{kind}' has no {key}: complete the file")
+    fields = {_ROPE_KEYS[key]: given[key] for key in ("rope_theta", *needed, *optional) if key in given}
     return {"theta": theta, **fields, "kind": kind, "interleaved": interleaved}
 
 
@@ -131,7 +161,8 @@ def write_scaling(rope: Rope) -> dict[str, Any] | None:
     """`rope_scaling` of a config.json."""
     if rope.kind == "default":
         return None
-    values = {key: getattr(rope, _ROPE_KEYS[key]) for key in _SCALING_KEYS[rope.kind]}
+    needed, optional = _SCALING_KEYS[rope.kind]
+    values = {key: getattr(rope, _ROPE_KEYS[key]) for key in (*needed, *optional)}
     return {"rope_type": rope.kind, **{key: value for key, value in values.items() if value is not None}}
 
 
@@ -139,21 +170,29 @@ def write_scaling(rope: Rope) -> dict[str, Any] | None:
 class Windows:
     """Sliding windows. `rule`: from a file without `layer_types`, and how many layers, which ones have the window.
 
-    layer_types: the family knows that key. switched: it has `use_sliding_window`, without which there is none.
+    default: the window of a file that does not have the key; null is none. layer_types: the family knows that key.
+    switched: it has `use_sliding_window`, without which there is no window.
     """
 
     rule: Callable[[Published, int], tuple[int, ...]]
+    default: int | None = 4096
     layer_types: bool = True
     switched: bool = False
 
     def read(self, published: Published, fields: Fields) -> None:
-        off = self.switched and not published.get("use_sliding_window", False)
-        window = None if off else published.get("sliding_window")
         types = published.get("layer_types")
         if types is not None and not self.layer_types:
             raise ValueError("config.json: layer_types are not supported for this model_type")
-        layers = self.rule(published, fields["layers"]) if types is None else _sliding(types, fields["layers"])
-        if window is not None and layers:
+        if self.switched and not value_of(published, "use_sliding_window", bool, False):
+            return
+        window = value_of(published, "sliding_window", int, None) if "sliding_window" in published else self.default
+        sliding = None if types is None else _sliding(types, fields["layers"])
+        if window is None:
+            if sliding:
+                raise ValueError("config.json: layer_types has sliding_attention, but sliding_window is null: mend it")
+            return
+        layers = self.rule(published, fields["layers"]) if sliding is None else sliding
+        if layers:
             fields |= {"window": window, "windowed_layers": layers}
 
     def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
@@ -176,16 +215,20 @@ def all_layers(published: Published, layers: int) -> tuple[int, ...]:
     return tuple(range(layers))
 
 
-SIZES = (
-    Key("layers", "num_hidden_layers"),
-    Key("width", "hidden_size"),
-    Key("heads", "num_attention_heads"),
-    Key("ff_width", "intermediate_size"),
-    Key("vocab", "vocab_size"),
-    Key("max_positions", "max_position_embeddings"),
-    Key("norm_eps", "rms_norm_eps", float, 1e-6),
-    Key("tied_head", "tie_word_embeddings", bool, False),
-)
+def sizes(norm_eps: float = 1e-6, tied_head: bool = False) -> tuple[Key, ...]:
+    """What every family has, with the defaults of its own."""
+    return (
+        Key("layers", "num_hidden_layers"),
+        Key("width", "hidden_size"),
+        Key("heads", "num_attention_heads"),
+        Key("ff_width", "intermediate_size"),
+        Key("vocab", "vocab_size"),
+        Key("max_positions", "max_position_embeddings"),
+        Key("norm_eps", "rms_norm_eps", float, norm_eps),
+        Key("tied_head", "tie_word_embeddings", bool, tied_head),
+    )
+
+
 HEADS = (
     Key("kv_heads", "num_key_value_heads", int, lambda fields: fields["heads"]),
     Key("head_width", "head_dim", int, lambda fields: fields["width"] // fields["heads"]),
@@ -233,7 +276,7 @@ class Family:
 
     model_type: str
     architecture: str
-    parts: tuple[Part, ...] = (*SIZES, *HEADS, RopeKeys())
+    parts: tuple[Part, ...] = (*sizes(), *HEADS, RopeKeys())
     options: Mapping[str, Any]
     always: Mapping[str, Any]
     layer_tensors: Mapping[str, Tensor]
@@ -251,8 +294,7 @@ class Family:
         fields = {"family": self.model_type, **self.always}
         for part in self.parts:
             part.read(published, fields)
-        stop = published.get("eos_token_id")
-        fields["stop_ids"] = [] if stop is None else stop if isinstance(stop, list) else [stop]
+        fields["stop_ids"] = _stop_ids(published.get("eos_token_id"))
         fields["tokenizer"] = published.get("tokenizer")
         return from_mapping(ModelConfig, _nested(fields), "config.json")
 
@@ -279,6 +321,13 @@ class Family:
             return config.tied_head  # written out all the same
         patterns = (r".*\.rotary_emb\.inv_freq", *self.extras)  # rotary tables, of old folders
         return any(re.fullmatch(pattern.format(layers=config.layers), name) for pattern in patterns)
+
+
+def _stop_ids(stop: Any) -> list[int]:
+    ids = [] if stop is None else stop if isinstance(stop, list) else [stop]
+    if not all(type(i) is int for i in ids):
+        raise ValueError(f"config.json: eos_token_id is {stop!r}: give a token id, or a list of them")
+    return ids
 
 
 def _nested(fields: Fields) -> Fields:

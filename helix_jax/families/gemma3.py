@@ -5,7 +5,6 @@ from typing import Any
 from helix_jax.config import ModelConfig
 from helix_jax.families.family import (
     LAYER_TENSORS,
-    SIZES,
     Family,
     Fields,
     Key,
@@ -13,6 +12,8 @@ from helix_jax.families.family import (
     Tensor,
     Windows,
     read_rope,
+    sizes,
+    value_of,
     write_scaling,
 )
 from helix_jax.families.llama import BIASES
@@ -21,7 +22,7 @@ THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
 
 
 def all_but_every_sixth(published: Published, layers: int) -> tuple[int, ...]:
-    pattern = published.get("sliding_window_pattern", published.get("_sliding_window_pattern", 6))
+    pattern = value_of(published, "sliding_window_pattern", int, published.get("_sliding_window_pattern", 6))
     return tuple(layer for layer in range(layers) if (layer + 1) % pattern)
 
 
@@ -31,9 +32,9 @@ class TwoRopes:
     def read(self, published: Published, fields: Fields) -> None:
         both = published.get("rope_parameters")
         if both is None:
-            theta = published.get("rope_theta", THETA)
+            theta = value_of(published, "rope_theta", float, THETA)
             fields["rope"] = read_rope(published.get("rope_scaling"), "rope_scaling", theta)
-            local: Any = {"rope_theta": published.get("rope_local_base_freq", LOCAL_THETA)}
+            local: Any = {"rope_theta": value_of(published, "rope_local_base_freq", float, LOCAL_THETA)}
         else:
             if not isinstance(both, dict) or set(both) - {"full_attention", "sliding_attention"}:
                 raise ValueError(f"config.json: rope_parameters {both!r} are not of full_ and sliding_attention")
@@ -51,7 +52,7 @@ class Scales:
 
     def read(self, published: Published, fields: Fields) -> None:
         fields["embed_scale"] = fields["width"] ** 0.5
-        fields["softmax_scale"] = published.get("query_pre_attn_scalar", 256) ** -0.5
+        fields["softmax_scale"] = value_of(published, "query_pre_attn_scalar", int, 256) ** -0.5
 
     def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
         published["query_pre_attn_scalar"] = round((config.softmax_scale or config.head_width**-0.5) ** -2)
@@ -61,7 +62,7 @@ GEMMA3_TEXT = Family(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
     parts=(
-        *(Key(**{**vars(key), "default": True}) if key.field == "tied_head" else key for key in SIZES),
+        *sizes(tied_head=True),
         Key("kv_heads", "num_key_value_heads"),
         Key("head_width", "head_dim", int, 256),
         *(*BIASES, TwoRopes(), Windows(all_but_every_sixth), Scales()),

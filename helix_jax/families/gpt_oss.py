@@ -3,13 +3,13 @@
 from helix_jax.families.family import (
     HEADS,
     LAYER_TENSORS,
-    SIZES,
     Family,
     Key,
     Published,
     RopeKeys,
     Tensor,
     Windows,
+    sizes,
 )
 from helix_jax.families.llama import BIASES
 
@@ -22,7 +22,8 @@ GPT_OSS = Family(
     model_type="gpt_oss",
     architecture="GptOssForCausalLM",
     parts=(
-        *(*SIZES, *HEADS, *BIASES, RopeKeys(theta=150_000.0), Windows(every_other)),
+        *(*sizes(norm_eps=1e-5), *HEADS, *BIASES),
+        *(RopeKeys(theta=150_000.0, needed=True), Windows(every_other, default=128)),
         Key("swiglu_limit", "swiglu_limit", float, 7.0),
         Key("swiglu_alpha", "swiglu_alpha", float, 1.702),
         Key("experts.count", ("num_local_experts", "num_experts")),

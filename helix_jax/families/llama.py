@@ -1,6 +1,6 @@
 """Llama and Mistral."""
 
-from helix_jax.families.family import HEADS, LAYER_TENSORS, SIZES, Family, Key, RopeKeys, Windows, all_layers
+from helix_jax.families.family import HEADS, LAYER_TENSORS, Family, Key, RopeKeys, Windows, all_layers, sizes
 
 # q, k, v and o projections have a bias together, or none has.
 BIASES = (Key("qkv_bias", "attention_bias", bool, False), Key("o_bias", "attention_bias", bool, False))
@@ -8,7 +8,7 @@ BIASES = (Key("qkv_bias", "attention_bias", bool, False), Key("o_bias", "attenti
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    parts=(*SIZES, *HEADS, *BIASES, RopeKeys()),
+    parts=(*sizes(), *HEADS, *BIASES, RopeKeys()),
     options={"hidden_act": "silu", "mlp_bias": False},
     always={},
     layer_tensors=LAYER_TENSORS,
@@ -17,7 +17,7 @@ LLAMA = Family(
 MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
-    parts=(*SIZES, *HEADS, RopeKeys(), Windows(all_layers, layer_types=False)),
+    parts=(*sizes(), *HEADS, RopeKeys(), Windows(all_layers, layer_types=False)),
     options={"hidden_act": "silu"},
     always={},
     layer_tensors=LAYER_TENSORS,

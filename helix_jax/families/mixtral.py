@@ -3,20 +3,20 @@
 from helix_jax.families.family import (
     HEADS,
     LAYER_TENSORS,
-    SIZES,
     Family,
     Key,
     RopeKeys,
     Tensor,
     Windows,
     all_layers,
+    sizes,
 )
 
 MIXTRAL = Family(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
     parts=(
-        *(*SIZES, *HEADS, RopeKeys(theta=1_000_000.0), Windows(all_layers, layer_types=False)),
+        *(*sizes(norm_eps=1e-5), *HEADS, RopeKeys(theta=1_000_000.0), Windows(all_layers, None, layer_types=False)),
         Key("experts.count", "num_local_experts"),
         Key("experts.chosen", "num_experts_per_tok"),
         Key("experts.width", "intermediate_size"),

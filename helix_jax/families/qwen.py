@@ -7,7 +7,6 @@ from helix_jax.families.family import (
     EXPERT_TENSORS,
     HEADS,
     LAYER_TENSORS,
-    SIZES,
     Family,
     Fields,
     Key,
@@ -15,19 +14,25 @@ from helix_jax.families.family import (
     RopeKeys,
     Windows,
     all_layers,
+    sizes,
+    value_of,
 )
 from helix_jax.families.llama import BIASES
 
+# The 1M variants attend in chunks beyond their first positions: another function, which is not computed here.
+OPTIONS = {"hidden_act": "silu", "dual_chunk_attention_config": None}
+
 
 def upper_layers(published: Published, layers: int) -> tuple[int, ...]:
-    return tuple(range(published.get("max_window_layers", 28), layers))
+    return tuple(range(value_of(published, "max_window_layers", int, 28, least=0), layers))
 
 
 class DenseLayers:
     """Which layers have no experts: those named, and those between every `decoder_sparse_step`."""
 
     def read(self, published: Published, fields: Fields) -> None:
-        step, named = published.get("decoder_sparse_step", 1), published.get("mlp_only_layers") or ()
+        step = value_of(published, "decoder_sparse_step", int, 1)
+        named = value_of(published, "mlp_only_layers", list, [])
         layers = range(fields["layers"])
         fields["experts.dense_layers"] = tuple(i for i in layers if i in named or (i + 1) % step)
 
@@ -39,8 +44,8 @@ class DenseLayers:
 QWEN2 = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
-    parts=(*SIZES, *HEADS, RopeKeys(), Windows(upper_layers, switched=True)),
-    options={"hidden_act": "silu"},
+    parts=(*sizes(), *HEADS, RopeKeys(), Windows(upper_layers, switched=True)),
+    options=OPTIONS,
     always={"qkv_bias": True},
     layer_tensors=LAYER_TENSORS,
 )
@@ -48,8 +53,8 @@ QWEN2 = Family(
 QWEN3 = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    parts=(*SIZES, *HEADS, *BIASES, RopeKeys(), Windows(upper_layers, switched=True)),
-    options={"hidden_act": "silu"},
+    parts=(*sizes(), *HEADS, *BIASES, RopeKeys(), Windows(upper_layers, switched=True)),
+    options=OPTIONS,
     always={"qk_norm": True},
     layer_tensors=LAYER_TENSORS,
 )
@@ -58,7 +63,7 @@ QWEN3_MOE = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     parts=(
-        *(*SIZES, *HEADS, *BIASES, RopeKeys()),
+        *(*sizes(), *HEADS, *BIASES, RopeKeys()),
         Windows(all_layers, layer_types=False, switched=True),
         Key("experts.count", ("num_experts", "num_local_experts")),
         Key("experts.chosen", "num_experts_per_tok"),
@@ -66,7 +71,7 @@ QWEN3_MOE = Family(
         Key("experts.normalised", "norm_topk_prob", bool, False),
         DenseLayers(),
     ),
-    options={"hidden_act": "silu"},
+    options=OPTIONS,
     always={"qk_norm": True},
     layer_tensors={**LAYER_TENSORS, **EXPERT_TENSORS},
 )

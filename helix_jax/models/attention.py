@@ -7,7 +7,7 @@ from jax import Array
 
 from helix_jax.config import ModelConfig
 from helix_jax.models.parts import Parameters, rms_norm
-from helix_jax.models.rope import rotate, softmax_gain
+from helix_jax.models.rope import rotate
 from helix_jax.numerics import einsum
 
 
@@ -36,7 +36,7 @@ class Attention(Protocol):
 class SelfAttention(nnx.Module):
     def __init__(self, config: ModelConfig, layer: int, make: Parameters):
         self.config, self.rope, self.window = config, config.rope_of(layer), config.window_of(layer)
-        self.scale = (config.softmax_scale or config.head_width**-0.5) * softmax_gain(self.rope)
+        self.scale = config.softmax_scale or config.head_width**-0.5
         self.q_DNH = make.matrix("q_DNH", "D")
         self.k_DKH = make.matrix("k_DKH", "D")
         self.v_DKH = make.matrix("v_DKH", "D")
