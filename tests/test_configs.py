@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
 from helix_jax.cache import KVCache, Pages, Rows
-from helix_jax.checkpoint.parameters import abstract, type_of
+from helix_jax.checkpoint.parameters import type_of
 from helix_jax.config import ModelConfig
 from helix_jax.layout import BlockLayout, slots_needed
 from helix_jax.mesh import (
@@ -21,10 +21,10 @@ from helix_jax.mesh import (
     ROWS_B,
     TABLE_RBM,
     TP,
-    flat_size,
     sharding,
     weight_sharding,
 )
+from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.sampling import make_sampling
 from helix_jax.step import step
@@ -58,7 +58,7 @@ def test_every_config_is_here():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_config_has_as_many_parameters_as_published(name: str):
-    leaves = jax.tree.leaves(nnx.state(abstract(config_of(name)), nnx.Param))
+    leaves = jax.tree.leaves(nnx.state(Transformer(config_of(name), rngs=None), nnx.Param))
     assert sum(math.prod(leaf.shape) for leaf in leaves) == MODELS[name][0]
 
 
@@ -121,7 +121,7 @@ def test_a_decode_step_over_a_million_tokens_takes_what_arithmetic_says(name: st
     def like(shape, dtype, where) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-    padded = nnx.to_flat_state(nnx.state(abstract(config, flat_size(mesh)), nnx.Param))
+    padded = nnx.to_flat_state(nnx.state(Transformer(config, devices=tp * cp, rngs=None), nnx.Param))
     placed = [(path, like(x.shape, type_of(path, jnp.bfloat16), weight_sharding(mesh, path[-1]))) for path, x in padded]
     weights = nnx.to_pure_dict(nnx.from_flat_state(placed))
     prompt = TOKENS - 1000

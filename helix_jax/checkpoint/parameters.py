@@ -1,6 +1,5 @@
 """The parameters of a model and the published tensors that hold them, before there is any weight."""
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -44,15 +43,10 @@ class Home(NamedTuple):
         return our_part(published, self.axes, self.letters, {**self.sizes, **sizes})
 
 
-@lru_cache(maxsize=4)
-def abstract(config: ModelConfig, devices: int = 1) -> Transformer:
-    """The shapes of a Transformer whose weights `devices` share. Not to be changed: it is kept."""
-    return nnx.eval_shape(lambda: Transformer(config, devices=devices, rngs=nnx.Rngs(0)))
-
-
 def shapes(config: ModelConfig) -> dict[ParameterPath, tuple[int, ...]]:
     """Of every parameter, without padding."""
-    return {path: param.shape for path, param in nnx.to_flat_state(nnx.state(abstract(config), nnx.Param))}
+    model = Transformer(config, rngs=None)
+    return {path: param.shape for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 def homes(config: ModelConfig) -> dict[ParameterPath, Home]:

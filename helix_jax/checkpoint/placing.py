@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from helix_jax.checkpoint.parameters import Index, ParameterPath, abstract, shapes, type_of, without_padding
+from helix_jax.checkpoint.parameters import Index, ParameterPath, shapes, type_of, without_padding
 from helix_jax.config import ModelConfig
 from helix_jax.mesh import flat_size, weight_sharding
 from helix_jax.models.transformer import Transformer
@@ -46,7 +46,7 @@ def place(
 ) -> Transformer:
     """A Transformer over `mesh`, one parameter at a time; `placed` is told of each."""
     own = shapes(config)
-    graph, state = nnx.split(abstract(config, flat_size(mesh)))
+    graph, state = nnx.split(Transformer(config, devices=flat_size(mesh), rngs=None))
     values = []
     for path, parameter in nnx.to_flat_state(state):
         spec = weight_sharding(mesh, str(path[-1]), experts)

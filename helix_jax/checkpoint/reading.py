@@ -63,12 +63,12 @@ def load(
 
     # A tensor may hold several of our parameters: it counts when the first of them is there.
     left = {name: tensors[name].bytes for home in home_of.values() for name in home.names}
-    total = sum(left.values())
+    total, done = sum(left.values()), 0
 
     def placed(path: ParameterPath) -> None:
-        for name in home_of[path].names:
-            left.pop(name, None)
-        on_read(total - sum(left.values()), total)
+        nonlocal done
+        done += sum(left.pop(name, 0) for name in home_of[path].names)
+        on_read(done, total)
 
     @lru_cache(maxsize=1)  # the parts of one parameter are read one after the other: dequantised once
     def whole(name: str) -> np.ndarray:
