@@ -375,6 +375,26 @@ def test_ctrl_c_is_130():
     assert "Traceback" not in errors
 
 
+def test_a_ctrl_c_that_python_swallows_ends_the_command_all_the_same():
+    lose_it = """
+import os, signal, sys, time
+from helix_jax import cli
+class Lost:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+def run(options):
+    Lost()
+    time.sleep(60)
+    return 0
+cli.layout.run = run
+sys.exit(cli.main(["layout", "--prompt", "1", "--decode", "1", "--block", "1", "--cp", "1"]))
+"""
+    done = subprocess.run([sys.executable, "-c", lose_it], capture_output=True, text=True, check=False, timeout=50)
+    assert done.returncode == 130
+    assert "helix-jax: interrupted" in done.stderr
+
+
 def test_a_reader_that_leaves_early_is_no_error():
     command = f"{sys.executable} -m helix_jax generate --prompt And --max-new-tokens 500 | head -c 10"
     done = subprocess.run(

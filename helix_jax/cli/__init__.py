@@ -3,8 +3,11 @@
 import argparse
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 import jax
@@ -13,6 +16,7 @@ from helix_jax import __version__
 from helix_jax.cli import generate, layout
 
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
+_GRACE_S = 1.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows text all the same
     try:
         options = _parser().parse_args(arguments)
-        return options.run(options)
+        with _interrupts_cannot_be_lost():
+            return options.run(options)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
@@ -32,8 +37,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _complain(f"out of device memory ({str(error).splitlines()[0]}): take more devices or a shorter prompt")
     except KeyboardInterrupt:
-        print("\nhelix-jax: interrupted", file=sys.stderr, flush=True)
-        os._exit(INTERRUPTED)  # XLA's threads still run: a teardown of the interpreter under them may crash
+        _leave()
+
+
+def _leave() -> NoReturn:
+    print("\nhelix-jax: interrupted", file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED)  # XLA's threads still run: a teardown of the interpreter under them may crash
+
+
+@contextmanager
+def _interrupts_cannot_be_lost() -> Iterator[None]:
+    """Python swallows what is raised while an object is destroyed, a Ctrl-C too: then a timer ends the command."""
+
+    def interrupted(*_: object) -> NoReturn:
+        timer = threading.Timer(_GRACE_S, _leave)
+        timer.daemon = True
+        timer.start()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only there are signals handled
+        yield
+        return
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Parser(argparse.ArgumentParser):
