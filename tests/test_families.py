@@ -71,7 +71,7 @@ def meshes():
             yield pytest.param(folder, tp, cp, marks=[] if fast else pytest.mark.slow, id=f"{folder.name}-{tp}-{cp}")
 
 
-@pytest.mark.parametrize(("folder", "tp", "cp"), meshes())
+@pytest.mark.parametrize(("folder", "tp", "cp"), list(meshes()))
 def test_logits_and_greedy_tokens_are_those_of_transformers(folder: Path, tp: int, cp: int):
     """At prefill and over 64 steps, for rows of unequal prompts; then greedily."""
     golden = np.load(folder / "golden.npz")
