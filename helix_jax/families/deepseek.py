@@ -4,18 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from helix_jax.config import ModelConfig
-from helix_jax.families.family import (
-    EXPERT_TENSORS,
-    LAYER_TENSORS,
-    Family,
-    Fields,
-    Key,
-    Published,
-    RopeKeys,
-    Tensor,
-    sizes,
-    value_of,
-)
+from helix_jax.families.family import EXPERT_TENSORS, LAYER_TENSORS, Family, Tensor
+from helix_jax.families.keys import Fields, Key, Published, RopeKeys, sizes, value_of
 
 _GREEDY, _GROUPED = "greedy", "group_limited_greedy"
 

@@ -3,19 +3,8 @@
 from typing import Any
 
 from helix_jax.config import ModelConfig
-from helix_jax.families.family import (
-    LAYER_TENSORS,
-    Family,
-    Fields,
-    Key,
-    Published,
-    Tensor,
-    Windows,
-    read_rope,
-    sizes,
-    value_of,
-    write_scaling,
-)
+from helix_jax.families.family import LAYER_TENSORS, Family, Tensor
+from helix_jax.families.keys import Fields, Key, Published, Windows, read_rope, sizes, value_of, write_scaling
 from helix_jax.families.llama import BIASES
 
 THETA, LOCAL_THETA = 1_000_000.0, 10_000.0

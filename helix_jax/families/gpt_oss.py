@@ -1,16 +1,7 @@
 """gpt-oss: attention sinks, a window in every other layer, clamped gates, biases everywhere, YaRN."""
 
-from helix_jax.families.family import (
-    HEADS,
-    LAYER_TENSORS,
-    Family,
-    Key,
-    Published,
-    RopeKeys,
-    Tensor,
-    Windows,
-    sizes,
-)
+from helix_jax.families.family import LAYER_TENSORS, Family, Tensor
+from helix_jax.families.keys import HEADS, Key, Published, RopeKeys, Windows, sizes
 from helix_jax.families.llama import BIASES
 
 

@@ -1,6 +1,7 @@
 """Llama and Mistral."""
 
-from helix_jax.families.family import HEADS, LAYER_TENSORS, Family, Key, RopeKeys, Windows, all_layers, sizes
+from helix_jax.families.family import LAYER_TENSORS, Family
+from helix_jax.families.keys import HEADS, Key, RopeKeys, Windows, all_layers, sizes
 
 # q, k, v and o projections have a bias together, or none has.
 BIASES = (Key("qkv_bias", "attention_bias", bool, False), Key("o_bias", "attention_bias", bool, False))

@@ -1,16 +1,7 @@
 """Mixtral."""
 
-from helix_jax.families.family import (
-    HEADS,
-    LAYER_TENSORS,
-    Family,
-    Key,
-    RopeKeys,
-    Tensor,
-    Windows,
-    all_layers,
-    sizes,
-)
+from helix_jax.families.family import LAYER_TENSORS, Family, Tensor
+from helix_jax.families.keys import HEADS, Key, RopeKeys, Windows, all_layers, sizes
 
 MIXTRAL = Family(
     model_type="mixtral",

@@ -3,20 +3,8 @@
 from typing import Any
 
 from helix_jax.config import ModelConfig
-from helix_jax.families.family import (
-    EXPERT_TENSORS,
-    HEADS,
-    LAYER_TENSORS,
-    Family,
-    Fields,
-    Key,
-    Published,
-    RopeKeys,
-    Windows,
-    all_layers,
-    sizes,
-    value_of,
-)
+from helix_jax.families.family import EXPERT_TENSORS, LAYER_TENSORS, Family
+from helix_jax.families.keys import HEADS, Fields, Key, Published, RopeKeys, Windows, all_layers, sizes, value_of
 from helix_jax.families.llama import BIASES
 
 # The 1M variants attend in chunks beyond their first positions: another function, which is not computed here.
