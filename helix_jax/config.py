@@ -61,6 +61,9 @@ class Rope:
         _check_numbers(self, "rope ", may_be_zero=("original_positions",))
         if self.theta <= 1:
             raise ValueError(f"rope theta is {self.theta}: give a number above 1")
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            low, high = self.low_freq_factor, self.high_freq_factor
+            raise ValueError(f"rope high_freq_factor {high} is not above low_freq_factor {low}: mend the config")
         if self.kind in ("llama3", "yarn") and not self.original_positions:
             raise ValueError(f"rope type '{self.kind}' needs original_max_position_embeddings: mend the config")
 

@@ -1,6 +1,7 @@
 """The island: append -> attend -> combine, on every device by itself, under `shard_map`.
 
-This is all of the manual parallelism of a decode step. Outside, the model is ordinary JAX over sharded arrays.
+This is all of the manual parallelism of attention; experts have an island of their own (models/moe.py). Outside, the
+model is ordinary JAX over sharded arrays.
 """
 
 from functools import partial

@@ -41,6 +41,19 @@ def test_what_is_saved_is_what_was_published(folder: Path, tmp_path: Path, monke
         np.testing.assert_array_equal(ours, theirs, err_msg=str(path))
 
 
+def test_several_files_may_be_written_again(tmp_path: Path, monkeypatch):
+    """As training does: the index that is there is then our own. Before a single file it would be another model's."""
+    monkeypatch.setattr(writing, "_FILE_BYTES", 2_000)
+    for seed in (0, 1):
+        save(tiny_model(seed=seed), tmp_path)
+    again = flat(load(tmp_path, make_mesh(), jnp.float32))
+    for (path, ours), (_, theirs) in zip(again, flat(tiny_model(seed=1)), strict=True):
+        np.testing.assert_array_equal(ours, theirs, err_msg=str(path))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="holds another model's model.safetensors.index.json"):
+        save(tiny_model(), tmp_path)
+
+
 @pytest.mark.parametrize("name", ["deepseek_v3_fp8", "gpt_oss_mxfp4"])
 def test_quantised_weights_are_the_same_sharded_or_not(name: str):
     """A device reads its own experts alone."""
@@ -287,6 +300,19 @@ def test_gemma_is_read_as_published_and_as_transformers_5_writes_it(tmp_path: Pa
         ),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": None}}, "of type 'yarn' has no factor"),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, "of type 'linear' has no factor: complete the file"),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "factor": 8,
+                    "original_max_position_embeddings": 32,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 4,
+                }
+            },
+            "rope high_freq_factor 4.0 is not above low_freq_factor 4.0: mend the config",
+        ),
         ("llama", {"rope_parameters": {"rope_theta": 1}}, "rope theta is 1.0: give a number above 1"),
         ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps is 1000000000"),
         ("llama", {"eos_token_id": {"a": 1}}, "eos_token_id is {'a': 1}: give a token id, or a list of them"),
@@ -299,6 +325,7 @@ def test_gemma_is_read_as_published_and_as_transformers_5_writes_it(tmp_path: Pa
             "dual_chunk_attention_config {'chunk",
         ),
         ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0: give a whole number of at least 1"),
+        ("qwen3_moe", {"mlp_only_layers": ["1"]}, "mlp_only_layers is ['1']: give a list of layers"),
         ("qwen3_moe", {"mlp_only_layers": 3}, "mlp_only_layers is 3: give a value of type list"),
         ("gemma3_text", {"query_pre_attn_scalar": -4}, "query_pre_attn_scalar is -4: give a whole number"),
         (

@@ -27,18 +27,18 @@ def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None)
     One file, or several and an index for a large model: the host holds one of them at a time.
 
     Raises:
-        ValueError: the folder holds the index or the generation config of another model; the family's config.json
-            cannot say what this model is.
+        ValueError: the folder holds a generation config, or, beside a single file, an index of another model; the
+            family's config.json cannot say what this model is.
     """
     folder, dtype = Path(folder), jnp.dtype(dtype or model.embed_VD[...].dtype)
     published = _describe(model.config, dtype.name)
-    for file in (INDEX_FILE, GENERATION_FILE):
+    home_of = homes(model.config)
+    files = list(_files(home_of, dtype.itemsize))
+    for file in (GENERATION_FILE, *((INDEX_FILE,) if len(files) == 1 else ())):  # of several files the index is ours
         if (folder / file).exists():
             raise ValueError(f"'{folder}' holds another model's {file}, which would go before this one: choose another")
 
     folder.mkdir(parents=True, exist_ok=True)
-    home_of = homes(model.config)
-    files = list(_files(home_of, dtype.itemsize))
     index: dict[str, str] = {}
     for number, paths in enumerate(files, 1):
         name = WEIGHTS_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"

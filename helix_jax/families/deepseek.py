@@ -18,7 +18,6 @@ class Structure:
 
     def read(self, published: Published, fields: Fields) -> None:
         fields |= {"kv_heads": 1, "head_width": fields["latent.nope_width"] + fields["latent.rope_width"]}
-        fields["latent.query_rank"] = value_of(published, "q_lora_rank", int, None)
         fields["experts.dense_layers"] = tuple(range(value_of(published, "first_k_dense_replace", int, 0, least=0)))
         shared = value_of(published, "n_shared_experts", int, 0, least=0)
         fields["experts.shared_width"] = shared * fields["experts.width"]
@@ -30,14 +29,12 @@ class Structure:
             fields["experts.chosen_groups"] = value_of(published, "topk_group", int)
 
     def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
-        latent, experts = config.latent, config.experts
-        assert latent is not None, "the Keys before have been written"
-        assert experts is not None, "likewise"
+        experts = config.experts
+        assert experts is not None, "the Keys before have been written"
         if experts.dense_layers != tuple(range(len(experts.dense_layers))):
             raise ValueError(f"dense layers {experts.dense_layers} are not the first ones: {published['model_type']}")
         published |= {
             "num_key_value_heads": config.heads,
-            "q_lora_rank": latent.query_rank,
             "first_k_dense_replace": len(experts.dense_layers),
             "n_shared_experts": experts.shared_width // experts.width or None,
             "n_group": experts.groups,
@@ -54,6 +51,7 @@ PARTS = (
     Key("latent.rope_width", "qk_rope_head_dim"),
     Key("latent.nope_width", "qk_nope_head_dim"),
     Key("latent.value_width", "v_head_dim"),
+    Key("latent.query_rank", "q_lora_rank", int, None),
     Key("experts.count", "n_routed_experts"),
     Key("experts.chosen", "num_experts_per_tok"),
     Key("experts.width", "moe_intermediate_size"),

@@ -21,6 +21,8 @@ class DenseLayers:
     def read(self, published: Published, fields: Fields) -> None:
         step = value_of(published, "decoder_sparse_step", int, 1)
         named = value_of(published, "mlp_only_layers", list, [])
+        if not all(type(layer) is int for layer in named):
+            raise ValueError(f"config.json: mlp_only_layers is {named!r}: give a list of layers")
         layers = range(fields["layers"])
         fields["experts.dense_layers"] = tuple(i for i in layers if i in named or (i + 1) % step)
 
