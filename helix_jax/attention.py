@@ -5,6 +5,8 @@ e). `merge` joins partials of disjoint subsets exactly; it is associative and co
 `(0, -inf)`, the empty subset. One function joins the chunks of a loop and the ranks of a mesh.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -14,11 +16,14 @@ from jaxtyping import Float, Int
 from helix_jax.numerics import einsum
 
 # Bounds on what one pass over the pages holds at once, so that a decode step needs but a few per cent of its cache
-# beside it: slots gathered, over all rows, as a share of the pool, though never fewer than pay for a pass; and scores
-# (16 MB).
-_POOL_SHARE = 32
-_LEAST_SLOTS = 2**10
-_SCORES = 2**22
+# beside it: slots gathered, over all rows, and scores. On a CPU a pass is cheap and memory short: a share of the pool,
+# though never fewer slots than pay for a pass, and 16 MB of scores. On a GPU a pass costs some 30 us of launches,
+# whatever it does: 128 MB of pages, 128 MB of scores.
+_CPU_POOL_SHARE = 32
+_CPU_LEAST_SLOTS = 2**10
+_CPU_SCORES = 2**22
+_PAGES_BYTES = 2**27
+_SCORES = 2**25
 
 
 class Partial(NamedTuple):
@@ -83,9 +88,35 @@ def attend(
     is seen, be it a window or all that is filled, not what is allocated. This is the reference; the kernels are its
     twins.
     """
+    (B, T, N, H), (A, K, W, _) = q_BTNH.shape, k_AKWH.shape
+    bytes_per_slot = k_AKWH.dtype.itemsize * K * (H + (v_width or H))
+
+    def in_passes_of(slots: int, scores: int) -> Callable[..., Partial]:
+        pages = pages_per_pass or max(1, min(slots // B, scores // (B * T * N)) // W)
+        return partial(_attend_in_passes, scale=scale, v_width=v_width, pages_per_pass=pages)
+
+    return lax.platform_dependent(
+        *(q_BTNH, k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT),
+        cpu=in_passes_of(max(_CPU_LEAST_SLOTS, A * W // _CPU_POOL_SHARE), _CPU_SCORES),
+        default=in_passes_of(_PAGES_BYTES // bytes_per_slot, _SCORES),
+    )
+
+
+def _attend_in_passes(
+    q_BTNH: Array,
+    k_AKWH: Array,
+    v_AKWH: Array | None,
+    table_BM: Array,
+    lo_BT: Array,
+    hi_BT: Array,
+    *,
+    scale: float,
+    v_width: int | None,
+    pages_per_pass: int,
+) -> Partial:
     B, T, N, H = q_BTNH.shape
     K, W = k_AKWH.shape[1:3]
-    M = table_BM.shape[1]
+    C, M = pages_per_pass, table_BM.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     hi_BT = jnp.minimum(hi_BT, M * W)
     first_page_B, slots = span(lo_BT, hi_BT, W, M * W)
@@ -99,7 +130,6 @@ def attend(
         slot_BCW = page_BC[..., None] * W + jnp.arange(W)
         return _attend_slots(q_BTKGH, k_BCKWH, v_BCKWH, slot_BCW, lo_BT, hi_BT, scale)
 
-    C = pages_per_pass or _pages_per_pass(B, T * N, k_AKWH.shape[0], W)
     if C >= M:
         return one_pass(0, M)
 
@@ -125,11 +155,6 @@ def span(
 
 def _stack(a: Array, b: Array) -> Array:
     return jnp.stack([a, b])
-
-
-def _pages_per_pass(rows: int, queries: int, pool: int, words: int) -> int:
-    gathered = max(_LEAST_SLOTS, pool * words // _POOL_SHARE) // rows
-    return max(1, min(gathered, _SCORES // (rows * queries)) // words)
 
 
 def _attend_slots(

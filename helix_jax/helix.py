@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from helix_jax.attention import attend, with_sink
+from helix_jax.attention import with_sink
 from helix_jax.cache import Pages, Rows, append
 from helix_jax.combine import combine
+from helix_jax.kernels import PageFormat, attend_by
 from helix_jax.mesh import (
     CP,
     NEW_KEYS_BTKH,
@@ -91,6 +92,7 @@ def _island(
     count_B: Array,
     sink_n: Array | None,
 ) -> tuple[Array, Pages]:
+    attend = attend_by(plan.kernel_for(_format(pages, v_width)))
     table_BM = rows.table_RBM[0]  # this rank's
     step_T = jnp.arange(q_BTNH.shape[1])
     position_BT = rows.length_B[:, None] + step_T
@@ -110,3 +112,8 @@ def _island(
     if sink_n is not None:
         whole = with_sink(whole, sink_n)
     return whole.o_BTNH.astype(q_BTNH.dtype), pages
+
+
+def _format(pages: Pages, v_width: int | None) -> PageFormat:
+    _, _, page, width = pages.k_AKWH.shape
+    return PageFormat(width, page, pages.k_AKWH.dtype, v_width)

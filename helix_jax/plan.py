@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh
+from jax.typing import DTypeLike
 
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
+from helix_jax.kernels import KERNELS, Device, PageFormat, check_device, chosen
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import CP, DP, EXPERT_WEIGHTS, TP, AnyMesh, flat_size
 
-KERNELS = ("auto", "xla")
 EXPERTS = tuple(EXPERT_WEIGHTS)
 
 
@@ -21,7 +22,7 @@ class Plan:
 
     Raises:
         ValueError: a mesh that is not `make_mesh`'s, a layout for another number of ranks than it has, an unknown
-            combine, kernel or spread of experts.
+            combine, kernel or spread of experts, a kernel that does not run on these devices.
     """
 
     mesh: AnyMesh
@@ -41,11 +42,21 @@ class Plan:
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"unknown {name} '{value}': choose one of {', '.join(known)}")
+        check_device(self.kernel, self._device)
 
     @property
-    def chosen_kernel(self) -> str:
-        """What `auto` comes to on this mesh."""
-        return "xla"
+    def _device(self) -> Device | None:
+        """One of the mesh's, which are all of a kind; None if they are abstract."""
+        return self.mesh.devices.flat[0] if isinstance(self.mesh, Mesh) else None
+
+    def kernel_for(self, pages: PageFormat) -> str:
+        """What attends to such pages here: what `auto` comes to. Raises ValueError if the kernel asked for cannot."""
+        return chosen(self.kernel, self._device, pages)
+
+    def kernel_for_model(self, config: ModelConfig, page: int, dtype: DTypeLike) -> str:
+        """What attends in this model, over pages of `page` tokens. Raises as `kernel_for`."""
+        v_width = config.latent.width if config.latent else None
+        return self.kernel_for(PageFormat(config.cache_width, page, dtype, v_width))
 
     def check_kv_heads(self, kv_heads: int) -> None:
         """Raises ValueError, with the nearest sizes that fit, if tp cannot share these heads evenly."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -191,7 +192,9 @@ def test_bad_settings_are_one_line_and_exit_2(tmp_path: Path):
     prompt = ("--prompt", "And", "--cp", 4)
     bad([*prompt, "--placement", "spiral"], "unknown placement 'spiral': choose one of helix, striped, last_rank")
     bad([*prompt, "--combine", "ring"], "unknown combine 'ring'")
-    bad([*prompt, "--kernel", "triton"], "unknown kernel 'triton': choose one of auto, xla")
+    bad([*prompt, "--kernel", "triton"], "unknown kernel 'triton': choose one of auto, xla, mosaic_gpu")
+    needs = "runs on Hopper GPUs, and this is a CPU" if jax.__version_info__ >= (0, 11) else "needs JAX 0.11 or later"
+    bad([*prompt, "--kernel", "mosaic_gpu"], needs)
     bad([*prompt, "--experts", "tp"], "unknown experts 'tp': choose one of flat, cp")
     bad([*prompt, "--chat"], "has no chat template: leave out --chat")
     bad([*prompt, "--tp", 4], "tp 4 does not divide the 2 key/value heads: choose tp 2")

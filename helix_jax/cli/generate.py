@@ -29,10 +29,11 @@ from helix_jax.generation import (
     check_request,
     stream,
 )
+from helix_jax.kernels import KERNELS
 from helix_jax.layout import PLACEMENTS, BlockLayout
 from helix_jax.mesh import CP, TP, make_mesh
 from helix_jax.models.transformer import Transformer
-from helix_jax.plan import EXPERTS, KERNELS, Plan
+from helix_jax.plan import EXPERTS, Plan
 from helix_jax.sampling import make_sampling
 from helix_jax.text import TextStream, Tokenizer, chat_ids, open_tokenizer
 
@@ -105,6 +106,7 @@ class Job:
     tokenizer: Tokenizer | None
     dtype: str
     platform: str
+    kernel: str
     block: int
     options: dict[str, Any]
     experts: str
@@ -141,12 +143,14 @@ def run(options: argparse.Namespace) -> int:
     plan = Plan(mesh, layout, options.combine, options.kernel, options.experts)
     plan.check_model(config)
     platform = mesh.devices.flat[0].platform
+    dtype = options.dtype or ("float32" if platform == "cpu" else "bfloat16")
     job = Job(
         folder=options.model,
         prompt=prompt,
         tokenizer=tokenizer,
-        dtype=options.dtype or ("float32" if platform == "cpu" else "bfloat16"),
+        dtype=dtype,
         platform=platform,
+        kernel=plan.kernel_for_model(config, shape["page"], dtype),
         block=options.block,
         options={**shape, **_sampling(options)},
         experts=options.experts,
@@ -258,7 +262,7 @@ def _report(job: Job, plan: Plan, done: Run, verified: bool | None) -> dict[str,
         "ranks": [{"rank": rank, "tokens": count} for rank, count in enumerate(_held(job, plan, done))],
         "mesh": {"tp": plan.mesh.shape[TP], "cp": plan.mesh.shape[CP]},
         "platform": job.platform,
-        "kernel": plan.chosen_kernel,
+        "kernel": job.kernel,
         "compile_s": done.compile_s,
         "prefill_s": done.prefill_s,
         "decode_s_per_token": done.decode_s_per_token,
@@ -268,7 +272,7 @@ def _report(job: Job, plan: Plan, done: Run, verified: bool | None) -> dict[str,
 
 def _table(job: Job, plan: Plan, done: Run) -> Table:
     tp, cp = plan.mesh.shape[TP], plan.mesh.shape[CP]
-    title = f"tp {tp} x cp {cp}, {plan.layout.placement}, block {plan.layout.block}, kernel {plan.chosen_kernel}"
+    title = f"tp {tp} x cp {cp}, {plan.layout.placement}, block {plan.layout.block}, kernel {job.kernel}"
     prompt = tokens_per_rank(plan, len(job.prompt), len(job.prompt))
     speed = "-" if done.decode_s_per_token is None else f"{done.decode_s_per_token:.4f}"
     caption = f"{speed} s per token, prefill {done.prefill_s:.2f} s, compilation {done.compile_s:.1f} s"

@@ -1,0 +1,78 @@
+"""Attention on Hopper GPUs as fast as their memory, by Pallas' Mosaic GPU: a twin of `attend`.
+
+    schedule    the key tiles that the rows see are dealt evenly to the processors
+    parts       each processor attends to its share; the cache is read where it lies, page by page, once
+    merged      the parts of a row and head become one partial
+
+What was tried and what it gave stands in NOTES.md beside this.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from helix_jax.attention import Partial
+from helix_jax.kernels import PageFormat, check_pages
+from helix_jax.kernels.mosaic_gpu import grouped as _grouped
+from helix_jax.kernels.mosaic_gpu import latent as _latent
+from helix_jax.kernels.mosaic_gpu.merging import merged
+from helix_jax.kernels.mosaic_gpu.work import schedule
+
+_PROCESSORS = 132  # of an H100 or H200
+
+
+# Traced and lowered once for all layers that call it alike: each time takes a second.
+@partial(jax.jit, static_argnames=("scale", "v_width"))
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_AKWH: Float[Array, "A K W H"],
+    v_AKWH: Float[Array, "A K W H"] | None,
+    table_BM: Int[Array, "B M"],
+    lo_BT: Int[Array, "B T"],
+    hi_BT: Int[Array, "B T"],
+    *,
+    scale: float,
+    v_width: int | None = None,
+) -> Partial:
+    """As `helix_jax.attend`, over bfloat16 pages, with queries and weights rounded to bfloat16 as well.
+
+    What no query of a row sees before the least `lo` and from the greatest `hi` on may be anything; between the two
+    it must be finite. The same batch gives the same bits each time; in another batch a row's tiles are cut elsewhere.
+
+    Raises:
+        ValueError: pages that the kernel cannot read.
+    """
+    (B, T, N, H), (_, K, W, _) = q_BTNH.shape, k_AKWH.shape
+    check_pages(PageFormat(H, W, k_AKWH.dtype, v_width))
+    G = N // K
+    hi_BT = jnp.minimum(hi_BT, table_BM.shape[1] * W)
+    q_BKTGH = q_BTNH.astype(k_AKWH.dtype).reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4)
+    q_XQH = _whole_tiles(q_BKTGH.reshape(B * K, T * G, H))
+    k_XH = k_AKWH.reshape(-1, H)
+    if v_AKWH is None:
+        latent = _latent.latent(B, T * G, H, v_width or H, W, processors(), scale)
+        work, plan = latent.work, schedule(latent.work, lo_BT, hi_BT)
+        parts = _latent.parts(latent, q_XQH, k_XH, table_BM, plan)
+    else:
+        grouped = _grouped.grouped(B, T * G, K, H, W, processors(), scale)
+        work, plan = grouped.work, schedule(grouped.work, lo_BT, hi_BT)
+        parts = _grouped.parts(grouped, q_XQH, k_XH, v_AKWH.reshape(-1, H), table_BM, plan)
+    o_BKQH, lse_BKQ = merged(work, *parts, plan)
+    o_BTKGH = o_BKQH.reshape(B, K, T, G, -1).transpose(0, 2, 1, 3, 4)
+    lse_BTKG = lse_BKQ.reshape(B, K, T, G).transpose(0, 2, 1, 3)
+    return Partial(o_BTKGH.reshape(B, T, N, -1), lse_BTKG.reshape(B, T, N))
+
+
+def processors() -> int:
+    """Multiprocessors of the GPUs here; of an H200 where there are none, so that one can lower for it."""
+    devices = jax.devices()
+    return devices[0].core_count if devices[0].platform == "gpu" else _PROCESSORS
+
+
+def _whole_tiles(q_XQH: Array) -> Array:
+    """Queries are copied eight at a time, unless there are fewer."""
+    queries = q_XQH.shape[1]
+    return q_XQH if queries <= 8 else jnp.pad(q_XQH, ((0, 0), (0, -queries % 8), (0, 0)))

@@ -1,0 +1,207 @@
+"""Parts of attention over grouped heads: a group's queries against its keys and values, read once, in place.
+
+Each processor runs streams: a warpgroup that copies tiles into a ring, and one that computes (or two, of 64 queries
+each, where a row brings more than 64). The ring hides the memory's latency: keys and values alternate in it, some
+160 KB in flight.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+
+from helix_jax.kernels.mosaic_gpu import memory, softmax
+from helix_jax.kernels.mosaic_gpu.softmax import across
+from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, each_segment
+
+_LEAST_TILE_BYTES = 16 * 1024
+_COLUMNS = 128  # of an accumulator
+
+
+@dataclass(frozen=True)
+class Grouped:
+    work: Work
+    width: int
+    page: int
+    processors: int
+    scale: float
+
+    @property
+    def streams(self) -> int:
+        return self.work.streams // self.processors
+
+    @property
+    def computing(self) -> int:
+        return self.streams * self.work.members
+
+    @property
+    def columns(self) -> int:
+        return min(self.width, _COLUMNS)
+
+    @property
+    def slots(self) -> int:
+        """Tiles in a stream's ring: what the queries and the results leave."""
+        staged = ROWS * max(2 * self.width, 4 * self.columns) * self.computing
+        left = memory.BYTES - staged - 3 * memory.ALIGNMENT
+        return left // (2 * self.work.tile * self.width) // self.streams
+
+
+def grouped(rows: int, queries: int, heads: int, width: int, page: int, processors: int, scale: float) -> Grouped:
+    """queries: of a row and key/value head, new tokens times heads in a group."""
+    streams, members = (2, 1) if queries <= ROWS else (1, 2)
+    tile = max(ROWS, _LEAST_TILE_BYTES // (2 * width))
+    return Grouped(Work(rows, heads, queries, members, tile, streams * processors), width, page, processors, scale)
+
+
+def parts(
+    shape: Grouped, q_XQH: Array, k_XH: Array, v_XH: Array, table_BM: Array, plan: Schedule
+) -> tuple[Array, Array]:
+    """Outputs [parts, queries, width] and log-sum-exps [parts, queries] of every part."""
+    work, tile = shape.work, shape.work.tile
+    staged = plgpu.RefUnion(
+        memory.tiled((ROWS, shape.width), jnp.bfloat16), memory.tiled((ROWS, shape.columns), jnp.float32)
+    )
+    ring = (shape.streams, shape.slots)
+
+    def body(*refs: Any) -> None:
+        pl.run_scoped(
+            partial(_body, shape, *refs),
+            [staged] * shape.computing,
+            plgpu.SMEM((shape.computing, ROWS), jnp.float32),
+            plgpu.SMEM((shape.computing, 2, ROWS), jnp.int32),
+            memory.tiled((*ring, tile, shape.width), jnp.bfloat16),
+            plgpu.Barrier(num_arrivals=memory.copies_per_tile(tile, shape.page), num_barriers=ring),
+            plgpu.Barrier(num_arrivals=work.members, num_barriers=ring),
+            plgpu.Barrier(num_arrivals=2, num_barriers=(shape.computing,)),
+            collective_axes="warpgroup",
+        )
+
+    return plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((work.parts, work.part_queries, shape.width), jnp.float32),
+            jax.ShapeDtypeStruct((work.parts, work.job_queries), jnp.float32),
+        ),
+        grid=(shape.processors,),
+        grid_names=("processor",),
+        num_threads=shape.computing + shape.streams,
+        thread_name="warpgroup",
+        compiler_params=memory.COMPILER,
+    )(q_XQH, k_XH, v_XH, table_BM, *plan)
+
+
+def _body(shape: Grouped, q, k, v, table, ends, jobs, spans, o, lse, staged, lse_staged, spans_staged, *shared):
+    plan = Schedule(ends, jobs, spans)
+    ring, filled, freed, asked = shared
+
+    def walk(stream: int, body: Callable[..., Array]) -> None:
+        index = lax.axis_index("processor") * shape.streams + stream
+        each_segment(shape.work, plan, index, partial(body, (stream, ring, filled, freed)))
+
+    def compute(me: int) -> None:
+        plgpu.set_max_registers(216, action="increase")
+        stream, member = divmod(me, shape.work.members)
+        mine = (*staged[me], lse_staged.at[me], spans_staged.at[me], asked.at[me])
+        walk(stream, partial(_compute, shape, member, q, spans, o, lse, mine))
+
+    def copy(stream: int) -> None:
+        plgpu.set_max_registers(40, action="decrease")
+        walk(stream, partial(_copy, shape, k, v, table))
+
+    roles = [partial(compute, me) for me in range(shape.computing)]
+    roles += [partial(copy, stream) for stream in range(shape.streams)]
+    lax.switch(lax.axis_index("warpgroup"), roles)
+
+
+def _copy(shape: Grouped, k, v, table, stream_memory, segment: Segment, seen: Array) -> Array:
+    stream, ring, filled, freed = stream_memory
+    work = shape.work
+    row = segment.job // work.jobs_per_row
+    pages = k.shape[0] // (work.heads * shape.page)
+
+    def starts_of(index: Array) -> list[Array]:
+        return memory.rows_of_tile(
+            table, row, segment.head, index, tile=work.tile, page=shape.page, heads=work.heads, pages=pages
+        )
+
+    def tile(index: Array, carry: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
+        starts, seen = carry
+        following = starts_of(index + 1)  # under way while this tile waits for its place
+        for pool in (k, v):
+            slot = lax.rem(seen, shape.slots)
+            pl.when(seen >= shape.slots)(partial(plgpu.barrier_wait, freed.at[stream, slot]))  # the ring starts empty
+            memory.fetch(pool, starts, ring.at[stream, slot], filled.at[stream, slot])
+            seen = seen + 1
+        return following, seen
+
+    _, seen = lax.fori_loop(segment.begin, segment.end, tile, (starts_of(segment.begin), seen))
+    return seen
+
+
+def _compute(
+    shape: Grouped, member: int, q, spans, o, lse, mine, stream_memory, segment: Segment, seen: Array
+) -> Array:
+    stream, ring, filled, freed = stream_memory
+    q_staged, o_staged, lse_staged, spans_staged, asked = mine
+    work = shape.work
+    row, job = segment.job // work.jobs_per_row, lax.rem(segment.job, work.jobs_per_row)
+    queries = q.at[row * work.heads + segment.head, pl.ds(job * work.job_queries + member * ROWS, ROWS)]
+    seen_by = spans.at[pl.ds(0, 2), segment.job, pl.ds(member * ROWS, ROWS)]
+    memory.fetch_queries(queries, seen_by, q_staged, spans_staged, asked)
+    blocks = range(0, shape.width, shape.columns)
+
+    def tile(masked: bool, index: Array, carry):
+        accs, m, l, seen = carry
+        slot = lax.rem(seen, shape.slots)
+        plgpu.barrier_wait(filled.at[stream, slot])
+
+        def scores(acc):
+            plgpu.wgmma(acc, q_staged, plgpu.transpose_ref(ring.at[stream, slot], (1, 0)))
+            return acc[...]
+
+        s = pl.run_scoped(scores, memory.Accumulator((ROWS, work.tile), jnp.float32))
+        plgpu.barrier_arrive(freed.at[stream, slot])
+        if masked:
+            s = softmax.hidden(s, spans_staged, index * work.tile)
+        p, alpha, m = softmax.weights(s, m, shape.scale)
+        l = l * alpha + p.sum(axis=1)
+        accs = [acc * across(alpha, shape.columns) for acc in accs]
+
+        slot = lax.rem(seen + 1, shape.slots)
+        plgpu.barrier_wait(filled.at[stream, slot])
+        if masked:
+            softmax.clear_unseen(ring.at[stream, slot], index * work.tile, segment.lo, segment.hi)
+            plgpu.commit_smem()
+        p = p.astype(jnp.bfloat16)
+
+        def values(refs):
+            for acc, column in zip(refs, blocks, strict=True):
+                plgpu.wgmma(acc, p, ring.at[stream, slot, :, pl.ds(column, shape.columns)])
+
+        accs = pl.run_state(values)([memory.Accumulator.init(acc) for acc in accs])
+        plgpu.barrier_arrive(freed.at[stream, slot])
+        return accs, m, l, seen + 2
+
+    zero = plgpu.layout_cast(jnp.zeros((ROWS, shape.columns), jnp.float32), softmax.TILE)
+    carry = ([zero for _ in blocks], *softmax.start(), seen)
+    carry = lax.fori_loop(segment.begin, segment.whole_begin, partial(tile, True), carry)
+    carry = lax.fori_loop(segment.whole_begin, segment.whole_end, partial(tile, False), carry)
+    accs, m, l, seen = lax.fori_loop(segment.whole_end, segment.end, partial(tile, True), carry)
+
+    inverse, lse_staged[...] = softmax.finish(m, l)
+    asking = min(ROWS, work.part_queries)
+    for acc, column in zip(accs, blocks, strict=True):
+        o_staged[...] = acc * across(inverse, shape.columns)
+        plgpu.commit_smem()
+        target = o.at[segment.part, pl.ds(member * ROWS, asking), pl.ds(column, shape.columns)]
+        plgpu.copy_smem_to_gmem(o_staged.at[pl.ds(0, asking)], target)
+        if column == 0:
+            plgpu.copy_smem_to_gmem(lse_staged, lse.at[segment.part, pl.ds(member * ROWS, ROWS)])
+        plgpu.wait_smem_to_gmem(0)
+    return seen

@@ -1,0 +1,93 @@
+"""The parts of each segment become one partial: one small kernel, a block of threads for each query."""
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+
+from helix_jax.kernels.mosaic_gpu import memory
+from helix_jax.kernels.mosaic_gpu.work import Schedule, Work, parts_of
+
+_THREADS = 128
+_NUMBERS = 512  # of a block: 16 bytes a thread
+_UNROLL = 8  # parts in flight
+
+
+def merged(work: Work, o_XQH: Array, lse_XQ: Array, plan: Schedule) -> tuple[Array, Array]:
+    """Outputs [rows, heads, queries, width] and log-sum-exps [rows, heads, queries]."""
+    X, Q, H = o_XQH.shape
+    queries = max(1, _NUMBERS // H)
+    blocks = -(-work.queries // queries)
+    width = queries * H
+    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=width // _THREADS)
+
+    def body(o, lse, ends, jobs, spans, o_out, lse_out) -> None:
+        row_head, block = lax.axis_index("row_head"), lax.axis_index("block")
+        row, head = row_head // work.heads, lax.rem(row_head, work.heads)
+        query = block * queries
+        job = row * work.jobs_per_row + query // work.job_queries
+        query = lax.rem(query, work.job_queries)
+        first, count = parts_of(work, Schedule(ends, jobs, spans), job, head)
+
+        def each(values: list[Array]) -> Array:
+            """One number per query, along its numbers."""
+            spread = jnp.full((width,), values[-1])
+            if queries > 1:
+                number = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=layout)
+                for i in reversed(range(queries - 1)):
+                    spread = jnp.where(number < (i + 1) * H, jnp.full((width,), values[i]), spread)
+            return spread
+
+        def some(chunk: Array, carry):
+            tops, sums, acc = carry
+            parts = [chunk * _UNROLL + i for i in range(_UNROLL)]
+            where = [first + jnp.minimum(part, count - 1) for part in parts]
+            outputs = [o[at, pl.ds(query * H, width)] for at in where]
+            logs = [
+                [jnp.where(part < count, lse[at, query + i], -jnp.inf) for i in range(queries)]
+                for part, at in zip(parts, where, strict=True)
+            ]
+            new = [_max([top, *column]) for top, column in zip(tops, zip(*logs, strict=True), strict=True)]
+            shift = [jnp.where(top == -jnp.inf, 0.0, top) for top in new]
+            alpha = [jnp.exp(top - s) for top, s in zip(tops, shift, strict=True)]
+            acc = acc * each(alpha)
+            sums = [total * a for total, a in zip(sums, alpha, strict=True)]
+            for log, output in zip(logs, outputs, strict=True):
+                weight = [jnp.exp(x - s) for x, s in zip(log, shift, strict=True)]
+                sums = [total + w for total, w in zip(sums, weight, strict=True)]
+                acc = acc + output * each(weight)
+            return new, sums, acc
+
+        nothing = [jnp.float32(-jnp.inf)] * queries, [jnp.float32(0)] * queries
+        zero = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
+        tops, sums, acc = lax.fori_loop(0, pl.cdiv(count, _UNROLL), some, (*nothing, zero))
+        live = [spans[0, job, query + i] < spans[1, job, query + i] for i in range(queries)]
+        live = [on & (total > 0) for on, total in zip(live, sums, strict=True)]
+        sums = [jnp.where(on, total, 1.0) for on, total in zip(live, sums, strict=True)]
+        some_P = each([jnp.where(on, 1 / total, 0.0) for on, total in zip(live, sums, strict=True)])
+        o_out[row_head, pl.ds(block * width, width)] = acc * some_P
+        for i in range(queries):
+            lse_out[row_head, block * queries + i] = jnp.where(live[i], tops[i] + jnp.log(sums[i]), -jnp.inf)
+
+    o, lse = plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((work.rows * work.heads, blocks * width), jnp.float32),
+            jax.ShapeDtypeStruct((work.rows * work.heads, blocks * queries), jnp.float32),
+        ),
+        grid=(work.rows * work.heads, blocks),
+        grid_names=("row_head", "block"),
+        compiler_params=memory.COMPILER,
+    )(o_XQH.reshape(X, Q * H), lse_XQ, *plan)
+    o = o.reshape(work.rows, work.heads, blocks * queries, H)[:, :, : work.queries]
+    return o, lse.reshape(work.rows, work.heads, blocks * queries)[:, :, : work.queries]
+
+
+def _max(values: list[Any]) -> Array:
+    top, *rest = values
+    for value in rest:
+        top = jnp.maximum(top, value)
+    return top

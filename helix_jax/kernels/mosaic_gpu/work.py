@@ -1,0 +1,164 @@
+"""How the cache's tiles are dealt to the processors: evenly, whatever the lengths of the rows.
+
+A *job* is a tile of queries of one row, and the run of key tiles that they see. For each key/value head in turn a job's
+tiles are walked once: a *segment*. All segments, end to end, are one line of tiles, cut into equal *streams*. A stream
+begins and ends anywhere; each segment that it touches gives a *part*, a partial over the tiles of that segment which
+are its own. Along the line either the segment or the stream rises by one from part to part, so that segment + stream
+numbers the parts.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+ROWS = 64  # of a warpgroup's matrix product
+FIRST, TILES, WHOLE_FIRST, WHOLE_LAST, LO, HI = range(6)  # columns of Schedule.jobs
+_SEARCH = 8  # loads in flight
+_FAR = 2**30
+
+
+@dataclass(frozen=True)
+class Work:
+    """The static shape of the work.
+
+    queries: of one row and key/value head: new tokens times heads in a group. members: warpgroups, or blocks, that
+    share the keys of a job, 64 queries each. tile: slots. streams: over all processors.
+    """
+
+    rows: int
+    heads: int
+    queries: int
+    members: int
+    tile: int
+    streams: int
+
+    @property
+    def job_queries(self) -> int:
+        return ROWS * self.members
+
+    @property
+    def jobs_per_row(self) -> int:
+        return -(-self.queries // self.job_queries)
+
+    @property
+    def jobs(self) -> int:
+        return self.rows * self.jobs_per_row
+
+    @property
+    def parts(self) -> int:
+        return self.jobs * self.heads + self.streams
+
+    @property
+    def part_queries(self) -> int:
+        """Queries of a job, or what there are of them in whole tiles of memory."""
+        return min(self.job_queries, -(-self.queries // 8) * 8)
+
+
+class Schedule(NamedTuple):
+    """The traced part of the work. P counts jobs, Q the queries of a job.
+
+    ends_P: tiles of the jobs up to and with this one, for one head. jobs_P8: the first tile, how many, which of them
+    every query sees whole [first, last), the slots that any query sees [lo, hi). spans_2PQ: lo and hi of each query.
+    """
+
+    ends_P: Any
+    jobs_P8: Any
+    spans_2PQ: Any
+
+
+class Segment(NamedTuple):
+    """What a stream walks of one job and head: tiles [begin, end), those in [whole_begin, whole_end) without a mask."""
+
+    part: Array
+    job: Array
+    head: Array
+    begin: Array
+    end: Array
+    whole_begin: Array
+    whole_end: Array
+    lo: Array
+    hi: Array
+
+
+def schedule(work: Work, lo_BT: Array, hi_BT: Array) -> Schedule:
+    """Deals with what each query sees. It is the same in every layer, so that XLA computes it once in a step."""
+    P, Q = work.jobs, work.job_queries
+    group = work.queries // lo_BT.shape[1]
+
+    def per_query(x_BT: Array) -> Array:
+        x_BX = jnp.repeat(x_BT, group, axis=1)
+        return jnp.pad(x_BX, ((0, 0), (0, work.jobs_per_row * Q - work.queries)), mode="edge").reshape(P, Q)
+
+    spans_2PQ = jnp.stack([per_query(lo_BT), per_query(hi_BT)])
+    # One job per row needs no view by query: with one new token nothing is left to reduce.
+    lo_PX, hi_PX = (lo_BT, hi_BT) if work.jobs_per_row == 1 else spans_2PQ
+    live_PX = hi_PX > lo_PX
+    lo_P = jnp.where(live_PX, lo_PX, _FAR).min(1)
+    hi_P = jnp.where(live_PX, hi_PX, 0).max(1)
+    first_P = lo_P // work.tile
+    tiles_P = jnp.maximum(-(-hi_P // work.tile) - first_P, 0)
+    whole_first_P = -(-jnp.where(live_PX, lo_PX, 0).max(1) // work.tile)
+    whole_last_P = jnp.where(live_PX, hi_PX, _FAR).min(1) // work.tile
+    job_P = jnp.arange(P)
+    ends_P = jnp.where(job_P <= job_P[:, None], tiles_P, 0).sum(
+        1
+    )  # one small kernel; a cumulative sum is two slow ones
+    zero_P = jnp.zeros_like(lo_P)
+    jobs_P8 = jnp.stack([first_P, tiles_P, whole_first_P, whole_last_P, lo_P, hi_P, zero_P, zero_P], 1)
+    return Schedule(*(x.astype(jnp.int32) for x in (ends_P, jobs_P8, spans_2PQ)))
+
+
+def _tiles_per_stream(work: Work, ends_P: Any) -> tuple[Array, Array]:
+    total = ends_P[work.jobs - 1] * work.heads
+    return total, jnp.maximum((total + work.streams - 1) // work.streams, 1)
+
+
+def each_segment(work: Work, plan: Schedule, stream: Array, body: Callable[[Segment, Array], Array]) -> None:
+    """In a kernel: `seen = body(segment, seen)` for the segments of a stream in order, from seen = 0 on."""
+    total, per_stream = _tiles_per_stream(work, plan.ends_P)
+    stop = jnp.minimum((stream + 1) * per_stream, total)
+
+    def one(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        at, job, seen = carry
+        job = lax.while_loop(lambda job: plan.ends_P[job] * work.heads <= at, lambda job: job + 1, job)
+        end = plan.ends_P[job]
+        first, tiles, whole_first, whole_last, lo, hi = (plan.jobs_P8[job, i] for i in range(6))
+        into = at - (end - tiles) * work.heads
+        head = into // tiles
+        begin = into - head * tiles
+        length = jnp.minimum(tiles - begin, stop - at)
+        begin = begin + first
+        whole_begin = jnp.clip(whole_first, begin, begin + length)
+        whole_end = jnp.clip(whole_last, whole_begin, begin + length)
+        part = job * work.heads + head + stream
+        segment = Segment(part, job, head, begin, begin + length, whole_begin, whole_end, lo, hi)
+        return at + length, job, body(segment, seen)
+
+    start = stream * per_stream
+    lax.while_loop(lambda carry: carry[0] < stop, one, (start, _job_of(work, plan.ends_P, start), jnp.int32(0)))
+
+
+def _job_of(work: Work, ends_P: Any, tile: Array) -> Array:
+    """The number of jobs that end before a tile of the line; many loads at once, since each takes long."""
+
+    def some(chunk: Array | int, found: Array) -> Array:
+        ends = [ends_P[jnp.minimum(chunk * _SEARCH + i, work.jobs - 1)] for i in range(_SEARCH)]
+        for i, end in enumerate(ends):
+            before = (chunk * _SEARCH + i < work.jobs) & (end * work.heads <= tile)
+            found = found + before.astype(jnp.int32)
+        return found
+
+    return lax.fori_loop(0, math.ceil(work.jobs / _SEARCH), some, jnp.int32(0))
+
+
+def parts_of(work: Work, plan: Schedule, job: Array, head: Array) -> tuple[Array, Array]:
+    """In a kernel: the first part of a segment, and how many follow each other from there."""
+    _, per_stream = _tiles_per_stream(work, plan.ends_P)
+    tiles = plan.jobs_P8[job, TILES]
+    start = (plan.ends_P[job] - tiles) * work.heads + head * tiles
+    first, last = start // per_stream, (start + tiles - 1) // per_stream
+    return job * work.heads + head + first, jnp.where(tiles > 0, last - first + 1, 0)

@@ -1,0 +1,442 @@
+#!/usr/bin/env python3
+"""Times decode steps of a model of random weights, over a cache as long as asked for, on one mesh after the other.
+
+python scripts/bench_decode.py --config configs/llama-3.1-8b.toml --mesh 4x1 --mesh 2x2 --mesh 1x4
+
+Every combination of mesh, placement and combine is a run of its own. Its ms per token (of every row) are measured in
+three ways: one call per token and a wait for each ("awaited"), one call per token and one wait for all ("queued"; not
+on a CPU, where steps that pile up deadlock), and many tokens in each call. Tokens are not read, and always the same.
+The roofline is the time to read, at the bandwidth found here, a device's weights and an even share of the cache.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache as cached
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+from jax.sharding import Mesh, Sharding
+from jax.typing import DTypeLike
+from rich.console import Console
+from rich.table import Table
+
+from helix_jax.cache import KVCache, Rows, make_cache, per_row
+from helix_jax.checkpoint.parameters import type_of
+from helix_jax.cli.devices import open_mesh
+from helix_jax.combine import COMBINES
+from helix_jax.config import ModelConfig, from_mapping
+from helix_jax.generation import DEFAULT_PAGE
+from helix_jax.kernels import KERNELS
+from helix_jax.layout import PLACEMENTS, BlockLayout
+from helix_jax.mesh import CP, EXPERT_WEIGHTS, REPLICATED, ROWS_B, TP, make_mesh, sharding, weight_sharding
+from helix_jax.models.transformer import Transformer, Weights
+from helix_jax.plan import Plan
+from helix_jax.sampling import make_sampling
+from helix_jax.step import ManyOutput, StepOutput, many_steps, step
+
+BAD_INPUT, INTERRUPTED = 2, 130
+WARM_UP = 2
+LEAST_CALLS = 3  # of many tokens, for a median
+WEIGHT_SCALE = 0.02
+WAYS = {"awaited_ms": "awaited", "queued_ms": "queued", "many_ms": "many"}
+
+# A step, or many in one call: all is given but the cache and the rows.
+Program = partial[StepOutput] | partial[ManyOutput]
+
+
+class Job(NamedTuple):
+    """What all runs share. bandwidth: bytes per second."""
+
+    options: argparse.Namespace
+    config: ModelConfig
+    bandwidth: float
+
+
+def main() -> int:
+    try:
+        bench(checked(parse_arguments()))
+    except (ValueError, OSError) as error:
+        return complain(str(error))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return complain(f"out of device memory ({str(error).splitlines()[0]}): take more devices, or fewer --layers")
+    except KeyboardInterrupt:
+        return complain("interrupted", INTERRUPTED)
+    return 0
+
+
+def complain(message: str, code: int = BAD_INPUT) -> int:
+    print(f"bench_decode.py: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, like every other error."""
+        sys.exit(complain(f"{message} (see --help)"))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--config", type=Path, required=True, metavar="FILE.toml", help="a shape, like those in configs/")
+    add("--mesh", action="append", required=True, metavar="TPxCP", help="like 2x4; may be repeated")
+    add("--layers", type=int, metavar="N", help="only the first N (default: all)")
+    add("--rows", type=int, default=8, metavar="N", help="sequences (default: 8)")
+    add("--context", type=int, default=131072, metavar="TOKENS", help="of each prompt (default: 131072)")
+    add("--decoded", type=int, default=0, metavar="TOKENS", help="decoded already, after it (default: 0)")
+    add("--placement", action="append", metavar="|".join(PLACEMENTS), help="may be repeated (default: helix)")
+    add("--combine", action="append", metavar="|".join(COMBINES), help="may be repeated (default: psum)")
+    add("--kernel", default="auto", metavar="|".join(KERNELS), help="what attends (default: auto)")
+    add("--block", type=int, default=16, metavar="TOKENS", help="length of a decode block (default: 16)")
+    add("--page", type=int, default=DEFAULT_PAGE, metavar="TOKENS", help=f"of a page (default: {DEFAULT_PAGE})")
+    add("--tokens-per-call", type=int, default=16, metavar="N", help="where a call decodes many (default: 16)")
+    add("--steps", type=int, default=20, metavar="N", help="timed, of one token each (default: 20)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of weights and cache (default: bfloat16; float32 on a CPU)")
+    add("--platform", choices=("auto", "cpu", "gpu"), default="auto", help="cpu: tp * cp fake devices")
+    add("--json", type=Path, metavar="FILE", help="write all numbers, after every run")
+    add("--plot", type=Path, metavar="FILE.png", help="draw ms per token")
+    return parser.parse_args()
+
+
+def checked(options: argparse.Namespace) -> argparse.Namespace:
+    least = {"rows": 1, "context": 0, "decoded": 0, "page": 1, "tokens_per_call": 1, "steps": 1}
+    for name, low in least.items():
+        if getattr(options, name) < low:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give at least {low}")
+    options.placement, options.combine = options.placement or ["helix"], options.combine or ["psum"]
+    options.mesh = [tp_and_cp(text) for text in options.mesh]
+    return options
+
+
+def tp_and_cp(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)x(\d+)", text, re.ASCII)
+    if not found:
+        raise ValueError(f"--mesh '{text}' is not tp x cp: write it like 2x4")
+    return int(found[1]), int(found[2])
+
+
+def read_shape(file: Path) -> ModelConfig:
+    try:
+        read = tomllib.loads(file.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file} is not TOML: {error}") from None
+    if not isinstance(read.get("model"), dict):
+        raise ValueError(f"{file}: [model] is missing")
+    return from_mapping(ModelConfig, read["model"], f"{file} [model]")
+
+
+def first_layers(config: ModelConfig, layers: int) -> ModelConfig:
+    if not 1 <= layers <= config.layers:
+        raise ValueError(f"--layers is {layers}: give 1 to {config.layers}")
+
+    def kept(indexes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(layer for layer in indexes if layer < layers)
+
+    windowed = kept(config.windowed_layers)
+    experts = config.experts and replace(config.experts, dense_layers=kept(config.experts.dense_layers))
+    window = config.window if windowed else None
+    return replace(config, layers=layers, windowed_layers=windowed, window=window, experts=experts)
+
+
+def bench(options: argparse.Namespace) -> None:
+    config = read_shape(options.config)
+    config = config if options.layers is None else first_layers(config, options.layers)
+    figure = new_figure(options.plot) if options.plot else None
+    devices = list(open_mesh(options.platform, *max(options.mesh, key=math.prod)).devices.flat)
+    options.platform = devices[0].platform
+    options.dtype = options.dtype or ("float32" if options.platform == "cpu" else "bfloat16")
+    # All plans before any weight: this is where most requests are refused.
+    plans = [(mesh, plans_on(mesh, options, config)) for mesh in (make_mesh(*m, devices=devices) for m in options.mesh)]
+    job = Job(options, config, measure_bandwidth(devices[0]))
+    found, note = describe(job, devices[0].device_kind), Console(stderr=True, highlight=False, soft_wrap=True)
+    for mesh, plans_of_mesh in plans:
+        weights = random_weights(config, mesh, options.dtype)
+        for plan in plans_of_mesh:
+            run = measure(job, plan, weights)
+            found["runs"].append(run)
+            write_json(options.json, found)
+            name = f"{run['mesh']} {run['placement']} {run['combine']}"
+            note.print(f"{name}: {run['best_ms']:.4g} ms per token, {run['times_roofline']:.3g} x roofline")
+        del weights  # before there are those of the next mesh
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table_of(found))
+    if figure:
+        draw(figure, options.plot, found)
+
+
+def plans_on(mesh: Mesh, options: argparse.Namespace, config: ModelConfig) -> list[Plan]:
+    layouts = [BlockLayout(mesh.shape[CP], options.block, placement) for placement in options.placement]
+    plans = [Plan(mesh, layout, how, kernel=options.kernel) for layout in layouts for how in options.combine]
+    for plan in plans:
+        plan.check_model(config)
+        plan.kernel_for_model(config, options.page, options.dtype)
+    return plans
+
+
+def describe(job: Job, device: str) -> dict[str, Any]:
+    names = ("rows", "context", "decoded", "block", "page", "tokens_per_call", "steps", "dtype", "platform")
+    found = {"config": job.options.config.stem, "layers": job.config.layers, "device": device, "jax": jax.__version__}
+    found |= {name: getattr(job.options, name) for name in names}
+    found |= {"bandwidth_bytes_per_s": job.bandwidth, "runs": []}
+    write_json(job.options.json, found)  # a file that cannot be written is better known now
+    return found
+
+
+def measure_bandwidth(device: Any, calls: int = 10, repeats: int = 5) -> float:
+    """Bytes per second that one device reads: the largest of many numbers, found several times for one wait."""
+    size = 2**27 if device.platform == "cpu" else 2**32
+    x_X = jnp.zeros(size // 2, jnp.bfloat16, device=device)
+    largest = jax.jit(jnp.max)
+    jax.block_until_ready(largest(x_X))
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready([largest(x_X) for _ in range(calls)])
+        seconds.append(time.perf_counter() - began)
+    return calls * size / min(seconds)
+
+
+def measure(job: Job, plan: Plan, weights: Weights) -> dict[str, Any]:
+    """One run, as it stands in the JSON. Bytes are per device."""
+    options = job.options
+    calls = max(LEAST_CALLS, options.steps // options.tokens_per_call)
+    room = max(options.steps, WARM_UP, max(WARM_UP, calls) * options.tokens_per_call)
+    cache, rows = cache_after_decoding(job, plan, room)
+    run: dict[str, Any] = {"mesh": f"{plan.mesh.shape[TP]}x{plan.mesh.shape[CP]}"}
+    run |= {"placement": plan.layout.placement, "combine": plan.combine}
+    run |= {"kernel": plan.kernel_for_model(job.config, options.page, options.dtype)}
+    run |= {"cache_bytes": bytes_per_device(cache), "weight_bytes": bytes_per_device(weights)}
+
+    one, many = programs(job, plan, weights)
+    run["compile_s"], run["temporary_bytes"] = compile_ahead(one, cache, rows)
+    run["many_compile_s"], run["many_temporary_bytes"] = compile_ahead(many, cache, rows)
+    run["awaited_ms"], cache = awaited(one, cache, rows, options.steps)
+    run["queued_ms"] = None
+    if options.platform != "cpu":
+        run["queued_ms"], cache = queued(one, cache, rows, options.steps)
+    call_ms, cache = awaited(many, cache, rows, calls)
+    run["many_ms"] = call_ms / options.tokens_per_call
+    return run | verdict(job, plan, weights, min(run[way] for way in WAYS if run[way] is not None))
+
+
+def verdict(job: Job, plan: Plan, weights: Weights, best_ms: float) -> dict[str, float]:
+    """Against the roofline of a cache that lies evenly on all ranks, as in the paper; that of the fullest is told."""
+    read = weight_bytes_read(job, weights)
+    even_ms, fullest_ms = (1e3 * (kv + read) / job.bandwidth for kv in kv_bytes_read(job, plan))
+    speed = 1e3 * job.options.rows / best_ms / plan.mesh.size
+    rooflines = {"roofline_ms": even_ms, "roofline_of_fullest_ms": fullest_ms, "times_roofline": best_ms / even_ms}
+    return {"best_ms": best_ms, "tokens_per_s_per_device": speed, **rooflines}
+
+
+def cache_after_decoding(job: Job, plan: Plan, room: int) -> tuple[KVCache, Rows]:
+    """As after the prompt and what is decoded already, were its numbers not random; with room for more tokens."""
+    options, config, length = job.options, job.config, job.options.context + job.options.decoded
+    shape: dict[str, Any] = {"layers": config.layers, "kv_heads": config.kv_heads, "head_width": config.cache_width}
+    shape |= {"page": options.page, "dtype": options.dtype, "latent": config.latent is not None}
+    lens = ([options.context] * options.rows, [length + room] * options.rows)
+    cache, rows = make_cache(plan, *lens, **shape)
+    pools, nest = jax.tree.flatten(cache)
+    pools = [filled(pool_AKWH, seed) for seed, pool_AKWH in enumerate(pools)]
+    return jax.tree.unflatten(nest, pools), rows._replace(length_B=per_row(plan, [length] * options.rows))
+
+
+def random_weights(config: ModelConfig, mesh: Mesh, dtype: DTypeLike) -> Weights:
+    """Made where they lie, one by one. The padding is random too, which takes no other time."""
+    padded = nnx.to_flat_state(nnx.state(Transformer(config, devices=mesh.size, rngs=None), nnx.Param))
+    made = []
+    for seed, (path, parameter) in enumerate(padded):
+        make = maker(str(path[-1]), parameter.shape, type_of(path, dtype), weight_sharding(mesh, str(path[-1])))
+        made.append((path, make(seed)))
+    return nnx.to_pure_dict(nnx.from_flat_state(made))
+
+
+@cached  # of all layers one compilation
+def maker(name: str, shape: tuple[int, ...], dtype: DTypeLike, where: Sharding) -> Callable[[int], Array]:
+    def make(seed: Array) -> Array:
+        return jnp.ones(shape, dtype) if "norm" in name else noise(shape, dtype, seed, WEIGHT_SCALE)
+
+    return jax.jit(make, out_shardings=where)
+
+
+@partial(jax.jit, donate_argnums=0)
+def filled(zeros_AKWH: Array, seed: Array | int) -> Array:
+    return zeros_AKWH + noise(zeros_AKWH.shape, zeros_AKWH.dtype, seed)
+
+
+def noise(shape: tuple[int, ...], dtype: DTypeLike, seed: Array | int, scale: float = 1.0) -> Array:
+    """Numbers of mean 0 and standard deviation `scale`, each a hash of where it stands.
+
+    It is all one loop: each device writes its part and needs no room beside it. The bits of jax.random are arrays.
+    """
+    bits = jnp.asarray(seed, jnp.uint32)
+    for axis in range(len(shape)):
+        own = [size if at == axis else 1 for at, size in enumerate(shape)]
+        bits = mixed(bits + lax.broadcasted_iota(jnp.uint32, own, axis) * np.uint32(0x9E3779B9))
+    uniform = lax.bitcast_convert_type(bits, jnp.int32).astype(jnp.float32) * 2.0**-31
+    return (3**0.5 * scale * uniform).astype(dtype)
+
+
+def mixed(bits: Array) -> Array:
+    """The last step of MurmurHash3: each bit comes to depend on all."""
+    bits = (bits ^ (bits >> 16)) * np.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * np.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
+
+
+def programs(job: Job, plan: Plan, weights: Weights) -> tuple[Program, Program]:
+    """A step, and a call of many that nothing ends."""
+    rows, where = job.options.rows, sharding(plan.mesh, REPLICATED)
+    token_B = np.arange(rows) % job.config.vocab
+    sampling = jax.device_put(make_sampling(rows), sharding(plan.mesh, ROWS_B))
+    new = {"tokens_BT": per_row(plan, token_B[:, None]), "count_B": per_row(plan, np.ones(rows)), "sampling": sampling}
+    first = {"token_B": per_row(plan, token_B), "limit_B": per_row(plan, [2**31 - 1] * rows), "sampling": sampling}
+    first["stop_ids"] = jax.device_put(np.zeros(0, np.int32), where)
+    given = (job.config, plan, job.options.tokens_per_call, weights)
+    return partial(step, job.config, plan, weights, **new), partial(many_steps, *given, **first)
+
+
+def compile_ahead(program: Any, cache: KVCache, rows: Rows) -> tuple[float, int | None]:
+    """Seconds that it took, and bytes that it needs beside its arguments. A call finds it compiled."""
+    began = time.perf_counter()
+    compiled = program.func.lower(*program.args, cache, rows, **program.keywords).compile()
+    seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
+    return seconds, memory.temp_size_in_bytes if memory else None
+
+
+def awaited(program: Program, cache: KVCache, rows: Rows, calls: int) -> tuple[float, KVCache]:
+    """The median ms of a call, each waited for; and the cache."""
+    cache, seconds = warmed(program, cache, rows), []
+    for _ in range(calls):
+        began = time.perf_counter()
+        cache, rows = jax.block_until_ready(program(cache, rows))[2:]
+        seconds.append(time.perf_counter() - began)
+    return 1e3 * median(seconds), cache
+
+
+def queued(program: Program, cache: KVCache, rows: Rows, calls: int) -> tuple[float, KVCache]:
+    """The mean ms of a call, all waited for at the end; and the cache."""
+    cache = warmed(program, cache, rows)
+    began = time.perf_counter()
+    for _ in range(calls):
+        cache, rows = program(cache, rows)[2:]
+    jax.block_until_ready((cache, rows))
+    return 1e3 * (time.perf_counter() - began) / calls, cache
+
+
+def warmed(program: Program, cache: KVCache, rows: Rows) -> KVCache:
+    """What is written here is written again, as `rows` stay where they are."""
+    for _ in range(WARM_UP):
+        cache = jax.block_until_ready(program(cache, rows)).cache
+    return cache
+
+
+def bytes_per_device(arrays: Any) -> int:
+    """What the fullest device holds of them."""
+    held: Counter[Any] = Counter()
+    for array in jax.tree.leaves(arrays):
+        held.update({shard.device: shard.data.nbytes for shard in array.addressable_shards})
+    return max(held.values())
+
+
+def weight_bytes_read(job: Job, weights: Weights) -> float:
+    """What a device has to read of its weights in a step."""
+    named = [(str(path[-1].key), array) for path, array in jax.tree_util.tree_leaves_with_path(weights)]
+    return sum(bytes_per_device(array) * share_read(job.config, name, job.options.rows) for name, array in named)
+
+
+def share_read(config: ModelConfig, name: str, rows: int) -> float:
+    if name == "embed_VD" and not config.tied_head:
+        return min(1, rows / config.vocab)
+    if config.experts and name in EXPERT_WEIGHTS["flat"]:
+        # An expectation, and a high one: routing is even, and no two rows choose the same expert before all are taken.
+        return min(1, rows * config.experts.chosen / config.experts.count)
+    return 1
+
+
+def kv_bytes_read(job: Job, plan: Plan) -> tuple[float, float]:
+    """What a device has to read of the cache in a step: if all ranks hold the same, and on the fullest.
+
+    Source: arXiv 2507.07120, appendix A; of a windowed layer, its window.
+    """
+    options, config, tp = job.options, job.config, plan.mesh.shape[TP]
+    numbers = config.cache_width if config.latent else 2 * -(-config.kv_heads // tp) * config.head_width
+    per_slot = options.rows * numbers * jnp.dtype(options.dtype).itemsize
+    slots_LR = np.array([slots_read(options, plan.layout, config.window_of(layer)) for layer in range(config.layers)])
+    return per_slot * float(slots_LR.mean(1).sum()), per_slot * float(slots_LR.max(1).sum())
+
+
+def slots_read(options: argparse.Namespace, layout: BlockLayout, window: int | None) -> np.ndarray:
+    """Of each rank, in one row."""
+    length, rank_R = options.context + options.decoded, np.arange(layout.ranks)
+    past = layout.filled(length - window, options.context, rank_R) if window else 0
+    return layout.filled(length, options.context, rank_R) - past
+
+
+def write_json(file: Path | None, found: dict[str, Any]) -> None:
+    if file:
+        file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def table_of(found: dict[str, Any]) -> Table:
+    model = f"{found['config']}, {found['layers']} layers, {found['dtype']}"
+    cached = f"{found['rows']} rows of {found['context']} + {found['decoded']} tokens"
+    title = f"{model}; {cached}; {found['device']}, {found['bandwidth_bytes_per_s'] / 1e9:.4g} GB/s"
+    words = ("mesh", "placement", "combine", "kernel")
+    numbers = {name: (f"{way}\nms", 1) for name, way in WAYS.items()} | {
+        "tokens_per_s_per_device": ("tokens/s\n/device", 1),
+        "roofline_ms": ("roofline\nms", 1),
+        "times_roofline": ("times\nroofline", 1),
+        "cache_bytes": ("cache\nGB", 1e9),
+        "temporary_bytes": ("temporary\nGB", 1e9),
+        "compile_s": ("compile\ns", 1),
+    }
+    table = Table(*words, *(head for head, _ in numbers.values()), title=title, title_justify="left")
+    for run in found["runs"]:
+        cells = ("-" if run[name] is None else f"{run[name] / unit:.4g}" for name, (_, unit) in numbers.items())
+        table.add_row(*(run[name] for name in words), *cells)
+    return table
+
+
+def new_figure(file: Path) -> Any:
+    if not file.suffix:
+        raise ValueError(f"--plot '{file}' has no ending: give a file like runs.png")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install '.[plot]'") from None
+    return Figure(layout="constrained")
+
+
+def draw(figure: Any, file: Path, found: dict[str, Any]) -> None:
+    """Bars of ms per token of each run, and the roofline across them."""
+    runs = found["runs"]
+    ways = [way for way in WAYS if runs[0][way] is not None]
+    figure.set_size_inches(3 + len(runs), 4)
+    axes, at_X, width = figure.subplots(), np.arange(len(runs)), 0.8 / len(ways)
+    for index, way in enumerate(ways):
+        axes.bar(at_X - 0.4 + index * width, [run[way] for run in runs], width, align="edge", label=WAYS[way])
+    axes.hlines([run["roofline_ms"] for run in runs], at_X - 0.4, at_X + 0.4, color="black", label="roofline")
+    axes.set_xticks(at_X, ["\n".join((run["mesh"], run["placement"], run["combine"])) for run in runs])
+    axes.set(ylabel="ms per token", title=f"{found['config']}, {found['layers']} layers, {found['device']}")
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""The kernels: how work is dealt, that they lower for their machine without one, and there what they compute."""
+
+import re
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AbstractMesh, AxisType
+
+from helix_jax.cache import Pages, Rows
+from helix_jax.combine import COMBINES
+from helix_jax.helix import helix_attention
+from helix_jax.kernels import PageFormat, attend_by, check_device, check_pages, chosen
+from helix_jax.kernels.mosaic_gpu.work import Work, each_segment, parts_of, schedule
+from helix_jax.layout import BlockLayout
+from helix_jax.mesh import NEW_KEYS_BTKH, PAGES_AKWH, QUERIES_BTNH, ROWS_B, TABLE_RBM, sharding
+from helix_jax.plan import Plan
+from tests.reference import relative_error, softmax_attention
+
+on_hopper = pytest.mark.skipif(
+    jax.default_backend() != "gpu" or not jax.devices()[0].compute_capability.startswith("9."),
+    reason="needs a Hopper GPU",
+)
+
+HOPPER = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
+BLACKWELL = SimpleNamespace(platform="gpu", device_kind="NVIDIA B200", compute_capability="10.0")
+CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
+GROUPED = PageFormat(width=128, page=64, dtype=jnp.bfloat16)
+
+
+# The work
+
+
+def walked(work: Work, lo_BT, hi_BT):
+    """What each stream does, its segments in order; and the parts that the merge takes for each segment."""
+    plan = schedule(work, jnp.asarray(lo_BT, jnp.int32), jnp.asarray(hi_BT, jnp.int32))
+    streams = [[] for _ in range(work.streams)]
+    with jax.disable_jit():
+        for stream, segments in enumerate(streams):
+            each_segment(work, plan, jnp.int32(stream), lambda s, seen, to=segments: to.append(s) or seen + 1)
+        taken = {
+            (job, head): [int(x) for x in parts_of(work, plan, jnp.int32(job), jnp.int32(head))]
+            for job in range(work.jobs)
+            for head in range(work.heads)
+        }
+    return [[type(s)(*map(int, s)) for s in segments] for segments in streams], taken
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_every_tile_is_walked_once_by_streams_of_equal_length(data):
+    """And every part is where the merge looks for it, and nothing else is; tiles without a mask are seen whole."""
+    B, T = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
+    group, heads, members = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
+    work = Work(B, heads, T * group, members, tile=8, streams=data.draw(st.integers(1, 9)))
+    bounds = st.lists(st.integers(0, 90), min_size=B * T, max_size=B * T)
+    lo_BT, hi_BT = np.sort([data.draw(bounds), data.draw(bounds)], axis=0).reshape(2, B, T)
+    idle_B = np.array(data.draw(st.lists(st.booleans(), min_size=B, max_size=B)))
+    hi_BT = np.where(idle_B[:, None], 0, hi_BT)
+    streams, taken = walked(work, lo_BT, hi_BT)
+
+    expected, by_query = {}, []  # job, head -> tiles
+    for job in range(work.jobs):
+        row, nth = divmod(job, work.jobs_per_row)
+        queries = range(nth * work.job_queries, min((nth + 1) * work.job_queries, work.queries))
+        seen = [(lo_BT[row, q // group], hi_BT[row, q // group]) for q in queries]
+        live = [(lo, hi) for lo, hi in seen if lo < hi]
+        by_query.append(live)
+        hull = range(min(lo for lo, _ in live) // 8, -(-max(hi for _, hi in live) // 8)) if live else range(0)
+        expected |= {(job, head): set(hull) for head in range(heads)}
+
+    found = {key: [] for key in expected}
+    parts = {key: [] for key in expected}
+    for segments in streams:
+        for s in segments:
+            found[s.job, s.head] += range(s.begin, s.end)
+            parts[s.job, s.head].append(s.part)
+            for tile in range(s.whole_begin, s.whole_end):
+                assert all(lo <= tile * 8 and tile * 8 + 8 <= hi for lo, hi in by_query[s.job])
+    assert {key: sorted(tiles) for key, tiles in found.items()} == {k: sorted(v) for k, v in expected.items()}
+    assert {key: [min(x, default=taken[key][0]), len(x)] for key, x in parts.items()} == taken
+    numbers = [part for x in parts.values() for part in x]
+    assert len(set(numbers)) == len(numbers)
+    assert max(numbers, default=0) < work.parts
+    lengths = [sum(s.end - s.begin for s in segments) for segments in streams]
+    assert max(lengths) == -(-sum(map(len, expected.values())) // work.streams)
+
+
+# The choice
+
+
+def test_auto_takes_the_kernel_where_it_runs():
+    recent = jax.__version_info__ >= (0, 11)
+    assert chosen("auto", HOPPER, GROUPED) == ("mosaic_gpu" if recent else "xla")
+    assert chosen("auto", HOPPER, PageFormat(576, 64, jnp.bfloat16, 512)) == ("mosaic_gpu" if recent else "xla")
+    for device in (CPU, BLACKWELL, None):
+        assert chosen("auto", device, GROUPED) == "xla"
+    for pages in (GROUPED._replace(dtype=jnp.float32), GROUPED._replace(page=48), GROUPED._replace(width=96)):
+        assert chosen("auto", HOPPER, pages) == chosen("xla", HOPPER, pages) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        (CPU, "kernel mosaic_gpu runs on Hopper GPUs, and this is a CPU: choose a GPU, or kernel auto or xla"),
+        (BLACKWELL, r"this is another \(NVIDIA B200, 10.0\): choose one, or kernel auto or xla"),
+    ],
+)
+def test_a_kernel_asked_for_on_another_device_is_refused(device, message: str, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    with pytest.raises(ValueError, match=message):
+        check_device("mosaic_gpu", device)
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    with pytest.raises(ValueError, match="needs JAX 0.11 or later"):
+        check_device("mosaic_gpu", HOPPER)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": jnp.float32}, "reads bfloat16, and the cache is float32: choose bfloat16, or kernel auto or xla"),
+        ({"page": 100}, "or a multiple of 128 tokens, not 100: choose 64"),
+        ({"width": 96}, "knows heads of width 64, 128 and 256, not 96"),
+        ({"width": 320, "v_width": 256}, "knows latents of 576 numbers, 512 of them values, not 320 and 256"),
+    ],
+)
+def test_pages_that_the_kernel_cannot_read_are_refused(change, message: str):
+    with pytest.raises(ValueError, match=message):
+        check_pages(GROUPED._replace(**change))
+
+
+# The kernel's code, as far as it goes without a GPU: down to instructions for one
+
+LOWERED = {  # name: B, T, N, K, H, W, M
+    "one query per head": (2, 1, 2, 2, 128, 64, 6),
+    "groups of 16": (2, 1, 16, 1, 128, 64, 6),
+    "a few new tokens": (2, 3, 10, 2, 128, 64, 6),
+    "more than 64 queries": (2, 8, 32, 2, 128, 64, 6),
+    "a chunk of a prompt": (1, 100, 8, 2, 128, 64, 6),
+    "narrow heads": (2, 1, 8, 2, 64, 64, 6),
+    "wide heads": (2, 1, 8, 2, 256, 64, 6),
+    "short pages": (2, 1, 8, 2, 128, 16, 24),
+    "long pages": (2, 1, 8, 2, 64, 256, 3),
+    "latent": (2, 1, 16, 1, 576, 64, 6),
+    "latent, all heads of DeepSeek": (2, 1, 128, 1, 576, 64, 6),
+    "latent, a few new tokens": (1, 3, 24, 1, 576, 16, 24),
+}
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_it_lowers_for_a_gpu_and_reads_the_cache_in_place(name: str):
+    B, T, N, K, H, W, M = LOWERED[name]
+    A, latent = B * M + 41, H == 576
+    shape = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    pool, ints = shape((A, K, W, H)), partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    run = partial(attend_by("mosaic_gpu"), scale=0.1, v_width=512 if latent else None)
+    arguments = shape((B, T, N, H)), pool, None if latent else pool, ints((B, M)), ints((B, T)), ints((B, T))
+    text = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"custom_call @mosaic_gpu\w*\(", text)
+    assert len(calls) == 2  # the parts, the merge
+    # Between the argument and the kernel the pool is viewed otherwise, never moved: nothing else gives as many numbers.
+    moved = [
+        line for line in text.splitlines() if re.search(rf"-> tensor<({A}x{K}x{W}x{H}|{A * K * W}x{H})xbf16>", line)
+    ]
+    assert len(moved) == (1 if latent else 2)
+    assert all("stablehlo.reshape" in line for line in moved)
+
+
+@pytest.mark.parametrize("how", COMBINES)
+def test_the_island_lowers_for_gpus_with_the_kernel_in_it(how: str, monkeypatch):
+    monkeypatch.setattr(
+        jax, "__version_info__", (0, 11, 0)
+    )  # it lowers with earlier ones too; it has not been run there
+    mesh = AbstractMesh((1, 2, 2), ("dp", "tp", "cp"), axis_types=(AxisType.Auto,) * 3)
+    plan = Plan(mesh, BlockLayout(2, 16), how, "mosaic_gpu")
+
+    def abstract(shape, spec, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, spec))
+
+    pool, new = abstract((32, 4, 64, 128), PAGES_AKWH), abstract((2, 1, 4, 128), NEW_KEYS_BTKH)
+    ints_B = abstract((2,), ROWS_B, jnp.int32)
+    rows = Rows(abstract((2, 2, 8), TABLE_RBM, jnp.int32), ints_B, ints_B)
+    arguments = Pages(pool, pool), abstract((2, 1, 16, 128), QUERIES_BTNH), new, new, rows, ints_B
+    traced = jax.jit(partial(helix_attention, plan, scale=0.1)).trace(*arguments)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+# On a GPU: pytest -m gpu
+
+
+def case(seed: int, T: int, N: int, K: int, H: int, W: int, lengths: list[int], window: int | None = None):
+    """Rows of these lengths, their last T tokens asking; all that none of them sees is NaN."""
+    random = np.random.default_rng(seed)
+    B, M = len(lengths), -(-max(lengths) // W) + 1
+    A, latent = B * M + 3, H == 576
+    table_BM = random.permutation(A)[: B * M].reshape(B, M).astype(np.int32)
+    hi_BT = np.maximum(np.array(lengths)[:, None] - T + 1 + np.arange(T), 0) * (np.array(lengths)[:, None] > 0)
+    lo_BT = np.maximum(hi_BT - window, 0) if window else np.zeros_like(hi_BT)
+    keys_BSKH, values_BSKH = random.normal(size=(2, B, M * W, K, H))
+    keys_BSKH[..., 0] += np.linspace(-3, 3, M * W)[:, None]  # so that it matters what is seen
+    slot = np.arange(M * W)
+    seen_BTS = (lo_BT[..., None] <= slot) & (slot < hi_BT[..., None])
+    pools = np.full((2, A, K, W, H), np.nan)
+    for pool, x_BSKH in zip(pools, (keys_BSKH, values_BSKH), strict=True):
+        x_BSKH = np.where(seen_BTS.any(1)[..., None, None], x_BSKH, np.nan)
+        pool[table_BM] = x_BSKH.reshape(B, M, W, K, H).swapaxes(2, 3)
+    table_BM[:, -1] = 10**6  # nobody sees the last page
+    q_BTNH = random.normal(size=(B, T, N, H))
+    q_BTNH, keys_BSKH, values_BSKH, *pools = (
+        jnp.asarray(x, jnp.bfloat16) for x in (q_BTNH, keys_BSKH, values_BSKH, *pools)
+    )
+    rows = [
+        softmax_attention(q, k, k[..., :512] if latent else v, seen, H**-0.5)
+        for q, k, v, seen in zip(q_BTNH, keys_BSKH, values_BSKH, seen_BTS, strict=True)
+    ]
+    expected = [np.stack(parts) for parts in zip(*rows, strict=True)]
+    options = {"scale": H**-0.5, "v_width": 512 if latent else None}
+    ints = [jnp.asarray(x, jnp.int32) for x in (table_BM, lo_BT, hi_BT)]
+    return [q_BTNH, pools[0], None if latent else pools[1], *ints], options, expected
+
+
+CASES = {
+    "one query per head": (1, 2, 2, 128, 64, [1000, 77]),
+    "groups of 3": (1, 6, 2, 128, 64, [2500, 1, 130]),
+    "groups of 16": (1, 16, 1, 128, 64, [2500, 130]),
+    "idle rows": (1, 8, 8, 128, 64, [0, 640, 0, 5]),
+    "few slots": (1, 8, 2, 128, 64, [1, 2]),
+    "many rows": (1, 8, 2, 128, 64, list(range(0, 1300, 20))),
+    "narrow heads": (1, 8, 2, 64, 64, [1900, 65]),
+    "wide heads": (1, 8, 2, 256, 64, [1900, 65]),
+    "short pages": (1, 8, 2, 128, 16, [1600, 65]),
+    "shortest pages": (2, 8, 2, 64, 8, [700, 65]),
+    "long pages": (1, 8, 2, 128, 256, [2500, 65]),
+    "a few new tokens": (3, 10, 2, 64, 64, [1900, 165, 7]),
+    "more than 64 queries": (8, 32, 2, 128, 64, [1900, 65, 3]),
+    "a chunk of a prompt": (100, 8, 2, 128, 64, [1900, 165, 60]),
+    "a window": (1, 16, 2, 128, 64, [2500, 1, 130], 100),
+    "a window and a few new tokens": (5, 8, 2, 128, 64, [2500, 1, 130], 70),
+    "latent": (1, 16, 1, 576, 64, [1900, 0, 165]),
+    "latent, all heads of DeepSeek": (1, 128, 1, 576, 64, [1900, 0, 165]),
+    "latent, a few new tokens": (3, 40, 1, 576, 16, [1500, 2]),
+    "latent, a window": (1, 16, 1, 576, 128, [1900, 3], 150),
+}
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernel_equals_float64_softmax(name: str):
+    """Twice the same bits; empty queries exactly empty; NaN wherever nothing is seen."""
+    arguments, options, (o_BTNH, lse_BTN) = case(0, *CASES[name])
+    run = jax.jit(partial(attend_by("mosaic_gpu"), **options))
+    found, again = run(*arguments), run(*arguments)
+    empty = np.isneginf(lse_BTN)
+    assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
+    np.testing.assert_array_equal(np.isneginf(found.lse_BTN), empty)
+    assert (np.asarray(found.o_BTNH)[empty] == 0).all()
+    assert relative_error(found.o_BTNH, o_BTNH) <= 4e-3
+    np.testing.assert_allclose(np.asarray(found.lse_BTN)[~empty], lse_BTN[~empty], rtol=0, atol=1e-5)
+    reference = jax.jit(partial(attend_by("xla"), **options))(*arguments)
+    assert relative_error(found.o_BTNH, reference.o_BTNH) <= 4e-3
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("name", ["groups of 3", "latent"])
+def test_a_slot_that_is_seen_may_not_be_nan(name: str):
+    """What shows that the test above can fail."""
+    (q, k, v, table_BM, lo_BT, hi_BT), options, _ = case(0, *CASES[name])
+    k = k.at[table_BM[0, 5], :, 7].set(jnp.nan)
+    assert np.isnan(attend_by("mosaic_gpu")(q, k, v, table_BM, lo_BT, hi_BT, **options).o_BTNH).any()
