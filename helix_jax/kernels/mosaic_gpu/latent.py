@@ -1,12 +1,13 @@
 """Parts of latent attention: one vector of keys per slot for all heads, whose first numbers are the values.
 
-Its arithmetic weighs as much as its memory, so that a processor works on 64 queries in two roles at once: one warpgroup
-copies tiles into a ring and computes scores and weights, two hold one half of the values' columns each.
+Its arithmetic weighs as much as its memory, so that a processor works on 64 queries in three roles: one warpgroup
+computes scores and weights of a tile, while two weigh the values of the tile before, half of their columns each; the
+first of these copies a new tile to the place of each that is through. Queries and two tiles fill the shared memory.
 """
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -43,21 +44,44 @@ def latent(rows: int, queries: int, width: int, v_width: int, page: int, process
     return Latent(Work(rows, 1, queries, members, ROWS, processors // members), width, v_width, page, processors, scale)
 
 
+class Shared(NamedTuple):
+    """Shared memory and barriers of the three roles, and who arrives at them."""
+
+    ring: Any  # tiles
+    weights: Any  # of the tile at hand, and beside them
+    per_query: Any  # what earlier weights are worth under its maximum; at the end 1 / sum, and the log-sum-exp
+    filled: Any  # the copies of a tile
+    asked: Any  # the copies of queries and of what they see
+    weighed: Any  # scores: weights lie ready
+    through: Any  # the first half: values are weighed, by both halves
+    other_half: Any  # the second half: so are its own
+    finished: Any  # scores: the segment is at its end
+    stored: Any  # both halves: so are the results, which lie where the queries did
+
+
 def parts(shape: Latent, q_BQH: Array, k_XH: Array, table_BM: Array, plan: Schedule) -> tuple[Array, Array]:
     """Outputs [parts, queries, v_width] and log-sum-exps [parts, queries] of every part."""
     work, tile = shape.work, shape.work.tile
     o_staged = [memory.tiled((ROWS, _COLUMNS), jnp.float32) for _ in range(_HALVES)]
+    shared = Shared(
+        ring=memory.tiled((_SLOTS, tile, shape.width), jnp.bfloat16),
+        weights=memory.tiled((ROWS, tile), jnp.bfloat16),
+        per_query=plgpu.SMEM((2, ROWS), jnp.float32),
+        filled=plgpu.Barrier(num_arrivals=memory.copies_per_tile(tile, shape.page), num_barriers=_SLOTS),
+        asked=plgpu.Barrier(num_arrivals=2),
+        weighed=plgpu.Barrier(),
+        through=plgpu.Barrier(),
+        other_half=plgpu.Barrier(),
+        finished=plgpu.Barrier(),
+        stored=plgpu.Barrier(num_arrivals=_HALVES),
+    )
 
     def body(*refs: Any) -> None:
         pl.run_scoped(
             partial(_body, shape, *refs),
             plgpu.RefUnion(memory.tiled((ROWS, shape.width), jnp.bfloat16), o_staged),
-            memory.tiled((_SLOTS, tile, shape.width), jnp.bfloat16),
-            memory.tiled((ROWS, tile), jnp.bfloat16),
-            plgpu.SMEM((2, ROWS), jnp.float32),
             plgpu.SMEM((2, ROWS), jnp.int32),
-            plgpu.Barrier(num_arrivals=memory.copies_per_tile(tile, shape.page), num_barriers=_SLOTS),
-            [plgpu.Barrier(num_arrivals=n) for n in (2, 1, _HALVES, 1, _HALVES)],
+            shared,
             collective_axes="warpgroup",
         )
 
@@ -75,78 +99,53 @@ def parts(shape: Latent, q_BQH: Array, k_XH: Array, table_BM: Array, plan: Sched
     )(q_BQH, k_XH, table_BM, *plan)
 
 
-def _body(
-    shape: Latent, q, k, table, ends, jobs, spans, o, lse, staged, ring, p_staged, per_query, spans_staged, *barriers
-):
-    warpgroup, stream = lax.axis_index("warpgroup"), lax.axis_index("stream")
+def _body(shape: Latent, q, k, table, ends, jobs, spans, o, lse, staged, spans_staged, shared: Shared) -> None:
     q_staged, o_staged = staged
-    walk = partial(each_segment, shape.work, Schedule(ends, jobs, spans), stream)
-    shared = (ring, p_staged, per_query, *barriers)
+    walk = partial(each_segment, shape.work, Schedule(ends, jobs, spans), lax.axis_index("stream"))
 
     def values(half: int) -> None:
         plgpu.set_max_registers(200, action="increase")
-        walk(partial(_values, shape, half, o, o_staged[half], shared))
+        walk(partial(_values, shape, half, k, table, o, o_staged[half], shared))
 
     def scores() -> None:
         plgpu.set_max_registers(104, action="decrease")
-        walk(partial(_scores, shape, q, k, table, spans, lse, q_staged, spans_staged, shared))
+        walk(partial(_scores, shape, q, spans, lse, q_staged, spans_staged, shared))
 
-    lax.switch(warpgroup, [partial(values, half) for half in range(_HALVES)] + [scores])
+    lax.switch(lax.axis_index("warpgroup"), [partial(values, half) for half in range(_HALVES)] + [scores])
 
 
 def _scores(
-    shape: Latent, q, k, table, spans, lse, q_staged, spans_staged, shared, segment: Segment, seen: Array
+    shape: Latent, q, spans, lse, q_staged, spans_staged, shared: Shared, segment: Segment, seen: Array
 ) -> Array:
-    ring, p_staged, per_query, filled, (asked, p_ready, p_freed, finished, stored) = shared
     work = shape.work
     row, job = segment.job // work.jobs_per_row, lax.rem(segment.job, work.jobs_per_row)
-    member = lax.axis_index("member")
-    pages = k.shape[0] // shape.page
-
-    def starts_of(index: Array) -> list[Array]:
-        return memory.rows_of_tile(
-            table, row, segment.head, index, tile=work.tile, page=shape.page, heads=1, pages=pages
-        )
-
-    def fetch(starts: list[Array], seen: Array) -> None:
-        slot = lax.rem(seen, _SLOTS)
-        memory.fetch(k, starts, ring.at[slot], filled.at[slot])
-
-    fetch(starts_of(segment.begin), seen)
-    pl.when(segment.begin + 1 < segment.end)(lambda: fetch(starts_of(segment.begin + 1), seen + 1))
-    pl.when(seen > 0)(lambda: plgpu.barrier_wait(stored))  # results lie where the queries did
-    queries = q.at[row, pl.ds(job * work.job_queries + member * ROWS, ROWS)]
-    seen_by = spans.at[pl.ds(0, 2), segment.job, pl.ds(member * ROWS, ROWS)]
-    memory.fetch_queries(queries, seen_by, q_staged, spans_staged, asked)
+    mine = pl.ds(lax.axis_index("member") * ROWS, ROWS)
+    pl.when(seen > 0)(lambda: plgpu.barrier_wait(shared.stored))
+    queries = q.at[row, pl.ds(job * work.job_queries + lax.axis_index("member") * ROWS, ROWS)]
+    memory.fetch_queries(queries, spans.at[pl.ds(0, 2), segment.job, mine], q_staged, spans_staged, shared.asked)
 
     def tile(masked: bool, index: Array, carry):
         m, l, seen = carry
         slot = lax.rem(seen, _SLOTS)
-        starts = starts_of(index + 1)  # under way while the values before are weighed
-
-        @pl.when(index > segment.begin)
-        def _():
-            plgpu.barrier_wait(p_freed)  # by the tile before: its place in the ring is free as well
-            pl.when(index + 1 < segment.end)(lambda: fetch(starts, seen + 1))
-
-        plgpu.barrier_wait(filled.at[slot])
+        plgpu.barrier_wait(shared.filled.at[slot])
 
         def scores(acc):
-            plgpu.wgmma(acc, q_staged, plgpu.transpose_ref(ring.at[slot], (1, 0)))
+            plgpu.wgmma(acc, q_staged, plgpu.transpose_ref(shared.ring.at[slot], (1, 0)))
             return acc[...]
 
         s = pl.run_scoped(scores, memory.Accumulator((ROWS, work.tile), jnp.float32))
         if masked:
             s = softmax.hidden(s, spans_staged, index * work.tile)
             for column in range(0, shape.v_width, 64):
-                piece = ring.at[slot, :, pl.ds(column, 64)]
+                piece = shared.ring.at[slot, :, pl.ds(column, 64)]
                 softmax.clear_unseen(piece, index * work.tile, segment.lo, segment.hi)
         p, alpha, m = softmax.weights(s, m, shape.scale)
         l = l * alpha + p.sum(axis=1)
-        p_staged[...] = p.astype(jnp.bfloat16)
-        per_query[0] = alpha
+        pl.when(index > segment.begin)(lambda: plgpu.barrier_wait(shared.through))
+        shared.weights[...] = p.astype(jnp.bfloat16)
+        shared.per_query[0] = alpha
         plgpu.commit_smem()
-        plgpu.barrier_arrive(p_ready)
+        plgpu.barrier_arrive(shared.weighed)
         return m, l, seen + 1
 
     carry = (*softmax.start(), seen)
@@ -154,43 +153,62 @@ def _scores(
     carry = lax.fori_loop(segment.whole_begin, segment.whole_end, partial(tile, False), carry)
     m, l, seen = lax.fori_loop(segment.whole_end, segment.end, partial(tile, True), carry)
     inverse, log = softmax.finish(m, l)
-    plgpu.barrier_wait(p_freed)
-    per_query[0] = inverse
-    per_query[1] = log
+    plgpu.barrier_wait(shared.through)
+    shared.per_query[0] = inverse
+    shared.per_query[1] = log
     plgpu.commit_smem()
-    plgpu.barrier_arrive(finished)
-    plgpu.copy_smem_to_gmem(per_query.at[1], lse.at[segment.part, pl.ds(member * ROWS, ROWS)])
+    plgpu.barrier_arrive(shared.finished)
+    plgpu.copy_smem_to_gmem(shared.per_query.at[1], lse.at[segment.part, mine])
     plgpu.wait_smem_to_gmem(0)
     return seen
 
 
-def _values(shape: Latent, half: int, o, o_staged, shared, segment: Segment, seen: Array) -> Array:
-    ring, p_staged, per_query, _, (_, p_ready, p_freed, finished, stored) = shared
+def _values(shape: Latent, half: int, k, table, o, o_staged, shared: Shared, segment: Segment, seen: Array) -> Array:
     work = shape.work
-    member = lax.axis_index("member")
     columns = pl.ds(half * shape.half, shape.half)
+
+    def starts_of(index: Array) -> list[Array]:
+        row, pages = segment.job // work.jobs_per_row, k.shape[0] // shape.page
+        return memory.rows_of_tile(
+            table, row, segment.head, index, tile=work.tile, page=shape.page, heads=1, pages=pages
+        )
+
+    def fetch(index: Array, seen: Array, starts: list[Array]) -> None:
+        @pl.when(index < segment.end)
+        def _():
+            slot = lax.rem(seen, _SLOTS)
+            memory.fetch(k, starts, shared.ring.at[slot], shared.filled.at[slot])
 
     def tile(index: Array, carry):
         acc, seen = carry
         slot = lax.rem(seen, _SLOTS)
-        plgpu.barrier_wait(p_ready)
-        acc = acc * across(plgpu.layout_cast(per_query[0], softmax.ROW), shape.half)
-        acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p_staged, ring.at[slot, :, columns]))(
-            memory.Accumulator.init(acc)
-        )
-        plgpu.barrier_arrive(p_freed)
+        following = starts_of(index + _SLOTS) if half == 0 else []  # under way while the weights are waited for
+        plgpu.barrier_wait(shared.weighed)
+        acc = acc * across(plgpu.layout_cast(shared.per_query[0], softmax.ROW), shape.half)
+        weigh = pl.run_state(lambda acc: plgpu.wgmma(acc, shared.weights, shared.ring.at[slot, :, columns]))
+        acc = weigh(memory.Accumulator.init(acc))
+        if half == 0:
+            plgpu.barrier_wait(shared.other_half)
+            fetch(index + _SLOTS, seen + _SLOTS, following)
+            plgpu.barrier_arrive(shared.through)
+        else:
+            plgpu.barrier_arrive(shared.other_half)
         return acc, seen + 1
 
+    if half == 0:
+        for i in range(_SLOTS):
+            fetch(segment.begin + i, seen + i, starts_of(segment.begin + i))
     acc = plgpu.layout_cast(jnp.zeros((ROWS, shape.half), jnp.float32), softmax.TILE)
     acc, seen = lax.fori_loop(segment.begin, segment.end, tile, (acc, seen))
-    plgpu.barrier_wait(finished)
-    acc = acc * across(plgpu.layout_cast(per_query[0], softmax.ROW), shape.half)
-    queries = min(ROWS, work.part_queries)
+    plgpu.barrier_wait(shared.finished)
+    acc = acc * across(plgpu.layout_cast(shared.per_query[0], softmax.ROW), shape.half)
+    asking = min(ROWS, work.part_queries)
     for column in range(0, shape.half, _COLUMNS):
         o_staged[...] = acc[:, column : column + _COLUMNS]
         plgpu.commit_smem()
-        target = o.at[segment.part, pl.ds(member * ROWS, queries), pl.ds(half * shape.half + column, _COLUMNS)]
-        plgpu.copy_smem_to_gmem(o_staged.at[pl.ds(0, queries)], target)
+        mine = pl.ds(lax.axis_index("member") * ROWS, asking)
+        target = o.at[segment.part, mine, pl.ds(half * shape.half + column, _COLUMNS)]
+        plgpu.copy_smem_to_gmem(o_staged.at[pl.ds(0, asking)], target)
         plgpu.wait_smem_to_gmem(0)
-    plgpu.barrier_arrive(stored)
+    plgpu.barrier_arrive(shared.stored)
     return seen
