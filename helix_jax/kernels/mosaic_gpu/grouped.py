@@ -78,6 +78,7 @@ def parts(
             memory.tiled((*ring, tile, shape.width), jnp.bfloat16),
             plgpu.Barrier(num_arrivals=memory.copies_per_tile(tile, shape.page), num_barriers=ring),
             plgpu.Barrier(num_arrivals=work.members, num_barriers=ring),
+            plgpu.Barrier(num_arrivals=work.members, num_barriers=shape.streams),
             plgpu.Barrier(num_arrivals=2, num_barriers=(shape.computing,)),
             collective_axes="warpgroup",
         )
@@ -98,11 +99,11 @@ def parts(
 
 def _body(shape: Grouped, q, k, v, table, ends, jobs, spans, o, lse, staged, lse_staged, spans_staged, *shared):
     plan = Schedule(ends, jobs, spans)
-    ring, filled, freed, asked = shared
+    ring, filled, freed, cleared, asked = shared
 
     def walk(stream: int, body: Callable[..., Array]) -> None:
         index = lax.axis_index("processor") * shape.streams + stream
-        each_segment(shape.work, plan, index, partial(body, (stream, ring, filled, freed)))
+        each_segment(shape.work, plan, index, partial(body, (stream, ring, filled, freed, cleared)))
 
     def compute(me: int) -> None:
         plgpu.set_max_registers(216, action="increase")
@@ -120,7 +121,7 @@ def _body(shape: Grouped, q, k, v, table, ends, jobs, spans, o, lse, staged, lse
 
 
 def _copy(shape: Grouped, k, v, table, stream_memory, segment: Segment, seen: Array) -> Array:
-    stream, ring, filled, freed = stream_memory
+    stream, ring, filled, freed, _ = stream_memory
     work = shape.work
     row = segment.job // work.jobs_per_row
     pages = k.shape[0] // (work.heads * shape.page)
@@ -147,7 +148,7 @@ def _copy(shape: Grouped, k, v, table, stream_memory, segment: Segment, seen: Ar
 def _compute(
     shape: Grouped, member: int, q, spans, o, lse, mine, stream_memory, segment: Segment, seen: Array
 ) -> Array:
-    stream, ring, filled, freed = stream_memory
+    stream, ring, filled, freed, cleared = stream_memory
     q_staged, o_staged, lse_staged, spans_staged, asked = mine
     work = shape.work
     row, job = segment.job // work.jobs_per_row, lax.rem(segment.job, work.jobs_per_row)
@@ -162,7 +163,7 @@ def _compute(
         plgpu.barrier_wait(filled.at[stream, slot])
 
         def scores(acc):
-            plgpu.wgmma(acc, q_staged, plgpu.transpose_ref(ring.at[stream, slot], (1, 0)))
+            plgpu.wgmma(acc, q_staged, ring.at[stream, slot].transpose((1, 0)))
             return acc[...]
 
         s = pl.run_scoped(scores, memory.Accumulator((ROWS, work.tile), jnp.float32))
@@ -176,8 +177,11 @@ def _compute(
         slot = lax.rem(seen + 1, shape.slots)
         plgpu.barrier_wait(filled.at[stream, slot])
         if masked:
-            softmax.clear_unseen(ring.at[stream, slot], index * work.tile, segment.lo, segment.hi)
-            plgpu.commit_smem()
+            values, size = ring.at[stream, slot], (work.tile, shape.width)
+            softmax.clear_unseen(values, segment, index * work.tile, shape=size, sharers=work.members, me=member)
+            if work.members > 1:
+                plgpu.barrier_arrive(cleared.at[stream])
+                plgpu.barrier_wait(cleared.at[stream])
         p = p.astype(jnp.bfloat16)
 
         def values(refs):

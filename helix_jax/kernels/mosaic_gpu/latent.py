@@ -130,15 +130,14 @@ def _scores(
         plgpu.barrier_wait(shared.filled.at[slot])
 
         def scores(acc):
-            plgpu.wgmma(acc, q_staged, plgpu.transpose_ref(shared.ring.at[slot], (1, 0)))
+            plgpu.wgmma(acc, q_staged, shared.ring.at[slot].transpose((1, 0)))
             return acc[...]
 
         s = pl.run_scoped(scores, memory.Accumulator((ROWS, work.tile), jnp.float32))
         if masked:
             s = softmax.hidden(s, spans_staged, index * work.tile)
-            for column in range(0, shape.v_width, 64):
-                piece = shared.ring.at[slot, :, pl.ds(column, 64)]
-                softmax.clear_unseen(piece, index * work.tile, segment.lo, segment.hi)
+            values = shared.ring.at[slot, :, pl.ds(0, shape.v_width)]
+            softmax.clear_unseen(values, segment, index * work.tile, shape=(work.tile, shape.v_width))
         p, alpha, m = softmax.weights(s, m, shape.scale)
         l = l * alpha + p.sum(axis=1)
         pl.when(index > segment.begin)(lambda: plgpu.barrier_wait(shared.through))

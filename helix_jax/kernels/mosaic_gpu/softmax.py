@@ -3,15 +3,17 @@
 import math
 from typing import Any
 
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from helix_jax.kernels.mosaic_gpu.work import ROWS
+from helix_jax.kernels.mosaic_gpu.work import ROWS, Segment
 
 TILE = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)
 _LOG2E = math.log2(math.e)
+_PIECE = 64  # rows and columns of what a warpgroup changes at once
 
 
 def across(row: Array, columns: int) -> Array:
@@ -45,8 +47,17 @@ def finish(m: Array, l: Array) -> tuple[Array, Array]:
     return jnp.where(some, 1 / l, 0.0), jnp.where(some, m / _LOG2E + jnp.log(l), -jnp.inf)
 
 
-def clear_unseen(tile_ref: Any, first_slot: Array, lo: Array, hi: Array) -> None:
-    """Values of slots that no query sees become 0: a weight of 0 times NaN would be NaN."""
-    values = tile_ref[...]
-    slot = first_slot + plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=TILE)
-    tile_ref[...] = jnp.where((lo <= slot) & (slot < hi), values, jnp.zeros_like(values))
+def clear_unseen(
+    values: Any, segment: Segment, first_slot: Array, *, shape: tuple[int, int], sharers: int = 1, me: int = 0
+) -> None:
+    """Values [slots, columns] that no query sees become 0: a weight of 0 times NaN would be NaN.
+
+    sharers: warpgroups that do this together, each a part of it; the caller lets them wait for each other.
+    """
+    corners = [(row, column) for row in range(0, shape[0], _PIECE) for column in range(0, shape[1], _PIECE)]
+    for row, column in corners[me::sharers]:
+        piece = values.at[pl.ds(row, _PIECE), pl.ds(column, _PIECE)]
+        slot = first_slot + row + plgpu.broadcasted_iota(jnp.int32, (_PIECE, _PIECE), 0, layout=TILE)
+        held = piece[...]
+        piece[...] = jnp.where((segment.lo <= slot) & (slot < segment.hi), held, jnp.zeros_like(held))
+    plgpu.commit_smem()

@@ -54,8 +54,8 @@ class Work:
 
     @property
     def part_queries(self) -> int:
-        """Queries of a job, or what there are of them in whole tiles of memory."""
-        return min(self.job_queries, -(-self.queries // 8) * 8)
+        """Queries of a job, or where one has fewer than a warpgroup takes, these in whole tiles of memory."""
+        return -(-self.queries // 8) * 8 if self.queries < ROWS else self.job_queries
 
 
 class Schedule(NamedTuple):
