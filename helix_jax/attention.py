@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 
 from helix_jax.numerics import einsum
 
-# Bounds on what one pass over the pages holds at once, so that a decode step needs but a few per cent of its cache
-# beside it: slots gathered, over all rows, and scores. On a CPU a pass is cheap and memory short: a share of the pool,
-# though never fewer slots than pay for a pass, and 16 MB of scores. On a GPU a pass costs some 30 us of launches,
-# whatever it does: 128 MB of pages, 128 MB of scores.
+# Bounds on what one pass over the pages holds at once: slots gathered, over all rows, and scores. On a CPU a pass is
+# cheap and memory short: a share of the pool, so that a decode step needs but a few per cent of its cache beside it,
+# though never fewer slots than pay for a pass; 16 MB of scores. On an accelerator a pass costs launches, on a GPU some
+# 30 us whatever it does: 128 MB of pages and 128 MB of scores, which is little beside what is cached there.
 _CPU_POOL_SHARE = 32
 _CPU_LEAST_SLOTS = 2**10
 _CPU_SCORES = 2**22

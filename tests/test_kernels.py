@@ -17,7 +17,8 @@ from helix_jax.cache import Pages, Rows
 from helix_jax.combine import COMBINES
 from helix_jax.helix import helix_attention
 from helix_jax.kernels import PageFormat, attend_by, check_device, check_pages, chosen
-from helix_jax.kernels.mosaic_gpu.work import Work, each_segment, parts_of, schedule
+from helix_jax.kernels.mosaic_gpu import check_arrays
+from helix_jax.kernels.mosaic_gpu.work import Work, each_segment, jobs_before, parts_of, schedule
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import NEW_KEYS_BTKH, PAGES_AKWH, QUERIES_BTNH, ROWS_B, TABLE_RBM, sharding
 from helix_jax.plan import Plan
@@ -93,6 +94,19 @@ def test_every_tile_is_walked_once_by_streams_of_equal_length(data):
     assert max(lengths) == -(-sum(map(len, expected.values())) // work.streams)
 
 
+@pytest.mark.parametrize("rows", [1, 8, 9, 80, 81, 600])
+def test_a_stream_finds_its_first_job_among_many(rows: int):
+    """Empty jobs among them, and more than are summed by themselves."""
+    random = np.random.default_rng(rows)
+    hi_B1 = random.integers(0, 5, (rows, 1)) * 8 * random.integers(0, 2, (rows, 1))
+    work = Work(rows, heads=3, queries=4, members=1, tile=8, streams=7)
+    ends_P = schedule(work, jnp.zeros((rows, 1), jnp.int32), jnp.asarray(hi_B1, jnp.int32)).ends_P
+    np.testing.assert_array_equal(ends_P, np.cumsum(hi_B1 // 8))
+    tiles = np.arange(int(ends_P[-1]) * 3 + 1)
+    found = jax.vmap(partial(jobs_before, work, ends_P))(jnp.asarray(tiles, jnp.int32))
+    np.testing.assert_array_equal(found, np.searchsorted(3 * np.asarray(ends_P), tiles, side="right"))
+
+
 # The choice
 
 
@@ -134,6 +148,43 @@ def test_a_kernel_asked_for_on_another_device_is_refused(device, message: str, m
 def test_pages_that_the_kernel_cannot_read_are_refused(change, message: str):
     with pytest.raises(ValueError, match=message):
         check_pages(GROUPED._replace(**change))
+
+
+def test_a_name_that_was_not_chosen_attends_to_nothing():
+    with pytest.raises(ValueError, match="'auto' attends to nothing: choose xla or mosaic_gpu"):
+        attend_by("auto")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"v": (5, 2, 64, 64)},
+            r"keys are bfloat16\[5, 2, 64, 128\], values bfloat16\[5, 2, 64, 64\]: make them alike",
+        ),
+        ({"q": (2, 1, 5, 128)}, "5 queries of width 128 do not go with 2 heads of width 128"),
+        ({"q": (2, 1, 4, 64)}, "4 queries of width 64 do not go with 2 heads of width 128"),
+        ({"k": (5, 2, 64, 576), "q": (2, 1, 4, 576), "v": None}, "knows latents of 576 numbers, 512 of them values"),
+        ({"k": (5, 2, 48, 128), "v": (5, 2, 48, 128)}, "not 48: choose 64"),
+    ],
+)
+def test_arrays_that_do_not_go_together_are_refused(change, message: str):
+    shapes = {"q": (2, 1, 4, 128), "k": (5, 2, 64, 128), "v": (5, 2, 64, 128)} | change
+    q, k, v = (None if shapes[x] is None else jax.ShapeDtypeStruct(shapes[x], jnp.bfloat16) for x in "qkv")
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(partial(check_arrays, v_width=None), q, k, v)
+
+
+def test_a_derivative_is_refused():
+    shape = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    table, ints = jax.ShapeDtypeStruct((2, 2), jnp.int32), jax.ShapeDtypeStruct((2, 1), jnp.int32)
+    pool = shape((5, 2, 64, 128))
+
+    def loss(q, k, v, table, lo, hi):
+        return attend_by("mosaic_gpu")(q, k, v, table, lo, hi, scale=1.0).o_BTNH.sum()
+
+    with pytest.raises(ValueError, match="kernel mosaic_gpu has no derivative: choose kernel xla"):
+        jax.eval_shape(jax.grad(loss), shape((2, 1, 4, 128)), pool, pool, table, ints, ints)
 
 
 # The kernel's code, as far as it goes without a GPU: down to instructions for one
@@ -257,6 +308,18 @@ def test_rows_that_are_all_idle_give_empty_partials(name: str, monkeypatch):
         found = attend_by("mosaic_gpu")(q, k, v, table_BM, hi_BT, jnp.zeros_like(hi_BT), **options)
     assert (np.asarray(found.o_BTNH) == 0).all()
     assert np.isneginf(found.lse_BTN).all()
+
+
+@pytest.mark.skipif(
+    not interpreter.AVAILABLE, reason="JAX's interpreter of GPU kernels is complete enough from 0.12 on"
+)
+def test_a_query_that_sees_nothing_may_be_nan(monkeypatch):
+    """An idle token beside one that asks: its own partial is empty, and the other's is untouched."""
+    (q, *arguments, hi_BT), options, (o_BTNH, lse_BTN) = case(0, 2, 4, 2, 128, 64, [200, 77])
+    q, hi_BT = q.at[0, 1].set(jnp.nan), hi_BT.at[0, 1].set(0)
+    o_BTNH[0, 1], lse_BTN[0, 1] = 0, -np.inf
+    with interpreter.interpreted(monkeypatch, processors=3):
+        check(attend_by("mosaic_gpu")(q, *arguments, hi_BT, **options), o_BTNH, lse_BTN)
 
 
 CASES = {

@@ -1,6 +1,6 @@
 """Which code attends: the reference in XLA, or its twin for one kind of machine, imported once it is chosen.
 
-Every twin has the signature of `attend` and gives the same partials.
+A twin takes the arrays of `attend`, `scale` and `v_width`, and gives the same partials.
 """
 
 from collections.abc import Callable
@@ -66,9 +66,11 @@ def _refuse(objection: str | None) -> None:
 
 
 def attend_by(kernel: str) -> Callable[..., Partial]:
-    """`attend`, or the twin that was chosen."""
+    """`attend`, or the twin that was `chosen`. Raises ValueError for any other name."""
     if kernel == "xla":
         return attend
+    if kernel != "mosaic_gpu":
+        raise ValueError(f"'{kernel}' attends to nothing: choose xla or mosaic_gpu")
     from helix_jax.kernels import mosaic_gpu
 
     return mosaic_gpu.attend
@@ -92,7 +94,7 @@ def _objection_to_device(device: Device | None) -> str | None:
 def _objection_to_pages(pages: PageFormat) -> str | None:
     if jnp.dtype(pages.dtype) != jnp.bfloat16:
         return f"reads bfloat16, and the cache is {jnp.dtype(pages.dtype)}: choose bfloat16"
-    if pages.page not in (8, 16, 32, 64) and pages.page % 128:
+    if pages.page not in (8, 16, 32, 64) and (pages.page < 1 or pages.page % 128):
         return f"reads pages of 8, 16, 32, 64 or a multiple of 128 tokens, not {pages.page}: choose 64"
     if pages.v_width is None and pages.width not in (64, 128, 256):
         return f"knows heads of width 64, 128 and 256, not {pages.width}: choose another model"

@@ -8,6 +8,7 @@ What was tried and what it gave stands in NOTES.md beside this.
 """
 
 from functools import partial
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -37,33 +38,72 @@ def attend(
     scale: float,
     v_width: int | None = None,
 ) -> Partial:
-    """As `helix_jax.attend`, over bfloat16 pages, with queries and weights rounded to bfloat16 as well.
+    """As `helix_jax.attend`, over bfloat16 pages, with queries and weights rounded to bfloat16 as well; no derivative.
 
     What no query of a row sees before the least `lo` and from the greatest `hi` on may be anything; between the two
     it must be finite. The same batch gives the same bits each time; in another batch a row's tiles are cut elsewhere.
 
     Raises:
-        ValueError: pages that the kernel cannot read.
+        ValueError: pages that the kernel cannot read, keys and values of different shapes, heads that are no groups;
+            a derivative asked for.
     """
-    (B, T, N, H), (_, K, W, _) = q_BTNH.shape, k_AKWH.shape
-    check_pages(PageFormat(H, W, k_AKWH.dtype, v_width))
-    G = N // K
-    hi_BT = jnp.minimum(hi_BT, table_BM.shape[1] * W)
-    q_BKTGH = q_BTNH.astype(k_AKWH.dtype).reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4)
-    q_XQH = _whole_tiles(q_BKTGH.reshape(B * K, T * G, H))
-    k_XH = k_AKWH.reshape(-1, H)
+    latent = v_AKWH is None
+    check_arrays(q_BTNH, k_AKWH, v_AKWH, v_width)
+    (B, T, N, H), K = q_BTNH.shape, k_AKWH.shape[1]
+    hi_BT = jnp.minimum(hi_BT, table_BM.shape[1] * k_AKWH.shape[2])
+    q_BKTGH = q_BTNH.astype(k_AKWH.dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4)
+    run = partial(_attend, scale, v_width if latent else None)
+    o_BKQH, lse_BKQ = run(q_BKTGH.reshape(B * K, -1, H), k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT)
+    o_BTKGH = o_BKQH.reshape(B, K, T, N // K, -1).transpose(0, 2, 1, 3, 4)
+    lse_BTKG = lse_BKQ.reshape(B, K, T, N // K).transpose(0, 2, 1, 3)
+    return Partial(o_BTKGH.reshape(B, T, N, -1), lse_BTKG.reshape(B, T, N))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _attend(
+    scale: float,
+    v_width: int | None,
+    q_XQH: Array,
+    k_AKWH: Array,
+    v_AKWH: Array | None,
+    table_BM: Array,
+    lo_BT: Array,
+    hi_BT: Array,
+) -> tuple[Array, Array]:
+    """Outputs [B, K, T G, width of values] and log-sum-exps; X is row and head, Q new token and head of a group."""
+    (_, K, W, H), (B, _), (_, Q, _) = k_AKWH.shape, lo_BT.shape, q_XQH.shape
+    q_XQH, k_XH = _whole_tiles(q_XQH), k_AKWH.reshape(-1, H)
     if v_AKWH is None:
-        latent = _latent.latent(B, T * G, H, v_width or H, W, processors(), scale)
+        latent = _latent.latent(B, Q, H, v_width or H, W, processors(), scale)
         work, plan = latent.work, schedule(latent.work, lo_BT, hi_BT)
         parts = _latent.parts(latent, q_XQH, k_XH, table_BM, plan)
     else:
-        grouped = _grouped.grouped(B, T * G, K, H, W, processors(), scale)
+        grouped = _grouped.grouped(B, Q, K, H, W, processors(), scale)
         work, plan = grouped.work, schedule(grouped.work, lo_BT, hi_BT)
         parts = _grouped.parts(grouped, q_XQH, k_XH, v_AKWH.reshape(-1, H), table_BM, plan)
-    o_BKQH, lse_BKQ = merged(work, *parts, plan)
-    o_BTKGH = o_BKQH.reshape(B, K, T, G, -1).transpose(0, 2, 1, 3, 4)
-    lse_BTKG = lse_BKQ.reshape(B, K, T, G).transpose(0, 2, 1, 3)
-    return Partial(o_BTKGH.reshape(B, T, N, -1), lse_BTKG.reshape(B, T, N))
+    return merged(work, *parts, plan)
+
+
+@_attend.defjvp
+def _refuse_derivative(scale: float, v_width: int | None, primals: Any, tangents: Any) -> NoReturn:
+    raise ValueError("kernel mosaic_gpu has no derivative: choose kernel xla")
+
+
+def check_arrays(q_BTNH: Array, k_AKWH: Array, v_AKWH: Array | None, v_width: int | None) -> None:
+    """Raises ValueError if they do not go together, or the kernel cannot read them."""
+    (*_, N, H), (_, K, W, width) = q_BTNH.shape, k_AKWH.shape
+    v_width = (v_width or H) if v_AKWH is None else None
+    check_pages(PageFormat(width, W, k_AKWH.dtype, v_width))
+    if v_AKWH is None and K != 1:
+        raise ValueError(f"latents of {K} heads: give pages of 1, which serves all")
+    if v_AKWH is not None and (v_AKWH.shape, v_AKWH.dtype) != (k_AKWH.shape, k_AKWH.dtype):
+        raise ValueError(
+            f"keys are {k_AKWH.dtype}{list(k_AKWH.shape)}, values {v_AKWH.dtype}{list(v_AKWH.shape)}: make them alike"
+        )
+    if width != H or N % K:
+        raise ValueError(
+            f"{N} queries of width {H} do not go with {K} heads of width {width}: give groups of that width"
+        )
 
 
 def processors() -> int:

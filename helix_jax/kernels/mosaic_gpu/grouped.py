@@ -2,7 +2,7 @@
 
 Each processor runs streams: a warpgroup that copies tiles into a ring, and one that computes (or two, of 64 queries
 each, where a row brings more than 64). The ring hides the memory's latency: keys and values alternate in it, some
-160 KB in flight.
+160 KB of heads of width 128 in flight.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from helix_jax.kernels.mosaic_gpu import memory, softmax
 from helix_jax.kernels.mosaic_gpu.softmax import across
-from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, each_segment
+from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, each_segment, each_tile
 
 _LEAST_TILE_BYTES = 16 * 1024
 _COLUMNS = 128  # of an accumulator
@@ -33,12 +33,13 @@ class Grouped:
     scale: float
 
     @property
-    def streams(self) -> int:
+    def streams_here(self) -> int:
+        """Of one processor."""
         return self.work.streams // self.processors
 
     @property
     def computing(self) -> int:
-        return self.streams * self.work.members
+        return self.streams_here * self.work.members
 
     @property
     def columns(self) -> int:
@@ -49,7 +50,7 @@ class Grouped:
         """Tiles in a stream's ring: what the queries and the results leave."""
         staged = ROWS * max(2 * self.width, 4 * self.columns) * self.computing
         left = memory.BYTES - staged - 3 * memory.ALIGNMENT
-        return left // (2 * self.work.tile * self.width) // self.streams
+        return left // (2 * self.work.tile * self.width) // self.streams_here
 
 
 def grouped(rows: int, queries: int, heads: int, width: int, page: int, processors: int, scale: float) -> Grouped:
@@ -67,7 +68,7 @@ def parts(
     staged = plgpu.RefUnion(
         memory.tiled((ROWS, shape.width), jnp.bfloat16), memory.tiled((ROWS, shape.columns), jnp.float32)
     )
-    ring = (shape.streams, shape.slots)
+    ring = (shape.streams_here, shape.slots)
 
     def body(*refs: Any) -> None:
         pl.run_scoped(
@@ -78,7 +79,7 @@ def parts(
             memory.tiled((*ring, tile, shape.width), jnp.bfloat16),
             plgpu.Barrier(num_arrivals=memory.copies_per_tile(tile, shape.page), num_barriers=ring),
             plgpu.Barrier(num_arrivals=work.members, num_barriers=ring),
-            plgpu.Barrier(num_arrivals=work.members, num_barriers=shape.streams),
+            plgpu.Barrier(num_arrivals=work.members, num_barriers=shape.streams_here),
             plgpu.Barrier(num_arrivals=2, num_barriers=(shape.computing,)),
             collective_axes="warpgroup",
         )
@@ -91,7 +92,7 @@ def parts(
         ),
         grid=(shape.processors,),
         grid_names=("processor",),
-        num_threads=shape.computing + shape.streams,
+        num_threads=shape.computing + shape.streams_here,
         thread_name="warpgroup",
         compiler_params=memory.COMPILER,
     )(q_XQH, k_XH, v_XH, table_BM, *plan)
@@ -102,7 +103,7 @@ def _body(shape: Grouped, q, k, v, table, ends, jobs, spans, o, lse, staged, lse
     ring, filled, freed, cleared, asked = shared
 
     def walk(stream: int, body: Callable[..., Array]) -> None:
-        index = lax.axis_index("processor") * shape.streams + stream
+        index = lax.axis_index("processor") * shape.streams_here + stream
         each_segment(shape.work, plan, index, partial(body, (stream, ring, filled, freed, cleared)))
 
     def compute(me: int) -> None:
@@ -116,11 +117,11 @@ def _body(shape: Grouped, q, k, v, table, ends, jobs, spans, o, lse, staged, lse
         walk(stream, partial(_copy, shape, k, v, table))
 
     roles = [partial(compute, me) for me in range(shape.computing)]
-    roles += [partial(copy, stream) for stream in range(shape.streams)]
+    roles += [partial(copy, stream) for stream in range(shape.streams_here)]
     lax.switch(lax.axis_index("warpgroup"), roles)
 
 
-def _copy(shape: Grouped, k, v, table, stream_memory, segment: Segment, seen: Array) -> Array:
+def _copy(shape: Grouped, k, v, table, stream_memory, segment: Segment, walked: Array) -> Array:
     stream, ring, filled, freed, _ = stream_memory
     work = shape.work
     row = segment.job // work.jobs_per_row
@@ -132,21 +133,21 @@ def _copy(shape: Grouped, k, v, table, stream_memory, segment: Segment, seen: Ar
         )
 
     def tile(index: Array, carry: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
-        starts, seen = carry
+        starts, walked = carry
         following = starts_of(index + 1)  # under way while this tile waits for its place
         for pool in (k, v):
-            slot = lax.rem(seen, shape.slots)
-            pl.when(seen >= shape.slots)(partial(plgpu.barrier_wait, freed.at[stream, slot]))  # the ring starts empty
+            slot = lax.rem(walked, shape.slots)
+            pl.when(walked >= shape.slots)(partial(plgpu.barrier_wait, freed.at[stream, slot]))  # the ring starts empty
             memory.fetch(pool, starts, ring.at[stream, slot], filled.at[stream, slot])
-            seen = seen + 1
-        return following, seen
+            walked = walked + 1
+        return following, walked
 
-    _, seen = lax.fori_loop(segment.begin, segment.end, tile, (starts_of(segment.begin), seen))
-    return seen
+    _, walked = lax.fori_loop(segment.begin, segment.end, tile, (starts_of(segment.begin), walked))
+    return walked
 
 
 def _compute(
-    shape: Grouped, member: int, q, spans, o, lse, mine, stream_memory, segment: Segment, seen: Array
+    shape: Grouped, member: int, q, spans, o, lse, mine, stream_memory, segment: Segment, walked: Array
 ) -> Array:
     stream, ring, filled, freed, cleared = stream_memory
     q_staged, o_staged, lse_staged, spans_staged, asked = mine
@@ -158,8 +159,8 @@ def _compute(
     blocks = range(0, shape.width, shape.columns)
 
     def tile(masked: bool, index: Array, carry):
-        accs, m, l, seen = carry
-        slot = lax.rem(seen, shape.slots)
+        accs, m, l, walked = carry
+        slot = lax.rem(walked, shape.slots)
         plgpu.barrier_wait(filled.at[stream, slot])
 
         def scores(acc):
@@ -174,11 +175,11 @@ def _compute(
         l = l * alpha + p.sum(axis=1)
         accs = [acc * across(alpha, shape.columns) for acc in accs]
 
-        slot = lax.rem(seen + 1, shape.slots)
+        slot = lax.rem(walked + 1, shape.slots)
         plgpu.barrier_wait(filled.at[stream, slot])
         if masked:
-            values, size = ring.at[stream, slot], (work.tile, shape.width)
-            softmax.clear_unseen(values, segment, index * work.tile, shape=size, sharers=work.members, me=member)
+            held, size = ring.at[stream, slot], (work.tile, shape.width)
+            softmax.clear_unseen(held, segment, index * work.tile, shape=size, sharers=work.members, me=member)
             if work.members > 1:
                 plgpu.barrier_arrive(cleared.at[stream])
                 plgpu.barrier_wait(cleared.at[stream])
@@ -190,13 +191,11 @@ def _compute(
 
         accs = pl.run_state(values)([memory.Accumulator.init(acc) for acc in accs])
         plgpu.barrier_arrive(freed.at[stream, slot])
-        return accs, m, l, seen + 2
+        return accs, m, l, walked + 2
 
     zero = plgpu.layout_cast(jnp.zeros((ROWS, shape.columns), jnp.float32), softmax.TILE)
-    carry = ([zero for _ in blocks], *softmax.start(), seen)
-    carry = lax.fori_loop(segment.begin, segment.whole_begin, partial(tile, True), carry)
-    carry = lax.fori_loop(segment.whole_begin, segment.whole_end, partial(tile, False), carry)
-    accs, m, l, seen = lax.fori_loop(segment.whole_end, segment.end, partial(tile, True), carry)
+    carry = ([zero for _ in blocks], *softmax.start(), walked)
+    accs, m, l, walked = each_tile(segment, tile, carry)
 
     inverse, lse_staged[...] = softmax.finish(m, l)
     asking = min(ROWS, work.part_queries)
@@ -208,4 +207,4 @@ def _compute(
         if column == 0:
             plgpu.copy_smem_to_gmem(lse_staged, lse.at[segment.part, pl.ds(member * ROWS, ROWS)])
         plgpu.wait_smem_to_gmem(0)
-    return seen
+    return walked

@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from helix_jax.kernels.mosaic_gpu import memory, softmax
 from helix_jax.kernels.mosaic_gpu.softmax import across
-from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, each_segment
+from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, each_segment, each_tile
 
 _COLUMNS = 128  # of a result that is staged at once
 _HALVES = 2
@@ -115,18 +115,18 @@ def _body(shape: Latent, q, k, table, ends, jobs, spans, o, lse, staged, spans_s
 
 
 def _scores(
-    shape: Latent, q, spans, lse, q_staged, spans_staged, shared: Shared, segment: Segment, seen: Array
+    shape: Latent, q, spans, lse, q_staged, spans_staged, shared: Shared, segment: Segment, walked: Array
 ) -> Array:
     work = shape.work
     row, job = segment.job // work.jobs_per_row, lax.rem(segment.job, work.jobs_per_row)
     mine = pl.ds(lax.axis_index("member") * ROWS, ROWS)
-    pl.when(seen > 0)(lambda: plgpu.barrier_wait(shared.stored))
+    pl.when(walked > 0)(lambda: plgpu.barrier_wait(shared.stored))
     queries = q.at[row, pl.ds(job * work.job_queries + lax.axis_index("member") * ROWS, ROWS)]
     memory.fetch_queries(queries, spans.at[pl.ds(0, 2), segment.job, mine], q_staged, spans_staged, shared.asked)
 
     def tile(masked: bool, index: Array, carry):
-        m, l, seen = carry
-        slot = lax.rem(seen, _SLOTS)
+        m, l, walked = carry
+        slot = lax.rem(walked, _SLOTS)
         plgpu.barrier_wait(shared.filled.at[slot])
 
         def scores(acc):
@@ -145,12 +145,9 @@ def _scores(
         shared.per_query[0] = alpha
         plgpu.commit_smem()
         plgpu.barrier_arrive(shared.weighed)
-        return m, l, seen + 1
+        return m, l, walked + 1
 
-    carry = (*softmax.start(), seen)
-    carry = lax.fori_loop(segment.begin, segment.whole_begin, partial(tile, True), carry)
-    carry = lax.fori_loop(segment.whole_begin, segment.whole_end, partial(tile, False), carry)
-    m, l, seen = lax.fori_loop(segment.whole_end, segment.end, partial(tile, True), carry)
+    m, l, walked = each_tile(segment, tile, (*softmax.start(), walked))
     inverse, log = softmax.finish(m, l)
     plgpu.barrier_wait(shared.through)
     shared.per_query[0] = inverse
@@ -159,10 +156,10 @@ def _scores(
     plgpu.barrier_arrive(shared.finished)
     plgpu.copy_smem_to_gmem(shared.per_query.at[1], lse.at[segment.part, mine])
     plgpu.wait_smem_to_gmem(0)
-    return seen
+    return walked
 
 
-def _values(shape: Latent, half: int, k, table, o, o_staged, shared: Shared, segment: Segment, seen: Array) -> Array:
+def _values(shape: Latent, half: int, k, table, o, o_staged, shared: Shared, segment: Segment, walked: Array) -> Array:
     work = shape.work
     columns = pl.ds(half * shape.half, shape.half)
 
@@ -172,15 +169,15 @@ def _values(shape: Latent, half: int, k, table, o, o_staged, shared: Shared, seg
             table, row, segment.head, index, tile=work.tile, page=shape.page, heads=1, pages=pages
         )
 
-    def fetch(index: Array, seen: Array, starts: list[Array]) -> None:
+    def fetch(index: Array, walked: Array, starts: list[Array]) -> None:
         @pl.when(index < segment.end)
         def _():
-            slot = lax.rem(seen, _SLOTS)
+            slot = lax.rem(walked, _SLOTS)
             memory.fetch(k, starts, shared.ring.at[slot], shared.filled.at[slot])
 
     def tile(index: Array, carry):
-        acc, seen = carry
-        slot = lax.rem(seen, _SLOTS)
+        acc, walked = carry
+        slot = lax.rem(walked, _SLOTS)
         following = starts_of(index + _SLOTS) if half == 0 else []  # under way while the weights are waited for
         plgpu.barrier_wait(shared.weighed)
         acc = acc * across(plgpu.layout_cast(shared.per_query[0], softmax.ROW), shape.half)
@@ -188,17 +185,17 @@ def _values(shape: Latent, half: int, k, table, o, o_staged, shared: Shared, seg
         acc = weigh(memory.Accumulator.init(acc))
         if half == 0:
             plgpu.barrier_wait(shared.other_half)
-            fetch(index + _SLOTS, seen + _SLOTS, following)
             plgpu.barrier_arrive(shared.through)
+            fetch(index + _SLOTS, walked + _SLOTS, following)
         else:
             plgpu.barrier_arrive(shared.other_half)
-        return acc, seen + 1
+        return acc, walked + 1
 
     if half == 0:
         for i in range(_SLOTS):
-            fetch(segment.begin + i, seen + i, starts_of(segment.begin + i))
+            fetch(segment.begin + i, walked + i, starts_of(segment.begin + i))
     acc = plgpu.layout_cast(jnp.zeros((ROWS, shape.half), jnp.float32), softmax.TILE)
-    acc, seen = lax.fori_loop(segment.begin, segment.end, tile, (acc, seen))
+    acc, walked = lax.fori_loop(segment.begin, segment.end, tile, (acc, walked))
     plgpu.barrier_wait(shared.finished)
     acc = acc * across(plgpu.layout_cast(shared.per_query[0], softmax.ROW), shape.half)
     asking = min(ROWS, work.part_queries)
@@ -210,4 +207,4 @@ def _values(shape: Latent, half: int, k, table, o, o_staged, shared: Shared, seg
         plgpu.copy_smem_to_gmem(o_staged.at[pl.ds(0, asking)], target)
         plgpu.wait_smem_to_gmem(0)
     plgpu.barrier_arrive(shared.stored)
-    return seen
+    return walked

@@ -37,7 +37,7 @@ def rows_of_tile(table_BM: Any, row: Array, head: Array, index: Array, *, tile: 
     starts = []
     for i in range(copies_per_tile(tile, page)):
         slot = index * tile + i * piece
-        entry = jnp.clip(table_BM[row, jnp.minimum(slot // page, table_BM.shape[1] - 1)], 0, pages - 1)
+        entry = jnp.clip(table_BM[row, jnp.clip(slot // page, 0, table_BM.shape[1] - 1)], 0, pages - 1)
         starts.append((entry * heads + head) * page + lax.rem(slot, page))
     return starts
 

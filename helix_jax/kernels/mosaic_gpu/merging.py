@@ -13,7 +13,7 @@ from helix_jax.kernels.mosaic_gpu.work import Schedule, Work, parts_of
 
 _THREADS = 128
 _NUMBERS = 512  # of a block: 16 bytes a thread
-_UNROLL = 8  # parts in flight
+_MOST_IN_FLIGHT = 8  # parts
 
 
 def merged(work: Work, o_XQH: Array, lse_XQ: Array, plan: Schedule) -> tuple[Array, Array]:
@@ -23,6 +23,7 @@ def merged(work: Work, o_XQH: Array, lse_XQ: Array, plan: Schedule) -> tuple[Arr
     blocks = -(-work.queries // queries)
     width = queries * H
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=width // _THREADS)
+    at_once = min(_MOST_IN_FLIGHT, 2 + work.streams // (work.jobs * work.heads))  # as many as a segment has on average
 
     def body(o, lse, ends, jobs, spans, o_out, lse_out) -> None:
         row_head, block = lax.axis_index("row_head"), lax.axis_index("block")
@@ -43,7 +44,7 @@ def merged(work: Work, o_XQH: Array, lse_XQ: Array, plan: Schedule) -> tuple[Arr
 
         def some(chunk: Array, carry):
             tops, sums, acc = carry
-            parts = [chunk * _UNROLL + i for i in range(_UNROLL)]
+            parts = [chunk * at_once + i for i in range(at_once)]
             where = [first + jnp.minimum(part, count - 1) for part in parts]
             outputs = [o[at, pl.ds(query * H, width)] for at in where]
             logs = [
@@ -63,12 +64,12 @@ def merged(work: Work, o_XQH: Array, lse_XQ: Array, plan: Schedule) -> tuple[Arr
 
         nothing = [jnp.float32(-jnp.inf)] * queries, [jnp.float32(0)] * queries
         zero = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
-        tops, sums, acc = lax.fori_loop(0, pl.cdiv(count, _UNROLL), some, (*nothing, zero))
+        tops, sums, acc = lax.fori_loop(0, pl.cdiv(count, at_once), some, (*nothing, zero))
         live = [spans[0, job, query + i] < spans[1, job, query + i] for i in range(queries)]
         live = [on & (total > 0) for on, total in zip(live, sums, strict=True)]
         sums = [jnp.where(on, total, 1.0) for on, total in zip(live, sums, strict=True)]
-        some_P = each([jnp.where(on, 1 / total, 0.0) for on, total in zip(live, sums, strict=True)])
-        o_out[row_head, pl.ds(block * width, width)] = acc * some_P
+        # Selected, not multiplied by 0: a query that sees nothing may have been NaN itself.
+        o_out[row_head, pl.ds(block * width, width)] = jnp.where(each(live), acc / each(sums), 0.0)
         for i in range(queries):
             lse_out[row_head, block * queries + i] = jnp.where(live[i], tops[i] + jnp.log(sums[i]), -jnp.inf)
 

@@ -7,9 +7,10 @@ are its own. Along the line either the segment or the stream rises by one from p
 numbers the parts.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax import Array, lax
 ROWS = 64  # of a warpgroup's matrix product
 FIRST, TILES, WHOLE_FIRST, WHOLE_LAST, LO, HI = range(6)  # columns of Schedule.jobs
 _SEARCH = 8  # loads in flight
+_FEW = 512  # jobs
 _FAR = 2**30
 
 
@@ -103,13 +105,16 @@ def schedule(work: Work, lo_BT: Array, hi_BT: Array) -> Schedule:
     tiles_P = jnp.maximum(-(-hi_P // work.tile) - first_P, 0)
     whole_first_P = -(-jnp.where(live_PX, lo_PX, 0).max(1) // work.tile)
     whole_last_P = jnp.where(live_PX, hi_PX, _FAR).min(1) // work.tile
-    job_P = jnp.arange(P)
-    ends_P = jnp.where(job_P <= job_P[:, None], tiles_P, 0).sum(
-        1
-    )  # one small kernel; a cumulative sum is two slow ones
-    zero_P = jnp.zeros_like(lo_P)
-    jobs_P8 = jnp.stack([first_P, tiles_P, whole_first_P, whole_last_P, lo_P, hi_P, zero_P, zero_P], 1)
+    eighth = [jnp.zeros_like(lo_P)] * 2  # whole sectors of memory
+    jobs_P8 = jnp.stack([first_P, tiles_P, whole_first_P, whole_last_P, lo_P, hi_P, *eighth], 1)
+    ends_P = _sums(tiles_P)
     return Schedule(*(x.astype(jnp.int32) for x in (ends_P, jobs_P8, spans_2PQ)))
+
+
+def _sums(x_P: Array) -> Array:
+    """Cumulative. Of few, each by itself: one small kernel, where XLA's cumulative sum is two slow ones."""
+    P = len(x_P)
+    return jnp.cumsum(x_P) if P > _FEW else jnp.where(jnp.tri(P, dtype=bool), x_P, 0).sum(1)
 
 
 def _tiles_per_stream(work: Work, ends_P: Any) -> tuple[Array, Array]:
@@ -118,12 +123,12 @@ def _tiles_per_stream(work: Work, ends_P: Any) -> tuple[Array, Array]:
 
 
 def each_segment(work: Work, plan: Schedule, stream: Array, body: Callable[[Segment, Array], Array]) -> None:
-    """In a kernel: `seen = body(segment, seen)` for the segments of a stream in order, from seen = 0 on."""
+    """In a kernel: `walked = body(segment, walked)` for the segments of a stream in order, from 0 on."""
     total, per_stream = _tiles_per_stream(work, plan.ends_P)
     stop = jnp.minimum((stream + 1) * per_stream, total)
 
     def one(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        at, job, seen = carry
+        at, job, walked = carry
         job = lax.while_loop(lambda job: plan.ends_P[job] * work.heads <= at, lambda job: job + 1, job)
         end = plan.ends_P[job]
         first, tiles, whole_first, whole_last, lo, hi = (plan.jobs_P8[job, i] for i in range(6))
@@ -136,23 +141,32 @@ def each_segment(work: Work, plan: Schedule, stream: Array, body: Callable[[Segm
         whole_end = jnp.clip(whole_last, whole_begin, begin + length)
         part = job * work.heads + head + stream
         segment = Segment(part, job, head, begin, begin + length, whole_begin, whole_end, lo, hi)
-        return at + length, job, body(segment, seen)
+        return at + length, job, body(segment, walked)
 
     start = stream * per_stream
-    lax.while_loop(lambda carry: carry[0] < stop, one, (start, _job_of(work, plan.ends_P, start), jnp.int32(0)))
+    lax.while_loop(lambda carry: carry[0] < stop, one, (start, jobs_before(work, plan.ends_P, start), jnp.int32(0)))
 
 
-def _job_of(work: Work, ends_P: Any, tile: Array) -> Array:
-    """The number of jobs that end before a tile of the line; many loads at once, since each takes long."""
+def jobs_before(work: Work, ends_P: Any, tile: Array) -> Array:
+    """How many jobs end before a tile of the line, by a search that loads many ends at once: each load takes long."""
+    found, left = jnp.int32(0), work.jobs
+    while left:
+        step = -(-(left + 1) // (_SEARCH + 1))
+        pivots = [found + (i + 1) * step - 1 for i in range(_SEARCH)]
+        ends = [ends_P[jnp.minimum(pivot, work.jobs - 1)] for pivot in pivots]
+        for pivot, end in zip(pivots, ends, strict=True):
+            before = (pivot < work.jobs) & (end * work.heads <= tile)
+            found = found + jnp.where(before, step, 0)
+        left = step - 1
+    return found
 
-    def some(chunk: Array | int, found: Array) -> Array:
-        ends = [ends_P[jnp.minimum(chunk * _SEARCH + i, work.jobs - 1)] for i in range(_SEARCH)]
-        for i, end in enumerate(ends):
-            before = (chunk * _SEARCH + i < work.jobs) & (end * work.heads <= tile)
-            found = found + before.astype(jnp.int32)
-        return found
 
-    return lax.fori_loop(0, math.ceil(work.jobs / _SEARCH), some, jnp.int32(0))
+def each_tile(segment: Segment, body: Callable[[bool, Array, Any], Any], carry: Any) -> Any:
+    """In a kernel: `carry = body(masked, tile, carry)` for the tiles of a segment in order."""
+    bounds = (segment.begin, segment.whole_begin, segment.whole_end, segment.end)
+    for masked, (begin, end) in zip((True, False, True), pairwise(bounds), strict=True):
+        carry = lax.fori_loop(begin, end, partial(body, masked), carry)
+    return carry
 
 
 def parts_of(work: Work, plan: Schedule, job: Array, head: Array) -> tuple[Array, Array]:
