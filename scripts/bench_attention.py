@@ -1,21 +1,20 @@
 #!/usr/bin/env python3
 """Times decode attention over pages on one GPU, beside what the memory can do and what other libraries reach.
 
-python scripts/bench_attention.py --cases grouped latent unequal small --out runs/attention
+python scripts/bench_attention.py --cases grouped latent unequal small --json attention.json
 
 Each contender is checked before it is timed. All of a case are timed in turn, round after round, over buffers larger
 than any cache, many calls in a row as the layers of a model make them; the table gives medians. Contenders that are not
-installed (FlashInfer, PyTorch) are left out.
+installed (FlashInfer, PyTorch) are left out. Errors are relative: to float64, of large cases to float32.
 """
 
 import argparse
 import importlib
 import importlib.util
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from reporting import Parser, exit_status, new_figure, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -32,7 +32,7 @@ from helix_jax.attention import attend
 from helix_jax.kernels import PageFormat, attend_by, chosen
 
 WIDTH, LATENT, LATENT_VALUES, PAGE = 128, 576, 512, 64
-BUFFERS = 2  # sets of pages, used in turn: what one leaves in a cache is no use to the other
+ROTATED_BYTES = 2**28  # and more lie between two reads of the same: no cache of a GPU holds them
 ERROR = 1e-2  # relative, of what may be timed: bfloat16 inputs, and outputs of some
 EXACT_BYTES = 2**26  # what a host attends to in float64 in a second or two
 
@@ -73,6 +73,11 @@ class Case:
         """Of keys and values that are read."""
         numbers = LATENT if self.latent else 2 * self.kv_heads * WIDTH
         return 2 * numbers * sum(self.lengths)
+
+    @property
+    def buffers(self) -> int:
+        """Sets of pages, used in turn."""
+        return max(2, -(-ROTATED_BYTES // self.bytes))
 
     @property
     def equal(self) -> bool:
@@ -128,7 +133,8 @@ class Inputs:
         shape = (len(entries), max(case.kv_heads, 1), PAGE, case.width)
         self.q_BTNH = jax.random.normal(jax.random.key(0), (len(pages_B), 1, case.heads, case.width), jnp.bfloat16)
         self.pools = [
-            (random_bf16(2 * i, shape), None if case.latent else random_bf16(2 * i + 1, shape)) for i in range(BUFFERS)
+            (random_bf16(2 * i, shape), None if case.latent else random_bf16(2 * i + 1, shape))
+            for i in range(case.buffers)
         ]
 
     @cached_property
@@ -171,7 +177,7 @@ class Contender:
 
 def in_one_program(inputs: Inputs, layers: int, one: Callable[..., Array]) -> Contender:
     """`one(q, k, v)` as the layers of a model call it."""
-    buffers = [inputs.pools[i % BUFFERS] for i in range(layers)]
+    buffers = [inputs.pools[i % inputs.case.buffers] for i in range(layers)]
     return _program(inputs, buffers, one)
 
 
@@ -189,8 +195,9 @@ def _program(inputs: Inputs, buffers: list[Any], one: Callable[..., Array]) -> C
 
 def ceiling(inputs: Inputs, layers: int) -> Contender:
     """Reads as many bytes from one array: the largest of its numbers."""
-    arrays = [random_bf16(90 + i, (inputs.case.bytes // 2,)) for i in range(BUFFERS)]
-    buffers = [arrays[i % BUFFERS] for i in range(layers)]
+    count = inputs.case.buffers
+    arrays = [random_bf16(10_000 + i, (inputs.case.bytes // 2,)) for i in range(count)]
+    buffers = [arrays[i % count] for i in range(layers)]
     program = jax.jit(lambda buffers: [jnp.maximum(x, -i).max() for i, x in enumerate(buffers)])
     return Contender(lambda: program(buffers), jax.block_until_ready)
 
@@ -200,8 +207,8 @@ def paged(kernel: str, inputs: Inputs, layers: int) -> Contender | None:
     pages = PageFormat(case.width, PAGE, jnp.bfloat16, case.options["v_width"])
     if kernel != "xla" and chosen("auto", jax.devices()[0], pages) != kernel:
         return None
-    run = attend_by(kernel)
-    return in_one_program(inputs, layers, lambda q, k, v: run(q, k, v, *inputs.seen, **case.options).o_BTNH)
+    twin = attend_by(kernel)
+    return in_one_program(inputs, layers, lambda q, k, v: twin(q, k, v, *inputs.seen, **case.options).o_BTNH)
 
 
 def gathered(inputs: Inputs, layers: int) -> Contender | None:
@@ -226,7 +233,7 @@ def gathered(inputs: Inputs, layers: int) -> Contender | None:
 def cudnn(inputs: Inputs, layers: int) -> Contender | None:
     if inputs.case.latent or not inputs.case.equal:
         return None
-    buffers = [inputs.contiguous[i % BUFFERS] for i in range(layers)]
+    buffers = [inputs.contiguous[i % inputs.case.buffers] for i in range(layers)]
     one = partial(jax.nn.dot_product_attention, scale=inputs.case.scale, implementation="cudnn")
     return _program(inputs, buffers, lambda q, k, v: one(q, k, v))
 
@@ -245,7 +252,7 @@ def sdpa(inputs: Inputs, layers: int) -> Contender | None:
 
     def run() -> list[Any]:
         with attention.sdpa_kernel(attention.SDPBackend.CUDNN_ATTENTION):
-            return [one(*rows[i % BUFFERS]) for i in range(layers)]
+            return [one(*rows[i % inputs.case.buffers]) for i in range(layers)]
 
     return _torch(run, lambda outputs: outputs[0][:, :, 0])
 
@@ -258,7 +265,7 @@ def flashinfer(inputs: Inputs, layers: int) -> Contender | None:
     q = torch.from_dlpack(inputs.q_BTNH[:, 0])
     pools = [tuple(torch.from_dlpack(x) for x in kv if x is not None) for kv in inputs.pools]
     one = _flashinfer_latent(inputs, q) if inputs.case.latent else _flashinfer_grouped(inputs, q)
-    return _torch(lambda: [one(*pools[i % BUFFERS]) for i in range(layers)], lambda outputs: outputs[0][0])
+    return _torch(lambda: [one(*pools[i % inputs.case.buffers]) for i in range(layers)], lambda outputs: outputs[0][0])
 
 
 def _torch(run: Callable[[], list[Any]], first: Callable[[list[Any]], Any]) -> Contender:
@@ -318,9 +325,11 @@ def reference(inputs: Inputs) -> np.ndarray:
 
 def _row_in_float32(inputs: Inputs, row: int) -> np.ndarray:
     mine = slice(row, row + 1)
+    table_BM, lo_BT, hi_BT = (x[mine] for x in inputs.seen)
+    pages = [None if pool is None else pool[table_BM[0]].astype(jnp.float32) for pool in inputs.pools[0]]
     run = jax.jit(partial(attend, **inputs.case.options))
-    seen = [x[mine] for x in inputs.seen]
-    return np.asarray(run(inputs.q_BTNH[mine].astype(jnp.float32), *inputs.pools[0], *seen).o_BTNH[:, 0])
+    arguments = inputs.q_BTNH[mine].astype(jnp.float32), *pages, jnp.arange(table_BM.shape[1])[None]
+    return np.asarray(run(*arguments, lo_BT, hi_BT).o_BTNH[:, 0])
 
 
 def _row_in_float64(inputs: Inputs, row: int) -> np.ndarray:
@@ -371,7 +380,7 @@ def _elapsed(contender: Contender, calls: int) -> float:
 
 def layers_for(case: Case) -> int:
     """So many that a call takes longer on the GPU than on the host, which else would hold it up."""
-    return int(np.clip(4e10 // case.bytes, 8, 64)) // BUFFERS * BUFFERS
+    return case.buffers * max(1, int(np.clip(4e10 // case.bytes, 8, 64)) // case.buffers)
 
 
 def measured(case: Case, wanted: list[str], rounds: int) -> dict[str, Any]:
@@ -408,59 +417,51 @@ def _cell(result: dict[str, Any]) -> str:
     return f"{result['tb_per_s']:.2f}{share}" if result["us"] > 100 else f"{result['us']:.1f} us{share}"
 
 
-def plot(reports: list[dict[str, Any]], wanted: list[str], file: Path) -> None:
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(2 + len(reports), 5))
+def draw(figure: Any, reports: list[dict[str, Any]], wanted: list[str], file: Path) -> None:
+    figure.set_size_inches(3 + len(reports), 5)
+    axes = figure.subplots()
     for i, name in enumerate(wanted):
         points = [(x, r["results"][name]["tb_per_s"]) for x, r in enumerate(reports) if name in r["results"]]
         axes.plot(*zip(*points, strict=True), marker="os^vDPX"[i % 7], label=name)
     axes.set_xticks(range(len(reports)), [r["case"]["name"] for r in reports], rotation=30, ha="right")
-    axes.set_ylabel("TB/s of keys and values")
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(file)
+    axes.set(ylabel="TB/s of keys and values", ylim=(0, None), title=jax.devices()[0].device_kind)
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=120)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=["grouped", "latent", "unequal", "small"])
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, help="a folder for attention.json and attention.png")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--cases", nargs="+", choices=CASES, default=["grouped", "latent", "unequal", "small"])
+    add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
+    add("--rounds", type=int, default=7, metavar="N", help="of which the median is told (default: 7)")
+    add("--json", type=Path, metavar="FILE", help="write all numbers, after every case")
+    add("--plot", type=Path, metavar="FILE.png", help="draw TB/s")
     return parser.parse_args()
 
 
-def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def bench(options: argparse.Namespace) -> None:
+    if options.rounds < 1:
+        raise ValueError(f"--rounds is {options.rounds}: give at least 1")
+    platform = jax.devices()[0].platform
+    if platform != "gpu":
+        raise ValueError(f"this times a GPU, and JAX sees a {platform.upper()}: run it on one")
+    figure = new_figure("--plot", options.plot) if options.plot else None
+    reports: list[dict[str, Any]] = []
+    write_json(options.json, reports)  # a file that cannot be written is better known now
     for case in [case for group in options.cases for case in CASES[group]]:
-        report = measured(case, options.contenders, options.rounds)
-        print(json.dumps(report), file=sys.stderr, flush=True)
-        yield report
+        reports.append(measured(case, options.contenders, options.rounds))
+        write_json(options.json, reports)
+        told = (f"{name} {_cell(result)}" for name, result in reports[-1]["results"].items())
+        print(f"{case.name}: {', '.join(told)}", file=sys.stderr, flush=True)
+    if figure:
+        draw(figure, reports, options.contenders, options.plot)
+    Console(width=None if sys.stdout.isatty() else 180).print(table_of(reports, options.contenders))
 
 
 def main() -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the others need memory too
-    options = parse_arguments()
-    try:
-        if options.rounds < 1:
-            raise ValueError(f"--rounds is {options.rounds}: give at least 1")
-        if jax.devices()[0].platform != "gpu":
-            raise ValueError(
-                f"this times GPUs, and JAX sees a {jax.devices()[0].platform.upper()}: run it where there is one"
-            )
-        reports = list(run(options))
-        if options.out:
-            options.out.mkdir(parents=True, exist_ok=True)
-            (options.out / "attention.json").write_text(json.dumps(reports, indent=1) + "\n")
-            plot(reports, options.contenders, options.out / "attention.png")
-        Console(width=200).print(table_of(reports, options.contenders))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"bench_attention.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status(lambda: bench(parse_arguments()), if_too_large="time fewer --contenders at once")
 
 
 if __name__ == "__main__":

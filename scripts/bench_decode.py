@@ -10,7 +10,6 @@ The roofline is the time to read, at the bandwidth found here, a device's weight
 """
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -23,7 +22,7 @@ from functools import cache as cached
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +31,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
+from reporting import Parser, exit_status, new_figure, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -49,7 +49,6 @@ from helix_jax.plan import Plan
 from helix_jax.sampling import make_sampling
 from helix_jax.step import ManyOutput, StepOutput, many_steps, step
 
-BAD_INPUT, INTERRUPTED = 2, 130
 WARM_UP = 2
 LEAST_CALLS = 3  # of many tokens, for a median
 WEIGHT_SCALE = 0.02
@@ -68,32 +67,11 @@ class Job(NamedTuple):
 
 
 def main() -> int:
-    try:
-        bench(checked(parse_arguments()))
-    except (ValueError, OSError) as error:
-        return complain(str(error))
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return complain(f"out of device memory ({str(error).splitlines()[0]}): take more devices, or fewer --layers")
-    except KeyboardInterrupt:
-        return complain("interrupted", INTERRUPTED)
-    return 0
-
-
-def complain(message: str, code: int = BAD_INPUT) -> int:
-    print(f"bench_decode.py: {' '.join(message.split())}", file=sys.stderr)
-    return code
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, like every other error."""
-        sys.exit(complain(f"{message} (see --help)"))
+    return exit_status(lambda: bench(checked(parse_arguments())), if_too_large="take more devices, or fewer --layers")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--config", type=Path, required=True, metavar="FILE.toml", help="a shape, like those in configs/")
     add("--mesh", action="append", required=True, metavar="TPxCP", help="like 2x4; may be repeated")
@@ -158,7 +136,7 @@ def first_layers(config: ModelConfig, layers: int) -> ModelConfig:
 def bench(options: argparse.Namespace) -> None:
     config = read_shape(options.config)
     config = config if options.layers is None else first_layers(config, options.layers)
-    figure = new_figure(options.plot) if options.plot else None
+    figure = new_figure("--plot", options.plot) if options.plot else None
     devices = list(open_mesh(options.platform, *max(options.mesh, key=math.prod)).devices.flat)
     options.platform = devices[0].platform
     options.dtype = options.dtype or ("float32" if options.platform == "cpu" else "bfloat16")
@@ -388,11 +366,6 @@ def slots_read(options: argparse.Namespace, layout: BlockLayout, window: int | N
     return layout.filled(length, options.context, rank_R) - past
 
 
-def write_json(file: Path | None, found: dict[str, Any]) -> None:
-    if file:
-        file.write_text(json.dumps(found, indent=1) + "\n")
-
-
 def table_of(found: dict[str, Any]) -> Table:
     model = f"{found['config']}, {found['layers']} layers, {found['dtype']}"
     cached = f"{found['rows']} rows of {found['context']} + {found['decoded']} tokens"
@@ -411,16 +384,6 @@ def table_of(found: dict[str, Any]) -> Table:
         cells = ("-" if run[name] is None else f"{run[name] / unit:.4g}" for name, (_, unit) in numbers.items())
         table.add_row(*(run[name] for name in words), *cells)
     return table
-
-
-def new_figure(file: Path) -> Any:
-    if not file.suffix:
-        raise ValueError(f"--plot '{file}' has no ending: give a file like runs.png")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install '.[plot]'") from None
-    return Figure(layout="constrained")
 
 
 def draw(figure: Any, file: Path, found: dict[str, Any]) -> None:

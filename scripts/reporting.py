@@ -1,0 +1,58 @@
+"""What the benchmarks share: errors of one line, a JSON file written as results come, a figure asked for in advance."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def complain(message: str, code: int = BAD_INPUT) -> int:
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, description: str | None) -> None:
+        shown_as_written = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=shown_as_written, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """One line, like every other error."""
+        sys.exit(complain(f"{message} (see --help)"))
+
+
+def exit_status(main: Callable[[], None], if_too_large: str) -> int:
+    """The exit status. if_too_large: what to do when the memory of a device does not suffice."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        return complain(str(error))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return complain(f"out of device memory ({str(error).splitlines()[0]}): {if_too_large}")
+    except KeyboardInterrupt:
+        return complain("interrupted", INTERRUPTED)
+    return 0
+
+
+def write_json(file: Path | None, found: Any) -> None:
+    if file:
+        file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def new_figure(option: str, file: Path) -> Any:
+    """Before anything is measured: a figure that cannot be drawn is better known now."""
+    if not file.suffix:
+        raise ValueError(f"{option} '{file}' has no ending: give a file like runs.png")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError(f"{option} needs matplotlib: pip install '.[plot]'") from None
+    return Figure(layout="constrained")
