@@ -81,7 +81,8 @@ class Case:
 
     @property
     def equal(self) -> bool:
-        return len(set(self.lengths)) == 1
+        """Rows of one length in whole pages, which need no mask: for contenders without."""
+        return len(set(self.lengths)) == 1 and self.lengths[0] % PAGE == 0
 
 
 def zipf(rows: int, longest: int) -> tuple[int, ...]:
