@@ -1,6 +1,6 @@
 """The parts of each segment become one partial: one small kernel, a block of threads for each query."""
 
-from typing import Any
+from functools import reduce
 
 import jax
 import jax.experimental.pallas as pl
@@ -51,7 +51,7 @@ def merged(work: Work, o_XQH: Array, lse_XQ: Array, plan: Schedule) -> tuple[Arr
                 [jnp.where(part < count, lse[at, query + i], -jnp.inf) for i in range(queries)]
                 for part, at in zip(parts, where, strict=True)
             ]
-            new = [_max([top, *column]) for top, column in zip(tops, zip(*logs, strict=True), strict=True)]
+            new = [reduce(jnp.maximum, column, top) for top, column in zip(tops, zip(*logs, strict=True), strict=True)]
             shift = [jnp.where(top == -jnp.inf, 0.0, top) for top in new]
             alpha = [jnp.exp(top - s) for top, s in zip(tops, shift, strict=True)]
             acc = acc * each(alpha)
@@ -85,10 +85,3 @@ def merged(work: Work, o_XQH: Array, lse_XQ: Array, plan: Schedule) -> tuple[Arr
     )(o_XQH.reshape(X, Q * H), lse_XQ, *plan)
     o = o.reshape(work.rows, work.heads, blocks * queries, H)[:, :, : work.queries]
     return o, lse.reshape(work.rows, work.heads, blocks * queries)[:, :, : work.queries]
-
-
-def _max(values: list[Any]) -> Array:
-    top, *rest = values
-    for value in rest:
-        top = jnp.maximum(top, value)
-    return top

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 ROWS = 64  # of a warpgroup's matrix product
-FIRST, TILES, WHOLE_FIRST, WHOLE_LAST, LO, HI = range(6)  # columns of Schedule.jobs
+_TILES = 1  # the column of Schedule.jobs_P8
 _SEARCH = 8  # loads in flight
 _FEW = 512  # jobs
 _FAR = 2**30
@@ -105,10 +105,9 @@ def schedule(work: Work, lo_BT: Array, hi_BT: Array) -> Schedule:
     tiles_P = jnp.maximum(-(-hi_P // work.tile) - first_P, 0)
     whole_first_P = -(-jnp.where(live_PX, lo_PX, 0).max(1) // work.tile)
     whole_last_P = jnp.where(live_PX, hi_PX, _FAR).min(1) // work.tile
-    eighth = [jnp.zeros_like(lo_P)] * 2  # whole sectors of memory
-    jobs_P8 = jnp.stack([first_P, tiles_P, whole_first_P, whole_last_P, lo_P, hi_P, *eighth], 1)
-    ends_P = _sums(tiles_P)
-    return Schedule(*(x.astype(jnp.int32) for x in (ends_P, jobs_P8, spans_2PQ)))
+    unused_P = jnp.zeros_like(lo_P)  # so that a job lies in one sector of memory
+    jobs_P8 = jnp.stack([first_P, tiles_P, whole_first_P, whole_last_P, lo_P, hi_P, unused_P, unused_P], 1)
+    return Schedule(*(x.astype(jnp.int32) for x in (_sums(tiles_P), jobs_P8, spans_2PQ)))
 
 
 def _sums(x_P: Array) -> Array:
@@ -172,7 +171,7 @@ def each_tile(segment: Segment, body: Callable[[bool, Array, Any], Any], carry: 
 def parts_of(work: Work, plan: Schedule, job: Array, head: Array) -> tuple[Array, Array]:
     """In a kernel: the first part of a segment, and how many follow each other from there."""
     _, per_stream = _tiles_per_stream(work, plan.ends_P)
-    tiles = plan.jobs_P8[job, TILES]
+    tiles = plan.jobs_P8[job, _TILES]
     start = (plan.ends_P[job] - tiles) * work.heads + head * tiles
     first, last = start // per_stream, (start + tiles - 1) // per_stream
     return job * work.heads + head + first, jnp.where(tiles > 0, last - first + 1, 0)
