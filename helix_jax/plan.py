@@ -7,9 +7,9 @@ from jax.typing import DTypeLike
 
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
-from helix_jax.kernels import KERNELS, Device, PageFormat, check_device, chosen
+from helix_jax.kernels import KERNELS, PageFormat, check_device, chosen
 from helix_jax.layout import BlockLayout
-from helix_jax.mesh import CP, DP, EXPERT_WEIGHTS, TP, AnyMesh, flat_size
+from helix_jax.mesh import CP, DP, EXPERT_WEIGHTS, TP, AnyMesh, Device, flat_size
 
 EXPERTS = tuple(EXPERT_WEIGHTS)
 

@@ -354,7 +354,9 @@ def checked(inputs: Inputs, contenders: dict[str, Contender]) -> dict[str, float
         found = contender.output()
         errors[name] = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
         if not errors[name] < ERROR:
-            raise ValueError(f"{inputs.case.name}: {name} is wrong, by {errors[name]:.2g} relative")
+            raise ValueError(
+                f"{inputs.case.name}: {name} is wrong, by {errors[name]:.2g} relative: leave it out of --contenders"
+            )
         if name == "mosaic_gpu" and not np.array_equal(found, contender.output()):
             raise ValueError(f"{inputs.case.name}: {name} gives other bits on a second run")
     return errors

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "config": set(),
     "attention": {"numerics"},
     "combine": {"attention"},
-    "kernels": {"attention", "kernels"},
+    "kernels": {"mesh", "attention", "kernels"},
     "plan": {"layout", "mesh", "combine", "config", "kernels"},
     "cache": {"layout", "mesh", "plan"},
     "helix": CORE | {"combine", "plan", "cache", "kernels"},

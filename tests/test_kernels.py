@@ -30,6 +30,10 @@ on_hopper = pytest.mark.skipif(
     reason="needs a Hopper GPU",
 )
 
+interpretable = pytest.mark.skipif(
+    not interpreter.AVAILABLE, reason="JAX's interpreter of GPU kernels is complete enough from 0.12 on"
+)
+
 HOPPER = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
 BLACKWELL = SimpleNamespace(platform="gpu", device_kind="NVIDIA B200", compute_capability="10.0")
 CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
@@ -288,9 +292,7 @@ INTERPRETED = {  # the same, for a GPU of three processors: T, N, K, H, W, lengt
 }
 
 
-@pytest.mark.skipif(
-    not interpreter.AVAILABLE, reason="JAX's interpreter of GPU kernels is complete enough from 0.12 on"
-)
+@interpretable
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_the_kernel_interpreted_equals_float64_softmax_without_a_race(name: str, monkeypatch):
     arguments, options, expected = case(0, *INTERPRETED[name])
@@ -298,9 +300,7 @@ def test_the_kernel_interpreted_equals_float64_softmax_without_a_race(name: str,
         check(attend_by("mosaic_gpu")(*arguments, **options), *expected)
 
 
-@pytest.mark.skipif(
-    not interpreter.AVAILABLE, reason="JAX's interpreter of GPU kernels is complete enough from 0.12 on"
-)
+@interpretable
 @pytest.mark.parametrize("name", ["grouped", "latent"])
 def test_rows_that_are_all_idle_give_empty_partials(name: str, monkeypatch):
     (q, k, v, table_BM, _, hi_BT), options, _ = case(0, *INTERPRETED[name])
@@ -310,9 +310,7 @@ def test_rows_that_are_all_idle_give_empty_partials(name: str, monkeypatch):
     assert np.isneginf(found.lse_BTN).all()
 
 
-@pytest.mark.skipif(
-    not interpreter.AVAILABLE, reason="JAX's interpreter of GPU kernels is complete enough from 0.12 on"
-)
+@interpretable
 def test_a_query_that_sees_nothing_may_be_nan(monkeypatch):
     """An idle token beside one that asks: its own partial is empty, and the other's is untouched."""
     (q, *arguments, hi_BT), options, (o_BTNH, lse_BTN) = case(0, 2, 4, 2, 128, 64, [200, 77])

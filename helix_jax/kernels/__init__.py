@@ -4,25 +4,18 @@ A twin takes the arrays of `attend`, `scale` and `v_width`, and gives the same p
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from helix_jax.attention import Partial, attend
+from helix_jax.mesh import Device
 
 KERNELS = ("auto", "xla", "mosaic_gpu")
-HOPPER = "9"  # major number of the compute capability
+_HOPPER = "9"  # major number of the compute capability
 _MOSAIC_GPU_SINCE = (0, 11)
-
-
-@runtime_checkable
-class Device(Protocol):
-    """What is asked of a JAX device."""
-
-    platform: str
-    device_kind: str
 
 
 class PageFormat(NamedTuple):
@@ -85,9 +78,9 @@ def _objection_to_device(device: Device | None) -> str | None:
     if device.platform != "gpu":
         return f"runs on Hopper GPUs, and this is a {device.platform.upper()}: choose a GPU"
     capability = str(getattr(device, "compute_capability", "unknown"))
-    if capability.split(".")[0] != HOPPER:
+    if capability.split(".")[0] != _HOPPER:
         kind = f"{device.device_kind}, {capability}"
-        return f"runs on Hopper GPUs (compute capability {HOPPER}), and this is another ({kind}): choose one"
+        return f"runs on Hopper GPUs (compute capability {_HOPPER}), and this is another ({kind}): choose one"
     return None
 
 

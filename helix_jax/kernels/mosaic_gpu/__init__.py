@@ -1,4 +1,4 @@
-"""Attention on Hopper GPUs as fast as their memory, by Pallas' Mosaic GPU: a twin of `attend`.
+"""Attention on Hopper GPUs, grouped heads as fast as their memory, by Pallas' Mosaic GPU: a twin of `attend`.
 
     schedule    the key tiles that the rows see are dealt evenly to the processors
     parts       each processor attends to its share; the cache is read where it lies, page by page, once

@@ -123,14 +123,7 @@ def _body(shape: Grouped, q, k, v, table, ends, jobs, spans, o, lse, staged, lse
 
 def _copy(shape: Grouped, k, v, table, stream_memory, segment: Segment, walked: Array) -> Array:
     stream, ring, filled, freed, _ = stream_memory
-    work = shape.work
-    row = segment.job // work.jobs_per_row
-    pages = k.shape[0] // (work.heads * shape.page)
-
-    def starts_of(index: Array) -> list[Array]:
-        return memory.rows_of_tile(
-            table, row, segment.head, index, tile=work.tile, page=shape.page, heads=work.heads, pages=pages
-        )
+    starts_of = partial(memory.rows_of_tile, shape.work, shape.page, k, table, segment)
 
     def tile(index: Array, carry: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
         starts, walked = carry
@@ -152,10 +145,7 @@ def _compute(
     stream, ring, filled, freed, cleared = stream_memory
     q_staged, o_staged, lse_staged, spans_staged, asked = mine
     work = shape.work
-    row, job = segment.job // work.jobs_per_row, lax.rem(segment.job, work.jobs_per_row)
-    queries = q.at[row * work.heads + segment.head, pl.ds(job * work.job_queries + member * ROWS, ROWS)]
-    seen_by = spans.at[pl.ds(0, 2), segment.job, pl.ds(member * ROWS, ROWS)]
-    memory.fetch_queries(queries, seen_by, q_staged, spans_staged, asked)
+    memory.fetch_queries(work, segment, member, q, spans, q_staged, spans_staged, asked)
     blocks = range(0, shape.width, shape.columns)
 
     def tile(masked: bool, index: Array, carry):

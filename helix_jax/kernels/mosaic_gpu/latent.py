@@ -30,7 +30,6 @@ class Latent:
     width: int
     v_width: int
     page: int
-    processors: int
     scale: float
 
     @property
@@ -41,7 +40,7 @@ class Latent:
 def latent(rows: int, queries: int, width: int, v_width: int, page: int, processors: int, scale: float) -> Latent:
     """queries: of a row, new tokens times heads."""
     members = 1 if queries <= ROWS else 2
-    return Latent(Work(rows, 1, queries, members, ROWS, processors // members), width, v_width, page, processors, scale)
+    return Latent(Work(rows, 1, queries, members, ROWS, processors // members), width, v_width, page, scale)
 
 
 class Shared(NamedTuple):
@@ -118,11 +117,10 @@ def _scores(
     shape: Latent, q, spans, lse, q_staged, spans_staged, shared: Shared, segment: Segment, walked: Array
 ) -> Array:
     work = shape.work
-    row, job = segment.job // work.jobs_per_row, lax.rem(segment.job, work.jobs_per_row)
-    mine = pl.ds(lax.axis_index("member") * ROWS, ROWS)
+    member = lax.axis_index("member")
+    mine = pl.ds(member * ROWS, ROWS)
     pl.when(walked > 0)(lambda: plgpu.barrier_wait(shared.stored))
-    queries = q.at[row, pl.ds(job * work.job_queries + lax.axis_index("member") * ROWS, ROWS)]
-    memory.fetch_queries(queries, spans.at[pl.ds(0, 2), segment.job, mine], q_staged, spans_staged, shared.asked)
+    memory.fetch_queries(work, segment, member, q, spans, q_staged, spans_staged, shared.asked)
 
     def tile(masked: bool, index: Array, carry):
         m, l, walked = carry
@@ -163,11 +161,7 @@ def _values(shape: Latent, half: int, k, table, o, o_staged, shared: Shared, seg
     work = shape.work
     columns = pl.ds(half * shape.half, shape.half)
 
-    def starts_of(index: Array) -> list[Array]:
-        row, pages = segment.job // work.jobs_per_row, k.shape[0] // shape.page
-        return memory.rows_of_tile(
-            table, row, segment.head, index, tile=work.tile, page=shape.page, heads=1, pages=pages
-        )
+    starts_of = partial(memory.rows_of_tile, work, shape.page, k, table, segment)
 
     def fetch(index: Array, walked: Array, starts: list[Array]) -> None:
         @pl.when(index < segment.end)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from helix_jax.kernels.mosaic_gpu.work import ROWS, Segment, Work
+
 Accumulator = plgpu.WGMMAAccumulatorRef  # of a warpgroup's matrix product, in registers
 BYTES = 227 * 1024  # of one block on Hopper
 ALIGNMENT = 1024
@@ -28,24 +30,35 @@ def copies_per_tile(tile: int, page: int) -> int:
     return max(1, tile // page)
 
 
-def rows_of_tile(table_BM: Any, row: Array, head: Array, index: Array, *, tile: int, page: int, heads: int, pages: int):
+def rows_of_tile(work: Work, page: int, pool_XH: Any, table_BM: Any, segment: Segment, tile: Array) -> list[Array]:
     """Where the pieces of a tile begin, in a pool seen as rows [pages * heads * page, width].
 
     What a table holds past the slots in use may be anything; it is clamped here and hidden later.
     """
-    piece = min(tile, page)
-    starts = []
-    for i in range(copies_per_tile(tile, page)):
-        slot = index * tile + i * piece
+    pages, piece = pool_XH.shape[0] // (work.heads * page), min(work.tile, page)
+    row, starts = segment.job // work.jobs_per_row, []
+    for i in range(copies_per_tile(work.tile, page)):
+        slot = tile * work.tile + i * piece
         entry = jnp.clip(table_BM[row, jnp.clip(slot // page, 0, table_BM.shape[1] - 1)], 0, pages - 1)
-        starts.append((entry * heads + head) * page + lax.rem(slot, page))
+        starts.append((entry * work.heads + segment.head) * page + lax.rem(slot, page))
     return starts
 
 
-def fetch_queries(queries: Any, seen_by: Any, queries_staged: Any, seen_staged: Any, arrived: Any) -> None:
-    """Copies 64 queries, and from where to where each of them sees [2, 64]; waits for both."""
-    plgpu.copy_gmem_to_smem(queries, queries_staged, arrived)
-    plgpu.copy_gmem_to_smem(seen_by, seen_staged, arrived)
+def fetch_queries(
+    work: Work,
+    segment: Segment,
+    member: Array | int,
+    q: Any,
+    spans: Any,
+    q_staged: Any,
+    spans_staged: Any,
+    arrived: Any,
+) -> None:
+    """Copies the 64 queries of a member, and from where to where each of them sees [2, 64]; waits for both."""
+    row, job = segment.job // work.jobs_per_row, lax.rem(segment.job, work.jobs_per_row)
+    queries = pl.ds(job * work.job_queries + member * ROWS, ROWS)
+    plgpu.copy_gmem_to_smem(q.at[row * work.heads + segment.head, queries], q_staged, arrived)
+    plgpu.copy_gmem_to_smem(spans.at[pl.ds(0, 2), segment.job, pl.ds(member * ROWS, ROWS)], spans_staged, arrived)
     plgpu.barrier_wait(arrived)
 
 
