@@ -1,0 +1,297 @@
+"""What can be timed, and who attends to it: cases of decode attention, their buffers, and every way to compute them.
+
+A contender takes the inputs and a number of layers, and gives a function of nothing that runs as many calls and waits
+for none, and one that waits; `output` is what one call gives, as [B, N, H], to be checked.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from helix_jax.kernels import PageFormat, attend_by, chosen
+
+WIDTH, LATENT, LATENT_VALUES, PAGE = 128, 576, 512, 64
+ROTATED_BYTES = 2**28  # and more lie between two reads of the same: no cache of a GPU holds them
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows of these lengths, one new token each. kv_heads 0: latent attention, `group` heads over one latent."""
+
+    name: str
+    kv_heads: int
+    group: int
+    lengths: tuple[int, ...]
+
+    @property
+    def latent(self) -> bool:
+        return self.kv_heads == 0
+
+    @property
+    def heads(self) -> int:
+        return max(self.kv_heads, 1) * self.group
+
+    @property
+    def width(self) -> int:
+        return LATENT if self.latent else WIDTH
+
+    @property
+    def scale(self) -> float:
+        return self.width**-0.5
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"scale": self.scale, "v_width": LATENT_VALUES if self.latent else None}
+
+    @property
+    def bytes(self) -> int:
+        """Of keys and values that are read."""
+        numbers = LATENT if self.latent else 2 * self.kv_heads * WIDTH
+        return 2 * numbers * sum(self.lengths)
+
+    @property
+    def buffers(self) -> int:
+        """Sets of pages, used in turn."""
+        return max(2, -(-ROTATED_BYTES // self.bytes))
+
+    @property
+    def equal(self) -> bool:
+        """Rows of one length in whole pages, which need no mask: for contenders without."""
+        return len(set(self.lengths)) == 1 and self.lengths[0] % PAGE == 0
+
+
+def zipf(rows: int, longest: int) -> tuple[int, ...]:
+    """The row of rank r has longest / r slots."""
+    return tuple(max(1, longest // (rank + 1)) for rank in range(rows))
+
+
+CASES = {
+    "grouped": [
+        Case("B=1 K=8 G=8 S=1M", 8, 8, (2**20,)),
+        Case("B=32 K=8 G=8 S=32K", 8, 8, (2**15,) * 32),
+        Case("B=8 K=8 G=4 S=128K", 8, 4, (2**17,) * 8),
+        Case("B=64 K=8 G=4 S=8K", 8, 4, (2**13,) * 64),
+    ],
+    "latent": [
+        Case("latent N=128 B=1 S=1M", 0, 128, (2**20,)),
+        Case("latent N=128 B=32 S=32K", 0, 128, (2**15,) * 32),
+        Case("latent N=16 B=32 S=32K", 0, 16, (2**15,) * 32),
+    ],
+    "unequal": [
+        Case("B=64 K=8 G=4 Zipf from 256K", 8, 4, zipf(64, 2**18)),
+        Case("B=16 K=8 G=8 Zipf from 128K", 8, 8, zipf(16, 2**17)),
+    ],
+    "small": [Case("B=1 K=8 G=4 S=4K", 8, 4, (2**12,)), Case("B=8 K=8 G=4 S=1K", 8, 4, (2**10,) * 8)],
+    "context": [Case(f"B=1 K=8 G=4 S={2**n}", 8, 4, (2**n,)) for n in range(10, 21)],
+    "batch": [Case(f"B={2**n} K=8 G=4 S=4K", 8, 4, (2**12,) * 2**n) for n in range(9)],
+}
+
+
+@dataclass
+class Inputs:
+    """A case's buffers: queries, pages that lie about in pools, and for some contenders the same rows end to end."""
+
+    case: Case
+    q_BTNH: Array = field(init=False)
+    pools: list[tuple[Array, Array | None]] = field(init=False)
+    table_BM: np.ndarray = field(init=False)
+    seen: tuple[Array, Array, Array] = field(init=False)  # table, lo, hi as `attend` takes them
+
+    def __post_init__(self) -> None:
+        case = self.case
+        pages_B = [-(-length // PAGE) for length in case.lengths]
+        entries = np.random.default_rng(0).permutation(sum(pages_B)).astype(np.int32)
+        self.table_BM = np.zeros((len(pages_B), max(pages_B)), np.int32)
+        for row, (count, end) in enumerate(zip(pages_B, np.cumsum(pages_B), strict=True)):
+            self.table_BM[row, :count] = entries[end - count : end]
+        hi_BT = jnp.asarray(case.lengths, jnp.int32)[:, None]
+        self.seen = jnp.asarray(self.table_BM), jnp.zeros_like(hi_BT), hi_BT
+        shape = (len(entries), max(case.kv_heads, 1), PAGE, case.width)
+        self.q_BTNH = jax.random.normal(jax.random.key(0), (len(pages_B), 1, case.heads, case.width), jnp.bfloat16)
+        self.pools = [
+            (random_bf16(2 * i, shape), None if case.latent else random_bf16(2 * i + 1, shape))
+            for i in range(case.buffers)
+        ]
+
+    @cached_property
+    def contiguous(self) -> list[tuple[Array, Array]]:
+        """[B, S, K, H], for those who know no pages."""
+
+        @jax.jit
+        def rows(pool_AKWH: Array, table_BM: Array) -> Array:
+            x_BMWKH = jnp.take(pool_AKWH, table_BM, axis=0).swapaxes(2, 3)
+            return x_BMWKH.reshape(x_BMWKH.shape[0], -1, *x_BMWKH.shape[3:])
+
+        return [(rows(k, self.seen[0]), rows(v, self.seen[0])) for k, v in self.pools if v is not None]
+
+
+def installed(name: str) -> Any:
+    """The module, or None."""
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+def random_bf16(seed: int, shape: tuple[int, ...]) -> Array:
+    """Multiples of 1/64 in [-2, 2): eight random bits each, so that a cache of gigabytes is made in no time."""
+
+    @jax.jit
+    def make() -> Array:
+        return jax.random.bits(jax.random.key(seed), shape, jnp.uint8).astype(jnp.int8).astype(jnp.bfloat16) / 64
+
+    return make()
+
+
+@dataclass(frozen=True)
+class Contender:
+    run: Callable[[], Any]
+    wait: Callable[[Any], Any]
+    output: Callable[[], np.ndarray] | None = None
+
+
+def in_one_program(inputs: Inputs, layers: int, one: Callable[..., Array]) -> Contender:
+    """`one(q, k, v)` as the layers of a model call it."""
+    buffers = [inputs.pools[i % inputs.case.buffers] for i in range(layers)]
+    return _program(inputs, buffers, one)
+
+
+def _program(inputs: Inputs, buffers: list[Any], one: Callable[..., Array]) -> Contender:
+    @jax.jit
+    def program(q_BTNH: Array, buffers: list[Any]) -> list[Array]:
+        return [one(q_BTNH * (1 + i), k, v) for i, (k, v) in enumerate(buffers)]
+
+    return Contender(
+        run=lambda: program(inputs.q_BTNH, buffers),
+        wait=jax.block_until_ready,
+        output=lambda: np.asarray(program(inputs.q_BTNH, buffers[:1])[0].astype(jnp.float32)[:, 0]),
+    )
+
+
+def ceiling(inputs: Inputs, layers: int) -> Contender:
+    """Reads as many bytes from one array: the largest of its numbers."""
+    count = inputs.case.buffers
+    arrays = [random_bf16(10_000 + i, (inputs.case.bytes // 2,)) for i in range(count)]
+    buffers = [arrays[i % count] for i in range(layers)]
+    program = jax.jit(lambda buffers: [jnp.maximum(x, -i).max() for i, x in enumerate(buffers)])
+    return Contender(lambda: program(buffers), jax.block_until_ready)
+
+
+def paged(kernel: str, inputs: Inputs, layers: int) -> Contender | None:
+    case = inputs.case
+    pages = PageFormat(case.width, PAGE, jnp.bfloat16, case.options["v_width"])
+    if kernel != "xla" and chosen("auto", jax.devices()[0], pages) != kernel:
+        return None
+    twin = attend_by(kernel)
+    return in_one_program(inputs, layers, lambda q, k, v: twin(q, k, v, *inputs.seen, **case.options).o_BTNH)
+
+
+def gathered(inputs: Inputs, layers: int) -> Contender | None:
+    """All pages of a row gathered at once, whatever room that takes; einsum, softmax, einsum."""
+    if not inputs.case.equal:
+        return None
+    v_width = inputs.case.options["v_width"]
+
+    def one(q_BTNH: Array, k_AKWH: Array, v_AKWH: Array | None) -> Array:
+        k_BMKWH = jnp.take(k_AKWH, inputs.seen[0], axis=0)
+        v_BMKWH = k_BMKWH[..., :v_width] if v_AKWH is None else jnp.take(v_AKWH, inputs.seen[0], axis=0)
+        B, _, N, H = q_BTNH.shape
+        q_BKGH = q_BTNH.reshape(B, -1, inputs.case.group, H)
+        s_BKGMW = jnp.einsum("bkgh,bmkwh->bkgmw", q_BKGH, k_BMKWH, preferred_element_type=jnp.float32)
+        p_BKGMW = jax.nn.softmax(s_BKGMW * inputs.case.scale, axis=(-2, -1)).astype(jnp.bfloat16)
+        o_BKGH = jnp.einsum("bkgmw,bmkwh->bkgh", p_BKGMW, v_BMKWH, preferred_element_type=jnp.float32)
+        return o_BKGH.reshape(B, 1, N, -1)
+
+    return in_one_program(inputs, layers, one)
+
+
+def cudnn(inputs: Inputs, layers: int) -> Contender | None:
+    if inputs.case.latent or not inputs.case.equal:
+        return None
+    buffers = [inputs.contiguous[i % inputs.case.buffers] for i in range(layers)]
+    one = partial(jax.nn.dot_product_attention, scale=inputs.case.scale, implementation="cudnn")
+    return _program(inputs, buffers, one)
+
+
+def sdpa(inputs: Inputs, layers: int) -> Contender | None:
+    torch = installed("torch")
+    if inputs.case.latent or not inputs.case.equal or torch is None:
+        return None
+    attention = installed("torch.nn.attention")
+
+    q = torch.from_dlpack(inputs.q_BTNH).transpose(1, 2)
+    rows = [tuple(torch.from_dlpack(x).transpose(1, 2) for x in kv) for kv in inputs.contiguous]
+
+    def one(k: Any, v: Any) -> Any:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=inputs.case.scale, enable_gqa=True)
+
+    def run() -> list[Any]:
+        with attention.sdpa_kernel(attention.SDPBackend.CUDNN_ATTENTION):
+            return [one(*rows[i % inputs.case.buffers]) for i in range(layers)]
+
+    return _torch(run, lambda outputs: outputs[0][:, :, 0])
+
+
+def flashinfer(inputs: Inputs, layers: int) -> Contender | None:
+    torch = installed("torch")
+    if torch is None or installed("flashinfer") is None:
+        return None
+
+    q = torch.from_dlpack(inputs.q_BTNH[:, 0])
+    pools = [tuple(torch.from_dlpack(x) for x in kv if x is not None) for kv in inputs.pools]
+    one = _flashinfer_latent(inputs, q) if inputs.case.latent else _flashinfer_grouped(inputs, q)
+    return _torch(lambda: [one(*pools[i % inputs.case.buffers]) for i in range(layers)], lambda outputs: outputs[0][0])
+
+
+def _torch(run: Callable[[], list[Any]], first: Callable[[list[Any]], Any]) -> Contender:
+    return Contender(run, lambda _: installed("torch").cuda.synchronize(), lambda: first(run()).float().cpu().numpy())
+
+
+def _flashinfer_pages(inputs: Inputs) -> tuple[Any, Any, Any]:
+    """Where each row's pages begin in the list of pages, that list, and how many tokens the last page holds."""
+    torch = installed("torch")
+    pages_B = [-(-length // PAGE) for length in inputs.case.lengths]
+    list_of = np.concatenate([row[:count] for row, count in zip(inputs.table_BM, pages_B, strict=True)])
+    last_B = [length - (count - 1) * PAGE for length, count in zip(inputs.case.lengths, pages_B, strict=True)]
+    starts = torch.tensor([0, *np.cumsum(pages_B)], dtype=torch.int32)
+    return starts, torch.from_numpy(list_of).cuda(), torch.tensor(last_B, dtype=torch.int32)
+
+
+def _flashinfer_grouped(inputs: Inputs, q: Any) -> Callable[..., Any]:
+    torch, library = installed("torch"), installed("flashinfer")
+    case, space = inputs.case, torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    wrapper = library.BatchDecodeWithPagedKVCacheWrapper(space, "HND", use_tensor_cores=True)
+    types = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16, "sm_scale": case.scale}
+    wrapper.plan(*_flashinfer_pages(inputs), case.heads, case.kv_heads, case.width, PAGE, **types)
+    return lambda k, v: wrapper.run(q, (k, v), return_lse=True)
+
+
+def _flashinfer_latent(inputs: Inputs, q: Any) -> Callable[..., Any]:
+    torch, library = installed("torch"), installed("flashinfer")
+    case, space = inputs.case, torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    wrapper = library.mla.BatchMLAPagedAttentionWrapper(space, backend="fa3")
+    starts, pages, _ = _flashinfer_pages(inputs)
+    queries = torch.arange(len(case.lengths) + 1, dtype=torch.int32).cuda()
+    lengths = torch.tensor(case.lengths, dtype=torch.int32).cuda()
+    shape = (case.heads, LATENT_VALUES, LATENT - LATENT_VALUES, PAGE, False, case.scale, torch.bfloat16, torch.bfloat16)
+    wrapper.plan(queries, starts.cuda(), pages, lengths, *shape)
+    q_latent, q_rope = q[..., :LATENT_VALUES].contiguous(), q[..., LATENT_VALUES:].contiguous()
+    return lambda k: wrapper.run(
+        q_latent, q_rope, k[:, 0, :, :LATENT_VALUES], k[:, 0, :, LATENT_VALUES:], return_lse=True
+    )
+
+
+CONTENDERS: dict[str, Callable[[Inputs, int], Contender | None]] = {
+    "ceiling": ceiling,
+    "mosaic_gpu": partial(paged, "mosaic_gpu"),
+    "xla": partial(paged, "xla"),
+    "gather + einsum": gathered,
+    "jax cudnn": cudnn,
+    "torch sdpa": sdpa,
+    "flashinfer": flashinfer,
+}
