@@ -98,8 +98,8 @@ def parts(
     )(q_XQH, k_XH, v_XH, table_BM, *plan)
 
 
-def _body(shape: Grouped, q, k, v, table, ends, jobs, spans, o, lse, staged, lse_staged, spans_staged, *shared):
-    plan = Schedule(ends, jobs, spans)
+def _body(shape: Grouped, q, k, v, table, starts, jobs, spans, o, lse, staged, lse_staged, spans_staged, *shared):
+    plan = Schedule(starts, jobs, spans)
     ring, filled, freed, cleared, asked = shared
 
     def walk(stream: int, body: Callable[..., Array]) -> None:

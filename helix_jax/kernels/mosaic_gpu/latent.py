@@ -98,9 +98,9 @@ def parts(shape: Latent, q_BQH: Array, k_XH: Array, table_BM: Array, plan: Sched
     )(q_BQH, k_XH, table_BM, *plan)
 
 
-def _body(shape: Latent, q, k, table, ends, jobs, spans, o, lse, staged, spans_staged, shared: Shared) -> None:
+def _body(shape: Latent, q, k, table, starts, jobs, spans, o, lse, staged, spans_staged, shared: Shared) -> None:
     q_staged, o_staged = staged
-    walk = partial(each_segment, shape.work, Schedule(ends, jobs, spans), lax.axis_index("stream"))
+    walk = partial(each_segment, shape.work, Schedule(starts, jobs, spans), lax.axis_index("stream"))
 
     def values(half: int) -> None:
         plgpu.set_max_registers(200, action="increase")

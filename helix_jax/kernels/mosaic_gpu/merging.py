@@ -12,26 +12,29 @@ from helix_jax.kernels.mosaic_gpu import memory
 from helix_jax.kernels.mosaic_gpu.work import Schedule, Work, parts_of
 
 _THREADS = 128
-_NUMBERS = 512  # of a block: 16 bytes a thread
-_MOST_IN_FLIGHT = 8  # parts
+_NUMBERS = 512  # of a block: 16 bytes a thread, of few queries 4
+_FEW_QUERIES = 512
+_IN_FLIGHT = 64  # numbers of a thread
 
 
 def merged(work: Work, o_XQH: Array, lse_XQ: Array, plan: Schedule) -> tuple[Array, Array]:
     """Outputs [rows, heads, queries, width] and log-sum-exps [rows, heads, queries]."""
     X, Q, H = o_XQH.shape
-    queries = max(1, _NUMBERS // H)
+    few = work.rows * work.heads * work.queries <= _FEW_QUERIES
+    queries = max(1, (_THREADS if few else _NUMBERS) // H)
     blocks = -(-work.queries // queries)
     width = queries * H
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=width // _THREADS)
-    at_once = min(_MOST_IN_FLIGHT, 2 + work.streams // (work.jobs * work.heads))  # as many as a segment has on average
+    parts_of_segment = 2 + work.streams // (work.jobs * work.heads)  # on average, rounded up
+    at_once = min(_IN_FLIGHT * _THREADS // width, parts_of_segment)
 
-    def body(o, lse, ends, jobs, spans, o_out, lse_out) -> None:
+    def body(o, lse, starts, jobs, spans, o_out, lse_out) -> None:
         row_head, block = lax.axis_index("row_head"), lax.axis_index("block")
         row, head = row_head // work.heads, lax.rem(row_head, work.heads)
         query = block * queries
         job = row * work.jobs_per_row + query // work.job_queries
         query = lax.rem(query, work.job_queries)
-        first, count = parts_of(work, Schedule(ends, jobs, spans), job, head)
+        first, count = parts_of(work, Schedule(starts, jobs, spans), job, head)
 
         def each(values: list[Array]) -> Array:
             """One number per query, along its numbers."""

@@ -1,12 +1,16 @@
 """How the cache's tiles are dealt to the processors: evenly, whatever the lengths of the rows.
 
-A *job* is a tile of queries of one row, and the run of key tiles that they see. For each key/value head in turn a job's
-tiles are walked once: a *segment*. All segments, end to end, are one line of tiles, cut into equal *streams*. A stream
-begins and ends anywhere; each segment that it touches gives a *part*, a partial over the tiles of that segment which
-are its own. Along the line either the segment or the stream rises by one from part to part, so that segment + stream
-numbers the parts.
+A *job* is a tile of queries of one row, and the run of key tiles that they see. For a key/value head a job's tiles are
+walked once: a *segment*. Segments, end to end, are a line of tiles, cut into equal *streams*. A stream begins and ends
+anywhere; each segment that it touches gives a *part*, a partial over the tiles of that segment which are its own. Along
+the line either the segment or the stream rises by one from part to part, so that segment + stream numbers the parts.
+
+Heads lie side by side in a page. So that they are also read side by side, which memory likes, as many of them as the
+streams allow have lines of their own, *lanes*, all cut alike: a stream has a neighbour in every lane that walks the
+same tiles at the same time.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 ROWS = 64  # of a warpgroup's matrix product
-_TILES = 1  # the column of Schedule.jobs_P8
-_SEARCH = 8  # loads in flight
+_END, _TILES = 0, 2  # columns of Schedule.jobs_P8
 _FEW = 512  # jobs
 _FAR = 2**30
 
@@ -28,7 +31,7 @@ class Work:
     """The static shape of the work.
 
     queries: of one row and key/value head: new tokens times heads in a group. members: warpgroups, or blocks, that
-    share the keys of a job, 64 queries each. tile: slots. streams: over all processors.
+    share the keys of a job, 64 queries each. tile: slots. streams: over all processors and lanes.
     """
 
     rows: int
@@ -51,8 +54,24 @@ class Work:
         return self.rows * self.jobs_per_row
 
     @property
+    def lanes(self) -> int:
+        return math.gcd(self.heads, self.streams)
+
+    @property
+    def heads_in_lane(self) -> int:
+        return self.heads // self.lanes
+
+    @property
+    def streams_in_lane(self) -> int:
+        return self.streams // self.lanes
+
+    @property
+    def parts_in_lane(self) -> int:
+        return self.jobs * self.heads_in_lane + self.streams_in_lane
+
+    @property
     def parts(self) -> int:
-        return self.jobs * self.heads + self.streams
+        return self.parts_in_lane * self.lanes
 
     @property
     def part_queries(self) -> int:
@@ -61,13 +80,15 @@ class Work:
 
 
 class Schedule(NamedTuple):
-    """The traced part of the work. P counts jobs, Q the queries of a job.
+    """The traced part of the work. S counts the streams of a lane and one more, P jobs, Q the queries of a job.
 
-    ends_P: tiles of the jobs up to and with this one, for one head. jobs_P8: the first tile, how many, which of them
-    every query sees whole [first, last), the slots that any query sees [lo, hi). spans_2PQ: lo and hi of each query.
+    starts_S2: the first tile of a stream in its line, and its job. jobs_P8: where its tiles end in the line of one
+    head, the first of them in its row, how many, which of them every query sees whole [first, last), the slots that any
+    query sees [lo, hi), the next job that has tiles: eight numbers, one sector of memory. spans_2PQ: lo and hi of each
+    query.
     """
 
-    ends_P: Any
+    starts_S2: Any
     jobs_P8: Any
     spans_2PQ: Any
 
@@ -105,9 +126,22 @@ def schedule(work: Work, lo_BT: Array, hi_BT: Array) -> Schedule:
     tiles_P = jnp.maximum(-(-hi_P // work.tile) - first_P, 0)
     whole_first_P = -(-jnp.where(live_PX, lo_PX, 0).max(1) // work.tile)
     whole_last_P = jnp.where(live_PX, hi_PX, _FAR).min(1) // work.tile
-    unused_P = jnp.zeros_like(lo_P)  # so that a job lies in one sector of memory
-    jobs_P8 = jnp.stack([first_P, tiles_P, whole_first_P, whole_last_P, lo_P, hi_P, unused_P, unused_P], 1)
-    return Schedule(*(x.astype(jnp.int32) for x in (_sums(tiles_P), jobs_P8, spans_2PQ)))
+    end_P = _sums(tiles_P)
+    following_P = _ended(end_P, end_P)
+    jobs_P8 = jnp.stack([end_P, first_P, tiles_P, whole_first_P, whole_last_P, lo_P, hi_P, following_P], 1)
+    return Schedule(*(x.astype(jnp.int32) for x in (_starts(work, end_P), jobs_P8, spans_2PQ)))
+
+
+def _starts(work: Work, end_P: Array) -> Array:
+    total = end_P[-1] * work.heads_in_lane
+    per_stream = -(-total // work.streams_in_lane)
+    start_S = jnp.minimum(jnp.arange(work.streams_in_lane + 1) * per_stream, total)
+    return jnp.stack([start_S, _ended(end_P * work.heads_in_lane, start_S)], 1)
+
+
+def _ended(end_P: Array, tile_X: Array) -> Array:
+    """How many jobs end up to a tile."""
+    return jnp.searchsorted(end_P, tile_X, side="right", method="compare_all")
 
 
 def _sums(x_P: Array) -> Array:
@@ -116,48 +150,30 @@ def _sums(x_P: Array) -> Array:
     return jnp.cumsum(x_P) if P > _FEW else jnp.where(jnp.tri(P, dtype=bool), x_P, 0).sum(1)
 
 
-def _tiles_per_stream(work: Work, ends_P: Any) -> tuple[Array, Array]:
-    total = ends_P[work.jobs - 1] * work.heads
-    return total, jnp.maximum((total + work.streams - 1) // work.streams, 1)
-
-
 def each_segment(work: Work, plan: Schedule, stream: Array, body: Callable[[Segment, Array], Array]) -> None:
     """In a kernel: `walked = body(segment, walked)` for the segments of a stream in order, from 0 on."""
-    total, per_stream = _tiles_per_stream(work, plan.ends_P)
-    stop = jnp.minimum((stream + 1) * per_stream, total)
+    stream, lane = stream // work.lanes, lax.rem(stream, work.lanes)
+    # What is read has the type of what varies over the mesh, and what is computed has not: a loop wants one of the two.
+    start, job = (plan.starts_S2[stream, i] + 0 for i in range(2))
+    stop = plan.starts_S2[stream + 1, 0]
 
     def one(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         at, job, walked = carry
-        job = lax.while_loop(lambda job: plan.ends_P[job] * work.heads <= at, lambda job: job + 1, job)
-        end = plan.ends_P[job]
-        first, tiles, whole_first, whole_last, lo, hi = (plan.jobs_P8[job, i] for i in range(6))
-        into = at - (end - tiles) * work.heads
+        end, first, tiles, whole_first, whole_last, lo, hi, following = (plan.jobs_P8[job, i] for i in range(8))
+        into = at - (end - tiles) * work.heads_in_lane
         head = into // tiles
         begin = into - head * tiles
         length = jnp.minimum(tiles - begin, stop - at)
         begin = begin + first
         whole_begin = jnp.clip(whole_first, begin, begin + length)
         whole_end = jnp.clip(whole_last, whole_begin, begin + length)
-        part = job * work.heads + head + stream
+        part = lane * work.parts_in_lane + job * work.heads_in_lane + head + stream
+        head = head * work.lanes + lane
         segment = Segment(part, job, head, begin, begin + length, whole_begin, whole_end, lo, hi)
-        return at + length, job, body(segment, walked)
+        walked, at = body(segment, walked), at + length
+        return at, jnp.where(at < end * work.heads_in_lane, job, following), walked
 
-    start = stream * per_stream
-    lax.while_loop(lambda carry: carry[0] < stop, one, (start, jobs_before(work, plan.ends_P, start), jnp.int32(0)))
-
-
-def jobs_before(work: Work, ends_P: Any, tile: Array) -> Array:
-    """How many jobs end before a tile of the line, by a search that loads many ends at once: each load takes long."""
-    found, left = jnp.int32(0), work.jobs
-    while left:
-        step = -(-(left + 1) // (_SEARCH + 1))
-        pivots = [found + (i + 1) * step - 1 for i in range(_SEARCH)]
-        ends = [ends_P[jnp.minimum(pivot, work.jobs - 1)] for pivot in pivots]
-        for pivot, end in zip(pivots, ends, strict=True):
-            before = (pivot < work.jobs) & (end * work.heads <= tile)
-            found = found + jnp.where(before, step, 0)
-        left = step - 1
-    return found
+    lax.while_loop(lambda carry: carry[0] < stop, one, (start, job, jnp.int32(0)))
 
 
 def each_tile(segment: Segment, body: Callable[[bool, Array, Any], Any], carry: Any) -> Any:
@@ -170,8 +186,10 @@ def each_tile(segment: Segment, body: Callable[[bool, Array, Any], Any], carry: 
 
 def parts_of(work: Work, plan: Schedule, job: Array, head: Array) -> tuple[Array, Array]:
     """In a kernel: the first part of a segment, and how many follow each other from there."""
-    _, per_stream = _tiles_per_stream(work, plan.ends_P)
-    tiles = plan.jobs_P8[job, _TILES]
-    start = (plan.ends_P[job] - tiles) * work.heads + head * tiles
+    head, lane = head // work.lanes, lax.rem(head, work.lanes)
+    per_stream = jnp.maximum(plan.starts_S2[1, 0], 1)
+    end, tiles = plan.jobs_P8[job, _END], plan.jobs_P8[job, _TILES]
+    start = (end - tiles) * work.heads_in_lane + head * tiles
     first, last = start // per_stream, (start + tiles - 1) // per_stream
-    return job * work.heads + head + first, jnp.where(tiles > 0, last - first + 1, 0)
+    part = lane * work.parts_in_lane + job * work.heads_in_lane + head + first
+    return part, jnp.where(tiles > 0, last - first + 1, 0)
