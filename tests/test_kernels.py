@@ -107,7 +107,9 @@ def test_a_stream_finds_its_first_job_among_many(rows: int):
     plan = schedule(work, jnp.zeros((rows, 1), jnp.int32), jnp.asarray(hi_B1, jnp.int32))
     ends = 3 * np.cumsum(hi_B1 // 8)
     starts = np.minimum(np.arange(8) * -(-ends[-1] // 7), ends[-1])
-    np.testing.assert_array_equal(plan.starts_S2, np.stack([starts, np.searchsorted(ends, starts, side="right")], 1))
+    found = np.searchsorted(ends, starts, side="right")
+    np.testing.assert_array_equal(plan.starts_SX[:, :2], np.stack([starts, np.minimum(found, rows - 1)], 1))
+    np.testing.assert_array_equal(plan.starts_SX[:, 2:], plan.jobs_P8[plan.starts_SX[:, 1]])
 
 
 # The choice

@@ -46,9 +46,14 @@ class Grouped:
         return min(self.width, _COLUMNS)
 
     @property
+    def staged_columns(self) -> int:
+        """Of a result, at once: float32 in the room of the queries."""
+        return self.width // 2
+
+    @property
     def slots(self) -> int:
-        """Tiles in a stream's ring: what the queries and the results leave."""
-        staged = ROWS * max(2 * self.width, 4 * self.columns) * self.computing
+        """Tiles in a stream's ring: what queries, or results, leave."""
+        staged = 2 * ROWS * self.width * self.computing
         left = memory.BYTES - staged - 3 * memory.ALIGNMENT
         return left // (2 * self.work.tile * self.width) // self.streams_here
 
@@ -66,7 +71,7 @@ def parts(
     """Outputs [parts, queries, width] and log-sum-exps [parts, queries] of every part."""
     work, tile = shape.work, shape.work.tile
     staged = plgpu.RefUnion(
-        memory.tiled((ROWS, shape.width), jnp.bfloat16), memory.tiled((ROWS, shape.columns), jnp.float32)
+        memory.tiled((ROWS, shape.width), jnp.bfloat16), memory.tiled((ROWS, shape.staged_columns), jnp.float32)
     )
     ring = (shape.streams_here, shape.slots)
 
@@ -107,13 +112,13 @@ def _body(shape: Grouped, q, k, v, table, starts, jobs, spans, o, lse, staged, l
         each_segment(shape.work, plan, index, partial(body, (stream, ring, filled, freed, cleared)))
 
     def compute(me: int) -> None:
-        plgpu.set_max_registers(216, action="increase")
+        plgpu.set_max_registers(200, action="increase")
         stream, member = divmod(me, shape.work.members)
         mine = (*staged[me], lse_staged.at[me], spans_staged.at[me], asked.at[me])
         walk(stream, partial(_compute, shape, member, q, spans, o, lse, mine))
 
     def copy(stream: int) -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(56, action="decrease")
         walk(stream, partial(_copy, shape, k, v, table))
 
     roles = [partial(compute, me) for me in range(shape.computing)]
@@ -188,13 +193,14 @@ def _compute(
     accs, m, l, walked = each_tile(segment, tile, carry)
 
     inverse, lse_staged[...] = softmax.finish(m, l)
-    asking = min(ROWS, work.part_queries)
-    for acc, column in zip(accs, blocks, strict=True):
-        o_staged[...] = acc * across(inverse, shape.columns)
+    plgpu.commit_smem()
+    asking, columns = min(ROWS, work.part_queries), shape.staged_columns
+    plgpu.copy_smem_to_gmem(lse_staged, lse.at[segment.part, pl.ds(member * ROWS, ROWS)])
+    for column in range(0, shape.width, columns):
+        acc, first = accs[column // shape.columns], column % shape.columns
+        o_staged[...] = acc[:, first : first + columns] * across(inverse, columns)
         plgpu.commit_smem()
-        target = o.at[segment.part, pl.ds(member * ROWS, asking), pl.ds(column, shape.columns)]
+        target = o.at[segment.part, pl.ds(member * ROWS, asking), pl.ds(column, columns)]
         plgpu.copy_smem_to_gmem(o_staged.at[pl.ds(0, asking)], target)
-        if column == 0:
-            plgpu.copy_smem_to_gmem(lse_staged, lse.at[segment.part, pl.ds(member * ROWS, ROWS)])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     return walked

@@ -153,7 +153,7 @@ def _scores(
     plgpu.commit_smem()
     plgpu.barrier_arrive(shared.finished)
     plgpu.copy_smem_to_gmem(shared.per_query.at[1], lse.at[segment.part, mine])
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     return walked
 
 
@@ -199,6 +199,6 @@ def _values(shape: Latent, half: int, k, table, o, o_staged, shared: Shared, seg
         mine = pl.ds(lax.axis_index("member") * ROWS, asking)
         target = o.at[segment.part, mine, pl.ds(half * shape.half + column, _COLUMNS)]
         plgpu.copy_smem_to_gmem(o_staged.at[pl.ds(0, asking)], target)
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     plgpu.barrier_arrive(shared.stored)
     return walked

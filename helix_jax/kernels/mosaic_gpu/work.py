@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 ROWS = 64  # of a warpgroup's matrix product
-_END, _TILES = 0, 2  # columns of Schedule.jobs_P8
+_JOB, _END, _TILES = 8, 0, 2  # numbers of a job in Schedule.jobs_P8, and columns
 _FEW = 512  # jobs
 _FAR = 2**30
 
@@ -82,13 +82,13 @@ class Work:
 class Schedule(NamedTuple):
     """The traced part of the work. S counts the streams of a lane and one more, P jobs, Q the queries of a job.
 
-    starts_S2: the first tile of a stream in its line, and its job. jobs_P8: where its tiles end in the line of one
-    head, the first of them in its row, how many, which of them every query sees whole [first, last), the slots that any
-    query sees [lo, hi), the next job that has tiles: eight numbers, one sector of memory. spans_2PQ: lo and hi of each
-    query.
+    jobs_P8: where its tiles end in the line of one head, the first of them in its row, how many, which of them every
+    query sees whole [first, last), the slots that any query sees [lo, hi), the next job that has tiles: eight numbers,
+    one sector of memory. starts_SX: the first tile of a stream in its line, its job, and what jobs_P8 says of that.
+    spans_2PQ: lo and hi of each query.
     """
 
-    starts_S2: Any
+    starts_SX: Any
     jobs_P8: Any
     spans_2PQ: Any
 
@@ -127,21 +127,19 @@ def schedule(work: Work, lo_BT: Array, hi_BT: Array) -> Schedule:
     whole_first_P = -(-jnp.where(live_PX, lo_PX, 0).max(1) // work.tile)
     whole_last_P = jnp.where(live_PX, hi_PX, _FAR).min(1) // work.tile
     end_P = _sums(tiles_P)
-    following_P = _ended(end_P, end_P)
-    jobs_P8 = jnp.stack([end_P, first_P, tiles_P, whole_first_P, whole_last_P, lo_P, hi_P, following_P], 1)
-    return Schedule(*(x.astype(jnp.int32) for x in (_starts(work, end_P), jobs_P8, spans_2PQ)))
-
-
-def _starts(work: Work, end_P: Array) -> Array:
     total = end_P[-1] * work.heads_in_lane
     per_stream = -(-total // work.streams_in_lane)
     start_S = jnp.minimum(jnp.arange(work.streams_in_lane + 1) * per_stream, total)
-    return jnp.stack([start_S, _ended(end_P * work.heads_in_lane, start_S)], 1)
 
+    def job_at(tile_X: Array) -> Array:
+        job_X = jnp.searchsorted(end_P * work.heads_in_lane, tile_X, side="right", method="compare_all")
+        return jnp.minimum(job_X, P - 1)
 
-def _ended(end_P: Array, tile_X: Array) -> Array:
-    """How many jobs end up to a tile."""
-    return jnp.searchsorted(end_P, tile_X, side="right", method="compare_all")
+    following_P = job_at(end_P * work.heads_in_lane)
+    jobs_P8 = jnp.stack([end_P, first_P, tiles_P, whole_first_P, whole_last_P, lo_P, hi_P, following_P], 1)
+    job_S = job_at(start_S)
+    starts_SX = jnp.concat([start_S[:, None], job_S[:, None], jobs_P8[job_S]], axis=1)
+    return Schedule(*(x.astype(jnp.int32) for x in (starts_SX, jobs_P8, spans_2PQ)))
 
 
 def _sums(x_P: Array) -> Array:
@@ -154,12 +152,13 @@ def each_segment(work: Work, plan: Schedule, stream: Array, body: Callable[[Segm
     """In a kernel: `walked = body(segment, walked)` for the segments of a stream in order, from 0 on."""
     stream, lane = stream // work.lanes, lax.rem(stream, work.lanes)
     # What is read has the type of what varies over the mesh, and what is computed has not: a loop wants one of the two.
-    start, job = (plan.starts_S2[stream, i] + 0 for i in range(2))
-    stop = plan.starts_S2[stream + 1, 0]
+    start, job, *known = (plan.starts_SX[stream, i] + 0 for i in range(2 + _JOB))
+    stop = plan.starts_SX[stream + 1, 0]
 
-    def one(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        at, job, walked = carry
-        end, first, tiles, whole_first, whole_last, lo, hi, following = (plan.jobs_P8[job, i] for i in range(8))
+    def one(carry: tuple[Array, Array, list[Array], Array]) -> tuple[Array, Array, list[Array], Array]:
+        at, job, known, walked = carry
+        end, first, tiles, whole_first, whole_last, lo, hi, following = known
+        ahead = [plan.jobs_P8[following, i] for i in range(_JOB)]  # under way while this job is walked
         into = at - (end - tiles) * work.heads_in_lane
         head = into // tiles
         begin = into - head * tiles
@@ -169,11 +168,12 @@ def each_segment(work: Work, plan: Schedule, stream: Array, body: Callable[[Segm
         whole_end = jnp.clip(whole_last, whole_begin, begin + length)
         part = lane * work.parts_in_lane + job * work.heads_in_lane + head + stream
         head = head * work.lanes + lane
-        segment = Segment(part, job, head, begin, begin + length, whole_begin, whole_end, lo, hi)
-        walked, at = body(segment, walked), at + length
-        return at, jnp.where(at < end * work.heads_in_lane, job, following), walked
+        walked = body(Segment(part, job, head, begin, begin + length, whole_begin, whole_end, lo, hi), walked)
+        same = at + length < end * work.heads_in_lane
+        known = [jnp.where(same, now, later) for now, later in zip(known, ahead, strict=True)]
+        return at + length, jnp.where(same, job, following), known, walked
 
-    lax.while_loop(lambda carry: carry[0] < stop, one, (start, job, jnp.int32(0)))
+    lax.while_loop(lambda carry: carry[0] < stop, one, (start, job, known, jnp.int32(0)))
 
 
 def each_tile(segment: Segment, body: Callable[[bool, Array, Any], Any], carry: Any) -> Any:
@@ -187,7 +187,7 @@ def each_tile(segment: Segment, body: Callable[[bool, Array, Any], Any], carry: 
 def parts_of(work: Work, plan: Schedule, job: Array, head: Array) -> tuple[Array, Array]:
     """In a kernel: the first part of a segment, and how many follow each other from there."""
     head, lane = head // work.lanes, lax.rem(head, work.lanes)
-    per_stream = jnp.maximum(plan.starts_S2[1, 0], 1)
+    per_stream = jnp.maximum(plan.starts_SX[1, 0], 1)
     end, tiles = plan.jobs_P8[job, _END], plan.jobs_P8[job, _TILES]
     start = (end - tiles) * work.heads_in_lane + head * tiles
     first, last = start // per_stream, (start + tiles - 1) // per_stream
