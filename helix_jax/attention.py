@@ -91,18 +91,19 @@ def attend(
     (B, T, N, H), (A, K, W, _) = q_BTNH.shape, k_AKWH.shape
     bytes_per_slot = k_AKWH.dtype.itemsize * K * (H + (v_width or H))
 
-    def in_passes_of(slots: int, scores: int) -> Callable[..., Partial]:
+    def in_passes_of(slots: int, scores: int, *, by_page: bool) -> Callable[..., Partial]:
         pages = pages_per_pass or max(1, min(slots // B, scores // (B * T * N)) // W)
-        return partial(_attend_in_passes, scale=scale, v_width=v_width, pages_per_pass=pages)
+        return partial(attend_in_passes, scale=scale, v_width=v_width, pages_per_pass=pages, by_page=by_page)
 
+    few = T * (N // K) <= W  # queries per page: the outputs of each page by itself are fewer than its values
     return lax.platform_dependent(
         *(q_BTNH, k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT),
-        cpu=in_passes_of(max(_CPU_LEAST_SLOTS, A * W // _CPU_POOL_SHARE), _CPU_SCORES),
-        default=in_passes_of(_PAGES_BYTES // bytes_per_slot, _SCORES),
+        cpu=in_passes_of(max(_CPU_LEAST_SLOTS, A * W // _CPU_POOL_SHARE), _CPU_SCORES, by_page=False),
+        default=in_passes_of(_PAGES_BYTES // bytes_per_slot, _SCORES, by_page=few and K > 1),
     )
 
 
-def _attend_in_passes(
+def attend_in_passes(
     q_BTNH: Array,
     k_AKWH: Array,
     v_AKWH: Array | None,
@@ -113,7 +114,10 @@ def _attend_in_passes(
     scale: float,
     v_width: int | None,
     pages_per_pass: int,
+    by_page: bool,
 ) -> Partial:
+    """As `attend`. by_page: as they lie, pages are a batch of products; else they are put end to end, which moves them
+    (but for one head), and each pass is one product."""
     B, T, N, H = q_BTNH.shape
     K, W = k_AKWH.shape[1:3]
     C, M = pages_per_pass, table_BM.shape[1]
@@ -125,10 +129,17 @@ def _attend_in_passes(
         page_BC = first_page_B[:, None] + first + jnp.arange(pages)
         # Past the table: masked below, as slots end there.
         entry_BC = jnp.take_along_axis(table_BM, page_BC, axis=1, mode="clip")
-        k_BCKWH = jnp.take(k_AKWH, entry_BC, axis=0, mode="clip")
-        v_BCKWH = k_BCKWH[..., :v_width] if v_AKWH is None else jnp.take(v_AKWH, entry_BC, axis=0, mode="clip")
         slot_BCW = page_BC[..., None] * W + jnp.arange(W)
-        return _attend_slots(q_BTKGH, k_BCKWH, v_BCKWH, slot_BCW, lo_BT, hi_BT, scale)
+        seen_BCTW = _seen(slot_BCW, lo_BT, hi_BT)
+        k_BCKWH = jnp.take(k_AKWH, entry_BC, axis=0, mode="clip")
+        v_BCKWH = k_BCKWH if v_AKWH is None else jnp.take(v_AKWH, entry_BC, axis=0, mode="clip")
+        used_BC1W1 = seen_BCTW.any(2)[:, :, None, :, None]
+        v_BCKWH = jnp.where(used_BC1W1, v_BCKWH, 0)  # 0 * NaN is NaN: unused values must go
+        k_BCKWH = v_BCKWH if v_AKWH is None else k_BCKWH
+        if not by_page:
+            k_BCKWH, v_BCKWH, seen_BCTW = _end_to_end(k_BCKWH), _end_to_end(v_BCKWH), _end_to_end(seen_BCTW)
+        found = _attend_slots(q_BTKGH, k_BCKWH, v_BCKWH, seen_BCTW, scale)
+        return found._replace(o_BTNH=found.o_BTNH[..., :v_width])
 
     if C >= M:
         return one_pass(0, M)
@@ -157,20 +168,26 @@ def _stack(a: Array, b: Array) -> Array:
     return jnp.stack([a, b])
 
 
-def _attend_slots(
-    q_BTKGH: Array, k_BCKWH: Array, v_BCKWH: Array, slot_BCW: Array, lo_BT: Array, hi_BT: Array, scale: float
-) -> Partial:
-    B, T, K, G, _ = q_BTKGH.shape
-    slot_B1CW = slot_BCW[:, None]
-    seen_BTCW = (lo_BT[..., None, None] <= slot_B1CW) & (slot_B1CW < hi_BT[..., None, None])
-    used_BCW = seen_BTCW.any(1)
-    v_BCKWH = jnp.where(used_BCW[:, :, None, :, None], v_BCKWH, 0)  # 0 * NaN is NaN: unused values must go
+def _seen(slot_BCW: Array, lo_BT: Array, hi_BT: Array) -> Array:
+    """Which slots of each page a query sees [B, C, T, W]."""
+    lo_B1T1, hi_B1T1 = (x_BT[:, None, :, None] for x_BT in (lo_BT, hi_BT))
+    slot_BC1W = slot_BCW[:, :, None]
+    return (lo_B1T1 <= slot_BC1W) & (slot_BC1W < hi_B1T1)
 
-    s_BTKGCW = scale * einsum("btkgh,bckwh->btkgcw", q_BTKGH, k_BCKWH, out=jnp.float32)
-    s_BTKGCW = jnp.where(seen_BTCW[:, :, None, None], s_BTKGCW, -jnp.inf)
-    top_BTKG = finite_or_zero(s_BTKGCW.max((-2, -1)))
-    p_BTKGCW = jnp.exp(s_BTKGCW - top_BTKG[..., None, None])
-    sum_BTKGH = einsum("btkgcw,bckwh->btkgh", p_BTKGCW.astype(v_BCKWH.dtype), v_BCKWH, out=jnp.float32)
+
+def _end_to_end(x_BCKWX: Array) -> Array:
+    B, C, K, W, *rest = x_BCKWX.shape
+    return x_BCKWX.swapaxes(1, 2).reshape(B, 1, K, C * W, *rest)
+
+
+def _attend_slots(q_BTKGH: Array, k_BCKWH: Array, v_BCKWH: Array, seen_BCTW: Array, scale: float) -> Partial:
+    B, T, K, G, _ = q_BTKGH.shape
+    s_BCTKGW = scale * einsum("btkgh,bckwh->bctkgw", q_BTKGH, k_BCKWH, out=jnp.float32)
+    s_BCTKGW = jnp.where(seen_BCTW[:, :, :, None, None], s_BCTKGW, -jnp.inf)
+    top_BTKG = finite_or_zero(s_BCTKGW.max((1, -1)))
+    p_BCTKGW = jnp.exp(s_BCTKGW - top_BTKG[:, None, ..., None])
+    sum_BCTKGH = einsum("bctkgw,bckwh->bctkgh", p_BCTKGW.astype(v_BCKWH.dtype), v_BCKWH, out=jnp.float32)
 
     heads = (B, T, K * G)
-    return normalise(sum_BTKGH.reshape(*heads, -1), p_BTKGCW.sum((-2, -1)).reshape(heads), top_BTKG.reshape(heads))
+    total_BTN, top_BTN = p_BCTKGW.sum((1, -1)).reshape(heads), top_BTKG.reshape(heads)
+    return normalise(sum_BCTKGH.sum(1).reshape(*heads, -1), total_BTN, top_BTN)

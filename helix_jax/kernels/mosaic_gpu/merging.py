@@ -34,6 +34,7 @@ def merged(work: Work, o_XQH: Array, lse_XQ: Array, plan: Schedule) -> tuple[Arr
         query = block * queries
         job = row * work.jobs_per_row + query // work.job_queries
         query = lax.rem(query, work.job_queries)
+        live = [spans[0, job, query + i] < spans[1, job, query + i] for i in range(queries)]
         first, count = parts_of(work, Schedule(starts, jobs, spans), job, head)
 
         def each(values: list[Array]) -> Array:
@@ -68,13 +69,12 @@ def merged(work: Work, o_XQH: Array, lse_XQ: Array, plan: Schedule) -> tuple[Arr
         nothing = [jnp.float32(-jnp.inf)] * queries, [jnp.float32(0)] * queries
         zero = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
         tops, sums, acc = lax.fori_loop(0, pl.cdiv(count, at_once), some, (*nothing, zero))
-        live = [spans[0, job, query + i] < spans[1, job, query + i] for i in range(queries)]
-        live = [on & (total > 0) for on, total in zip(live, sums, strict=True)]
-        sums = [jnp.where(on, total, 1.0) for on, total in zip(live, sums, strict=True)]
+        seen = [on & (total > 0) for on, total in zip(live, sums, strict=True)]
+        sums = [jnp.where(on, total, 1.0) for on, total in zip(seen, sums, strict=True)]
         # Selected, not multiplied by 0: a query that sees nothing may have been NaN itself.
-        o_out[row_head, pl.ds(block * width, width)] = jnp.where(each(live), acc / each(sums), 0.0)
+        o_out[row_head, pl.ds(block * width, width)] = jnp.where(each(seen), acc / each(sums), 0.0)
         for i in range(queries):
-            lse_out[row_head, block * queries + i] = jnp.where(live[i], tops[i] + jnp.log(sums[i]), -jnp.inf)
+            lse_out[row_head, block * queries + i] = jnp.where(seen[i], tops[i] + jnp.log(sums[i]), -jnp.inf)
 
     o, lse = plgpu.kernel(
         body,
