@@ -28,6 +28,7 @@ from rich.table import Table
 from helix_jax.attention import attend
 
 ERROR = 1e-2  # relative, of what may be timed: bfloat16 inputs, and outputs of some
+BUSY_SECONDS = 0.05  # against which the host's jitter is little
 EXACT_BYTES = 2**26  # what a host attends to in float64 in a second or two
 
 
@@ -78,13 +79,19 @@ def checked(inputs: Inputs, contenders: dict[str, Contender]) -> dict[str, float
 def timed(contenders: dict[str, Contender], layers: int, rounds: int) -> dict[str, float]:
     """Seconds per layer, the median of the rounds.
 
-    Of three calls in a row less one: what the host does before the first layer and after the last is none of the GPU's.
+    Of many calls in a row less one: what the host does before the first layer and after the last is none of the GPU's.
     """
+    more = {name: _calls_to_add(contender) for name, contender in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for name, contender in [*contenders.items()] * (rounds + 1):  # the first round warms up
-        once, thrice = (_elapsed(contender, calls) for calls in (1, 3))
-        seconds[name].append((thrice - once) / (2 * layers))
-    return {name: float(np.median(values[1:])) for name, values in seconds.items()}
+    for name, contender in [*contenders.items()] * rounds:
+        once, often = (_elapsed(contender, calls) for calls in (1, 1 + more[name]))
+        seconds[name].append((often - once) / (more[name] * layers))
+    return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
+def _calls_to_add(contender: Contender) -> int:
+    """So many that they keep the GPU busy for long. Warms up, too."""
+    return int(np.ceil(BUSY_SECONDS / min(_elapsed(contender, 1) for _ in range(3))))
 
 
 def _elapsed(contender: Contender, calls: int) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from helix_jax.kernels import PageFormat, attend_by, chosen
 
@@ -156,7 +156,7 @@ class Contender:
 
 
 def in_one_program(inputs: Inputs, layers: int, one: Callable[..., Array]) -> Contender:
-    """`one(q, k, v)` as the layers of a model call it."""
+    """`one(q, k, v, table)` as the layers of a model call it."""
     buffers = [inputs.pools[i % inputs.case.buffers] for i in range(layers)]
     return _program(inputs, buffers, one)
 
@@ -164,7 +164,12 @@ def in_one_program(inputs: Inputs, layers: int, one: Callable[..., Array]) -> Co
 def _program(inputs: Inputs, buffers: list[Any], one: Callable[..., Array]) -> Contender:
     @jax.jit
     def program(q_BTNH: Array, buffers: list[Any]) -> list[Array]:
-        return [one(q_BTNH * (1 + i), k, v) for i, (k, v) in enumerate(buffers)]
+        outputs, table_BM = [], inputs.seen[0]
+        for i, (k, v) in enumerate(buffers):
+            outputs.append(one(q_BTNH * (1 + i), k, v, table_BM))
+            # A layer waits for the one before, so that XLA makes no one gather of all.
+            q_BTNH, table_BM, outputs[i] = lax.optimization_barrier((q_BTNH, table_BM, outputs[i]))
+        return outputs
 
     return Contender(
         run=lambda: program(inputs.q_BTNH, buffers),
@@ -187,8 +192,8 @@ def paged(kernel: str, inputs: Inputs, layers: int) -> Contender | None:
     pages = PageFormat(case.width, PAGE, jnp.bfloat16, case.options["v_width"])
     if kernel != "xla" and chosen("auto", jax.devices()[0], pages) != kernel:
         return None
-    twin = attend_by(kernel)
-    return in_one_program(inputs, layers, lambda q, k, v: twin(q, k, v, *inputs.seen, **case.options).o_BTNH)
+    twin, spans = attend_by(kernel), inputs.seen[1:]
+    return in_one_program(inputs, layers, lambda q, k, v, table: twin(q, k, v, table, *spans, **case.options).o_BTNH)
 
 
 def gathered(inputs: Inputs, layers: int) -> Contender | None:
@@ -197,9 +202,9 @@ def gathered(inputs: Inputs, layers: int) -> Contender | None:
         return None
     v_width = inputs.case.options["v_width"]
 
-    def one(q_BTNH: Array, k_AKWH: Array, v_AKWH: Array | None) -> Array:
-        k_BMKWH = jnp.take(k_AKWH, inputs.seen[0], axis=0)
-        v_BMKWH = k_BMKWH[..., :v_width] if v_AKWH is None else jnp.take(v_AKWH, inputs.seen[0], axis=0)
+    def one(q_BTNH: Array, k_AKWH: Array, v_AKWH: Array | None, table_BM: Array) -> Array:
+        k_BMKWH = jnp.take(k_AKWH, table_BM, axis=0)
+        v_BMKWH = k_BMKWH[..., :v_width] if v_AKWH is None else jnp.take(v_AKWH, table_BM, axis=0)
         B, _, N, H = q_BTNH.shape
         q_BKGH = q_BTNH.reshape(B, -1, inputs.case.group, H)
         s_BKGMW = jnp.einsum("bkgh,bmkwh->bkgmw", q_BKGH, k_BMKWH, preferred_element_type=jnp.float32)
@@ -214,8 +219,8 @@ def cudnn(inputs: Inputs, layers: int) -> Contender | None:
     if inputs.case.latent or not inputs.case.equal:
         return None
     buffers = [inputs.contiguous[i % inputs.case.buffers] for i in range(layers)]
-    one = partial(jax.nn.dot_product_attention, scale=inputs.case.scale, implementation="cudnn")
-    return _program(inputs, buffers, one)
+    attention = partial(jax.nn.dot_product_attention, scale=inputs.case.scale, implementation="cudnn")
+    return _program(inputs, buffers, lambda q, k, v, _: attention(q, k, v))
 
 
 def sdpa(inputs: Inputs, layers: int) -> Contender | None:

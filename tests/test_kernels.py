@@ -285,6 +285,7 @@ def case(seed: int, T: int, N: int, K: int, H: int, W: int, lengths: list[int], 
 INTERPRETED = {  # the same, for a GPU of three processors: T, N, K, H, W, lengths, window
     "grouped": (1, 6, 2, 128, 64, [200, 0, 77]),
     "many tiles": (1, 4, 1, 64, 64, [1500, 130]),
+    "many rows": (1, 4, 1, 64, 64, [*range(60, 77), 0, 5]),
     "more than 64 queries": (5, 40, 2, 64, 64, [300, 7]),
     "a chunk of a prompt, short pages": (40, 8, 2, 128, 16, [300, 57]),
     "wide heads and a window": (2, 4, 2, 256, 64, [300, 57], 70),

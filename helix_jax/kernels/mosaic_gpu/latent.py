@@ -121,6 +121,7 @@ def _scores(
     mine = pl.ds(member * ROWS, ROWS)
     pl.when(walked > 0)(lambda: plgpu.barrier_wait(shared.stored))
     memory.fetch_queries(work, segment, member, q, spans, q_staged, spans_staged, shared.asked)
+    plgpu.barrier_wait(shared.asked)
 
     def tile(masked: bool, index: Array, carry):
         m, l, walked = carry

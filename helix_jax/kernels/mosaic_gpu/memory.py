@@ -54,12 +54,11 @@ def fetch_queries(
     spans_staged: Any,
     arrived: Any,
 ) -> None:
-    """Copies the 64 queries of a member, and from where to where each of them sees [2, 64]; waits for both."""
+    """Starts to copy the 64 queries of a member, and from where to where each of them sees [2, 64]: two arrivals."""
     row, job = segment.job // work.jobs_per_row, lax.rem(segment.job, work.jobs_per_row)
     queries = pl.ds(job * work.job_queries + member * ROWS, ROWS)
     plgpu.copy_gmem_to_smem(q.at[row * work.heads + segment.head, queries], q_staged, arrived)
     plgpu.copy_gmem_to_smem(spans.at[pl.ds(0, 2), segment.job, pl.ds(member * ROWS, ROWS)], spans_staged, arrived)
-    plgpu.barrier_wait(arrived)
 
 
 def fetch(pool: Any, starts: list[Array], target: Any, arrived: Any) -> None:

@@ -94,8 +94,12 @@ class Schedule(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """What a stream walks of one job and head: tiles [begin, end), those in [whole_begin, whole_end) without a mask."""
+    """What a stream walks of one job and head: tiles [begin, end), those in [whole_begin, whole_end) without a mask.
 
+    nth: among the stream's.
+    """
+
+    nth: Array
     part: Array
     job: Array
     head: Array
@@ -155,8 +159,8 @@ def each_segment(work: Work, plan: Schedule, stream: Array, body: Callable[[Segm
     start, job, *known = (plan.starts_SX[stream, i] + 0 for i in range(2 + _JOB))
     stop = plan.starts_SX[stream + 1, 0]
 
-    def one(carry: tuple[Array, Array, list[Array], Array]) -> tuple[Array, Array, list[Array], Array]:
-        at, job, known, walked = carry
+    def one(carry: tuple[Array, Array, Array, list[Array], Array]) -> tuple[Array, Array, Array, list[Array], Array]:
+        nth, at, job, known, walked = carry
         end, first, tiles, whole_first, whole_last, lo, hi, following = known
         ahead = [plan.jobs_P8[following, i] for i in range(_JOB)]  # under way while this job is walked
         into = at - (end - tiles) * work.heads_in_lane
@@ -168,12 +172,12 @@ def each_segment(work: Work, plan: Schedule, stream: Array, body: Callable[[Segm
         whole_end = jnp.clip(whole_last, whole_begin, begin + length)
         part = lane * work.parts_in_lane + job * work.heads_in_lane + head + stream
         head = head * work.lanes + lane
-        walked = body(Segment(part, job, head, begin, begin + length, whole_begin, whole_end, lo, hi), walked)
+        walked = body(Segment(nth, part, job, head, begin, begin + length, whole_begin, whole_end, lo, hi), walked)
         same = at + length < end * work.heads_in_lane
         known = [jnp.where(same, now, later) for now, later in zip(known, ahead, strict=True)]
-        return at + length, jnp.where(same, job, following), known, walked
+        return nth + 1, at + length, jnp.where(same, job, following), known, walked
 
-    lax.while_loop(lambda carry: carry[0] < stop, one, (start, job, known, jnp.int32(0)))
+    lax.while_loop(lambda carry: carry[1] < stop, one, (jnp.int32(0), start, job, known, jnp.int32(0)))
 
 
 def each_tile(segment: Segment, body: Callable[[bool, Array, Any], Any], carry: Any) -> Any:
