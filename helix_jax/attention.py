@@ -76,7 +76,6 @@ def attend(
     *,
     scale: float,
     v_width: int | None = None,
-    pages_per_pass: int | None = None,
 ) -> Partial:
     """Softmax attention of each query over the slots `[lo, hi)` of its row, read from pages, in bounded memory.
 
@@ -92,7 +91,7 @@ def attend(
     bytes_per_slot = k_AKWH.dtype.itemsize * K * (H + (v_width or H))
 
     def in_passes_of(slots: int, scores: int, *, by_page: bool) -> Callable[..., Partial]:
-        pages = pages_per_pass or max(1, min(slots // B, scores // (B * T * N)) // W)
+        pages = max(1, min(slots // B, scores // (B * T * N)) // W)
         return partial(attend_in_passes, scale=scale, v_width=v_width, pages_per_pass=pages, by_page=by_page)
 
     few = T * (N // K) <= W  # queries per page: the outputs of each page by itself are fewer than its values
@@ -116,8 +115,11 @@ def attend_in_passes(
     pages_per_pass: int,
     by_page: bool,
 ) -> Partial:
-    """As `attend`. by_page: as they lie, pages are a batch of products; else they are put end to end, which moves them
-    (but for one head), and each pass is one product."""
+    """As `attend`, so many pages at a time.
+
+    by_page: as they lie, pages are a batch of products. Else each pass is one product, over pages put end to end, which
+    moves them if there is more than one head.
+    """
     B, T, N, H = q_BTNH.shape
     K, W = k_AKWH.shape[1:3]
     C, M = pages_per_pass, table_BM.shape[1]

@@ -1,8 +1,8 @@
 """Parts of attention over grouped heads: a group's queries against its keys and values, read once, in place.
 
 Each processor runs streams: a warpgroup that copies tiles into a ring, and one that computes (or two, of 64 queries
-each, where a row brings more than 64). The ring hides the memory's latency: keys and values alternate in it, some 100 KB in
-flight. The copies also run ahead into the next segment, queries and all, while the results of the last one are stored.
+each, where a row brings more than 64). The ring hides the memory's latency: keys and values alternate in it, 100 KB
+in flight. The copies run ahead into the next segment, queries and all, while the results of the last one are stored.
 """
 
 from collections.abc import Callable
