@@ -68,13 +68,28 @@ def make_cache(
     if not latent:
         plan.check_kv_heads(kv_heads)
     _, B, M = rows.table_RBM.shape
-    shape = (plan.mesh.shape[CP] * B * M, kv_heads, page, head_width)
+    how: dict[str, Any] = {"kv_heads": kv_heads, "head_width": head_width, "dtype": dtype, "latent": latent}
+    return make_pools(plan, plan.mesh.shape[CP] * B * M, page=page, layers=layers, **how), rows
+
+
+def make_pools(
+    plan: Plan,
+    pages: int,
+    *,
+    page: int,
+    layers: int,
+    kv_heads: int,
+    head_width: int,
+    dtype: DTypeLike,
+    latent: bool = False,
+) -> KVCache:
+    """Empty pages, so many over all ranks, sharded from the start; the rest as `make_cache`."""
     spec = sharding(plan.mesh, PAGES_LATENT_AKWH if latent else PAGES_AKWH)
 
     def pool() -> Array:
-        return jnp.zeros(shape, dtype, device=spec)
+        return jnp.zeros((pages, kv_heads, page, head_width), dtype, device=spec)
 
-    return KVCache(tuple(Pages(pool(), None if latent else pool()) for _ in range(layers))), rows
+    return KVCache(tuple(Pages(pool(), None if latent else pool()) for _ in range(layers)))
 
 
 def _start_rows(plan: Plan, prompt_lens: Sequence[int], max_lens: Sequence[int], page: int) -> Rows:

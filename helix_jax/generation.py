@@ -89,13 +89,9 @@ def stream(
         ValueError: an empty prompt, a token id outside the vocabulary, more positions than the model has, heads that
             the mesh does not divide, a number below 1.
     """
-    placed = model.embed_VD[...].sharding
-    if not isinstance(placed, NamedSharding) or placed.mesh != plan.mesh:
-        raise ValueError("the model's weights lie on another mesh than the plan's: use load or shard with plan.mesh")
+    check_placed(model, plan)
     if sampling and len(sampling.seed_B) != len(prompts):
         raise ValueError(f"sampling is for {len(sampling.seed_B)} rows, but there are {len(prompts)} prompts")
-    plan.check_model(model.config)
-    _check_experts(model, plan)
     checked = check_request(model.config, prompts, max_new_tokens=max_new_tokens, chunk=chunk, page=page)
     lens = [len(prompt) for prompt in checked]
     # The last token is said, not cached.
@@ -169,6 +165,15 @@ def _decode(run: Run, out: StepOutput, live_B: np.ndarray, max_new_tokens: int, 
         began = time.perf_counter()
         out = run(out.cache, out.rows, token_B[:, None], live_B.astype(np.int32))
         seconds = time.perf_counter() - began
+
+
+def check_placed(model: Transformer, plan: Plan) -> None:
+    """Raises ValueError if the model's weights do not lie as the plan has them, or the mesh cannot share its heads."""
+    placed = model.embed_VD[...].sharding
+    if not isinstance(placed, NamedSharding) or placed.mesh != plan.mesh:
+        raise ValueError("the model's weights lie on another mesh than the plan's: use load or shard with plan.mesh")
+    plan.check_model(model.config)
+    _check_experts(model, plan)
 
 
 def _check_experts(model: Transformer, plan: Plan) -> None:

@@ -36,7 +36,7 @@ class ManyOutput(NamedTuple):
     rows: Rows
 
 
-def _step(
+def advance(
     config: ModelConfig,
     plan: Plan,
     weights: Weights,
@@ -44,9 +44,8 @@ def _step(
     rows: Rows,
     tokens_BT: Int[Array, "B T"],
     count_B: Int[Array, "B"],
-    sampling: Sampling,
-) -> StepOutput:
-    """Appends the first `count_B` (0 to T) of `tokens_BT` to each row, and chooses the token that follows the last one.
+) -> tuple[Float[Array, "B V"], KVCache, Rows]:
+    """Appends the first `count_B` (0 to T) of `tokens_BT` to each row; gives the logits of what follows the last one.
 
     config and weights: `model.config` and `model.weights()`. cache: taken over, use the one that comes back.
     T = 1 is decoding, a larger T a chunk of a prompt. A row of count 0 writes nothing and moves nothing. Nothing here
@@ -64,16 +63,30 @@ def _step(
     x_BTD, layers = model(tokens_BT, position_BT, attention, cache.layers, run_experts)
     last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
     logits_BV = model.logits(jnp.take_along_axis(x_BTD, last_B11, axis=1)[:, 0])
+    # For the logits this is the step's one gather: they leave their vocabulary shards, and every device samples the
+    # same token.
+    logits_BV = as_rows(plan, logits_BV)
+    return logits_BV, KVCache(layers), rows._replace(length_B=as_rows(plan, rows.length_B + count_B))
 
-    # One sharding for all that is per row: what a step gives, the next one takes without another compilation. For the
-    # logits it is the step's one gather: they leave their vocabulary shards, and every device samples the same token.
-    def per_row(x_B: Array) -> Array:
-        return lax.with_sharding_constraint(x_B, sharding(plan.mesh, ROWS_B))
 
-    logits_BV = per_row(logits_BV)
-    rows = rows._replace(length_B=per_row(rows.length_B + count_B))
-    token_B = per_row(sample(logits_BV, sampling, rows.length_B))
-    return StepOutput(token_B, logits_BV, KVCache(layers), rows)
+def as_rows(plan: Plan, x_B: Array) -> Array:
+    """One sharding for all that is per row: what a step gives, the next one takes without another compilation."""
+    return lax.with_sharding_constraint(x_B, sharding(plan.mesh, ROWS_B))
+
+
+def _step(
+    config: ModelConfig,
+    plan: Plan,
+    weights: Weights,
+    cache: KVCache,
+    rows: Rows,
+    tokens_BT: Int[Array, "B T"],
+    count_B: Int[Array, "B"],
+    sampling: Sampling,
+) -> StepOutput:
+    """As `advance`, and chooses the token that follows."""
+    logits_BV, cache, rows = advance(config, plan, weights, cache, rows, tokens_BT, count_B)
+    return StepOutput(as_rows(plan, sample(logits_BV, sampling, rows.length_B)), logits_BV, cache, rows)
 
 
 def _many_steps(

@@ -25,6 +25,9 @@ MAY_IMPORT = {
     "families": {"config", "families"},
     "checkpoint": {"config", "mesh", "models", "families", "checkpoint"},
     "step": {"cache", "config", "plan", "helix", "mesh", "models", "sampling"},
+    "engine": {
+        *("cache", "config", "engine", "generation", "layout", "mesh", "models", "plan", "sampling", "step", "text"),
+    },
     "generation": {"cache", "config", "plan", "mesh", "models", "sampling", "step"},
     "text": {"config"},
     "train": {"attention", "config", "models"},

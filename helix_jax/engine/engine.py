@@ -1,0 +1,394 @@
+"""Many requests on one mesh: `schedule -> run -> collect`, one step ahead of the devices."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from helix_jax.cache import KVCache, Rows, make_pools, per_row
+from helix_jax.engine import programs
+from helix_jax.engine.memory import Memory, run_length
+from helix_jax.engine.programs import Rules, State, Told
+from helix_jax.engine.requests import (
+    CANCELLED,
+    LENGTH,
+    STOP,
+    Ended,
+    Event,
+    Figures,
+    Request,
+    Result,
+    Said,
+    SamplingParams,
+    check_prompt,
+)
+from helix_jax.engine.said import Text
+from helix_jax.engine.scheduler import Chunk, Scheduler, Seat, Work, seated, table_of
+from helix_jax.generation import DEFAULT_CHUNK, DEFAULT_PAGE, cache_shape, check_placed
+from helix_jax.mesh import DP, REPLICATED, ROWS_B, TABLE_RBM, sharding
+from helix_jax.models.transformer import Transformer
+from helix_jax.plan import Plan
+from helix_jax.sampling import make_sampling
+from helix_jax.text import Tokenizer
+
+_SHARE_OF_MEMORY = 0.9  # of what is free, for pages
+_EDITS = 64  # of the table, in one call
+_SHORT = 8  # a chunk that is so much shorter has a program of its own
+
+
+class Flight(NamedTuple):
+    """What was dispatched and is not yet read: outputs, and whose token stands in which place of them."""
+
+    told: Told
+    whose: list[tuple[int, Request]]
+
+
+class Engine:
+    """Prefills and decodes many requests together, over one cache of pages that all of them share.
+
+    It and its scheduler are the only mutable state of the library. Each step is dispatched before the tokens of the one
+    before are read: where a token goes is known without it. A request that turns out to have ended costs one token that
+    nobody sees.
+
+    rows: requests that run at once. pages: of each rank (None: what fits the free memory of a device, or on a CPU what
+    all rows can fill). page: tokens per page. max_len: positions of a request at most (None: the model's). chunk:
+    tokens of a prompt per call. budget: such tokens per step, so that decoding never waits for longer (None: a chunk).
+    share_prefixes: requests that begin alike read the same pages, where places do not depend on the prompt's length:
+    `sharing` says whether and why not.
+
+    Raises:
+        ValueError: weights on another mesh than the plan's, dp, heads that the mesh does not divide, a number below 1,
+            more positions than the model has, pages that no request would fit.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        plan: Plan,
+        *,
+        rows: int = 8,
+        pages: int | None = None,
+        page: int = DEFAULT_PAGE,
+        max_len: int | None = None,
+        chunk: int = DEFAULT_CHUNK,
+        budget: int | None = None,
+        tokenizer: Tokenizer | None = None,
+        share_prefixes: bool = True,
+    ):
+        config = model.config
+        max_len = config.max_positions if max_len is None else max_len
+        budget = chunk if budget is None else budget
+        _check_numbers(rows=rows, page=page, max_len=max_len, chunk=chunk, budget=budget)
+        if pages is not None:
+            _check_numbers(pages=pages)
+        if max_len > config.max_positions:
+            raise ValueError(f"max_len is {max_len}: the model has {config.max_positions} positions, give no more")
+        if plan.mesh.shape[DP] != 1:
+            raise ValueError(f"the mesh has dp {plan.mesh.shape[DP]}: make one engine for each, of dp 1")
+        check_placed(model, plan)
+        self.config, self.plan, self.max_len, self.page = config, plan, max_len, page
+        self.sharing = _sharing(plan, page, share_prefixes)
+        self.shape = cache_shape(model)
+        self._entries = _entries(plan, max_len, page)
+        self._weights = model.weights()
+        self._device = next(iter(model.embed_VD[...].sharding.device_set))
+        pages = self._pages_that_fit(rows) if pages is None else pages
+        memory = Memory(plan.layout, pages, page, share=self.sharing == "on")
+        self.scheduler = Scheduler(memory, rows, budget, chunk)
+        self.state = self._empty_state(rows, pages, model)
+        self._widths = sorted({chunk, max(1, chunk // _SHORT)})
+        self._tokenizer = tokenizer
+        self.requests: dict[str, Request] = {}  # those that have not ended
+        self._flights: list[Flight] = []
+        self._events: list[Event] = []
+        self._submitted = self._steps = self._prefilled = self._shared = self._decoded = self._finished = 0
+        self._busy_s = 0.0
+
+    # What is asked
+
+    def submit(self, prompt: str | Sequence[int], params: SamplingParams | None = None, id: str | None = None) -> str:
+        """Takes a request in; it runs in the steps that follow. Returns its id.
+
+        Raises:
+            ValueError: an empty prompt, an id outside of the vocabulary, one that could never fit, text without a
+                tokenizer, an id of a request that has not ended.
+        """
+        params = SamplingParams() if params is None else params
+        id = f"request-{self._submitted}" if id is None else id
+        if id in self.requests:
+            raise ValueError(f"a request '{id}' has not ended yet: give another id")
+        if self._tokenizer is None and (isinstance(prompt, str) or params.stop):
+            raise ValueError("text needs a tokenizer, and the engine has none: give token ids, and no stop strings")
+        ids: Any = self._tokenizer.encode(prompt) if self._tokenizer and isinstance(prompt, str) else prompt
+        ids = check_prompt(self.config, ids, params, self.max_len)
+        ends = self.config.stop_ids if params.stop_ids is None else params.stop_ids
+        text = Text(self._tokenizer, params.stop)
+        request = Request(id, ids, params, frozenset(ends), self._submitted, text, submitted_s=time.perf_counter())
+        memory = self.scheduler.memory
+        if not memory.fits(request.most, len(ids)):
+            need = int(memory.needed(request.most, len(ids)).max())
+            raise ValueError(
+                f"{len(ids)} tokens and {params.max_new_tokens} new ones need {need} pages of {self.page} on one rank, "
+                f"and it has {memory.pages}: ask for fewer tokens, or give more pages"
+            )
+        self._submitted += 1
+        self.requests[id] = request
+        self.scheduler.waiting.append(request)
+        return id
+
+    def cancel(self, id: str) -> None:
+        """Ends a request where it is; the next step tells.
+
+        Raises:
+            ValueError: an id that is unknown, or of a request that has ended.
+        """
+        if id not in self.requests:
+            raise ValueError(f"no request '{id}' is waiting or running: it has ended, or was never submitted")
+        self._events.append(self._end(self.requests[id], CANCELLED))
+
+    # What is done
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has anything to do, or to tell."""
+        return bool(self.requests or self._flights or self._events)
+
+    def step(self) -> list[Event]:
+        """Dispatches one step, then reads what the one before it said."""
+        began = time.perf_counter()
+        work = self.scheduler.schedule()
+        flights = self._run(work)
+        self.settle()
+        self._flights, events, self._events = flights, self._events, []
+        self._steps += 1
+        self._busy_s += time.perf_counter() - began
+        return events
+
+    def settle(self) -> None:
+        """Reads all that was dispatched; the next step tells it."""
+        self._events += [event for flight in self._flights for event in self._collect(flight)]
+        self._flights = []
+
+    def events(self) -> Iterator[Event]:
+        """Steps until nothing is left to do, and tells all that happens."""
+        while self.busy:
+            yield from self.step()
+
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Result]:
+        """The results of these prompts, in their order; params: for all, or one each.
+
+        Raises:
+            ValueError: as `submit`, before anything runs; another number of params than of prompts.
+        """
+        each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(each)} params, but {len(prompts)} prompts: give one for all, or one each")
+        ids: list[str] = []
+        try:
+            for prompt, one in zip(prompts, each, strict=True):
+                ids.append(self.submit(prompt, one))
+        except ValueError:
+            for id in ids:
+                self.cancel(id)
+            raise
+        results = {event.id: event.result for event in self.events() if isinstance(event, Ended)}
+        return [results[id] for id in ids]
+
+    def warm_up(self) -> float:
+        """Compiles every program that steps are made of. Returns the seconds that it took."""
+        began = time.perf_counter()
+        nobody = Request("", [0], SamplingParams(), frozenset(), -1, Text(None, ()), row=0)
+        self._hand_out([])
+        for width in self._widths:
+            self._prefill(Chunk(nobody, 0, 0, False), width)
+        self._decode([])
+        jax.block_until_ready(self.state)
+        return time.perf_counter() - began
+
+    def figures(self) -> Figures:
+        """How it stands."""
+        scheduler, memory = self.scheduler, self.scheduler.memory
+        return Figures(
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running),
+            finished=self._finished,
+            pages=memory.pages,
+            pages_in_use=memory.in_use(),
+            pages_cached=memory.cached(),
+            steps=self._steps,
+            prefilled_tokens=self._prefilled,
+            shared_tokens=self._shared,
+            decoded_tokens=self._decoded,
+            preemptions=scheduler.preemptions,
+            tokens_per_s=self._decoded / self._busy_s if self._busy_s else 0.0,
+        )
+
+    # run
+
+    def _run(self, work: Work) -> list[Flight]:
+        flights = []
+        if work.edits:
+            self._hand_out(work.edits)
+        if work.decodes:
+            flights.append(Flight(self._decode(work.decodes), [(seated(r), r) for r in work.decodes]))
+        for seat in work.seats:
+            self._seat(seat)
+        for chunk in work.chunks:
+            told = self._prefill(chunk, next(width for width in self._widths if chunk.count <= width))
+            self._prefilled += chunk.count
+            if chunk.last:
+                flights.append(Flight(told, [(0, chunk.request)]))
+        return flights
+
+    def _hand_out(self, edits: list[tuple[int, int, int, int]]) -> None:
+        nothing = (self.plan.layout.ranks, 0, 0, 0)
+        for first in range(0, max(len(edits), 1), _EDITS):
+            some = edits[first : first + _EDITS]
+            edits_X4 = self._put(np.asarray(some + [nothing] * (_EDITS - len(some)), np.int32))
+            self.state = self._dispatched(programs.hand_out(self.plan, self.state, edits_X4))
+
+    def _seat(self, seat: Seat) -> None:
+        request, params = seat.request, seat.request.params
+        self._shared += seat.cached
+        seen_V = np.zeros(self.state.seen_BV.shape[1], bool)
+        seen_V[request.known] = True
+        sampling = make_sampling(1, params.temperature, params.top_k, params.top_p, params.seed, params.min_p)
+        penalty, told = params.repetition_penalty, params.logprobs is not None
+        rules = Rules(sampling, jnp.full(1, penalty, jnp.float32), jnp.full(1, told))
+        table_RM = table_of(self.scheduler.held[request.id], self._entries)
+        numbers = (np.int32(x) for x in (seat.cached, len(request.prompt)))
+        given = (np.int32(seated(request)), table_RM, *numbers, seen_V, rules)
+        self.state = self._dispatched(programs.seat(self.plan, self.state, *map(self._put, given)))
+
+    def _prefill(self, chunk: Chunk, width: int) -> Told:
+        tokens = chunk.request.known[chunk.first : chunk.first + chunk.count]
+        tokens_1T = np.zeros((1, width), np.int32)
+        tokens_1T[0, : len(tokens)] = tokens
+        given = (np.int32(seated(chunk.request)), tokens_1T, np.asarray([chunk.count], np.int32))
+        told, self.state = self._dispatched(
+            programs.prefill(self.config, self.plan, self._weights, self.state, *map(self._put, given))
+        )
+        return told
+
+    def _decode(self, requests: list[Request]) -> Told:
+        count_B = np.zeros(len(self.state.token_B), np.int32)
+        count_B[[seated(request) for request in requests]] = 1
+        told, self.state = self._dispatched(
+            programs.decode(self.config, self.plan, self._weights, self.state, self._put(count_B))
+        )
+        return told
+
+    def _put(self, value: Any) -> Any:
+        return jax.device_put(value, sharding(self.plan.mesh, REPLICATED))
+
+    def _dispatched(self, output: Any) -> Any:
+        """On a CPU split into devices programs that pile up deadlock: there each is waited for, though not read."""
+        return jax.block_until_ready(output) if self._device.platform == "cpu" else output
+
+    # collect
+
+    def _collect(self, flight: Flight) -> Iterator[Event]:
+        token_B, logprobs = np.asarray(flight.told.token_B), None
+        for place, request in flight.whose:
+            if self.requests.get(request.id) is not request:
+                continue  # it had ended when this was dispatched
+            told = None
+            if request.params.logprobs is not None:
+                logprobs = logprobs or jax.tree.map(np.asarray, flight.told.logprobs)
+                top = zip(logprobs.top_ids_BC[place].tolist(), logprobs.top_BC[place].tolist(), strict=True)
+                told = float(logprobs.chosen_B[place]), tuple(top)[: request.params.logprobs]
+            yield from self._say(request, int(token_B[place]), told)
+
+    def _say(self, request: Request, token: int, told: tuple[float, Any] | None) -> Iterator[Event]:
+        now = time.perf_counter()
+        request.first_s = request.first_s or now
+        request.last_s = now
+        request.running_ahead -= 1
+        request.tokens.append(token)
+        self._decoded += 1
+        if told:
+            request.logprobs.append(told)
+        stopped = request.text.feed(token) or token in request.stop_ids
+        ended = stopped or len(request.tokens) == request.params.max_new_tokens
+        yield Said(request.id, token, request.text.give(all=ended), *(told or (None, None)))
+        if ended:
+            yield self._end(request, STOP if stopped else LENGTH)
+
+    def _end(self, request: Request, reason: str) -> Ended:
+        del self.requests[request.id]
+        self.scheduler.drop(request)
+        self._finished += 1
+        request.text.give(all=True)
+        count = len(request.tokens)
+        first, last = request.first_s, request.last_s
+        return Ended(
+            request.id,
+            Result(
+                id=request.id,
+                prompt_tokens=len(request.prompt),
+                tokens=tuple(request.tokens),
+                text=request.text.given,
+                reason=reason,
+                ttft_s=None if first is None else first - request.submitted_s,
+                s_per_token=None if first is None or last is None or count < 2 else (last - first) / (count - 1),
+                shared_tokens=request.shared,
+                preemptions=request.preemptions,
+                logprobs=None if request.params.logprobs is None else tuple(request.logprobs),
+            ),
+        )
+
+    # start
+
+    def _pages_that_fit(self, rows: int) -> int:
+        wanted = rows * self._entries
+        stats = None if self._device.platform == "cpu" else self._device.memory_stats()
+        if not stats:
+            return wanted
+        free = stats["bytes_limit"] - stats["bytes_in_use"]
+        pools = jax.eval_shape(lambda: make_pools(self.plan, self.plan.layout.ranks, page=self.page, **self.shape))
+        per_page = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pools)) // self.plan.mesh.size
+        if self.shape["latent"]:
+            per_page *= self.plan.mesh.shape["tp"]
+        return max(1, min(wanted, int(_SHARE_OF_MEMORY * free) // per_page))
+
+    def _empty_state(self, rows: int, pages: int, model: Transformer) -> State:
+        plan, ranks = self.plan, self.plan.layout.ranks
+        rows_B = sharding(plan.mesh, ROWS_B)
+        cache: KVCache = make_pools(plan, ranks * pages, page=self.page, **self.shape)
+        table_RBM = np.full((ranks, rows, self._entries), -1, np.int32)
+        none_B = np.zeros(rows)
+        state_rows = Rows(
+            jax.device_put(table_RBM, sharding(plan.mesh, TABLE_RBM)), per_row(plan, none_B), per_row(plan, none_B)
+        )
+        rules = Rules(make_sampling(rows), jnp.ones(rows, jnp.float32), jnp.zeros(rows, bool))
+        seen_BV = jnp.zeros((rows, model.embed_VD.shape[0]), bool)
+        return State(cache, state_rows, per_row(plan, none_B), *jax.device_put((seen_BV, rules), rows_B))
+
+
+def _check_numbers(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}: give a whole number, at least 1")
+
+
+def _sharing(plan: Plan, page: int, wanted: bool) -> str:
+    layout = plan.layout
+    if not wanted:
+        return "off: not asked for"
+    if layout.placement != "striped":
+        return f"off: under {layout.placement} places depend on the prompt's length (choose striped)"
+    if run_length(layout, page) is None:
+        return f"off: neither of page {page} and block {layout.block} divides the other"
+    return "on"
+
+
+def _entries(plan: Plan, max_len: int, page: int) -> int:
+    """Pages of a row on one rank at most: no placement is more than three blocks from even, but for the baseline."""
+    layout = plan.layout
+    even = max_len if layout.placement == "last_rank" else -(-max_len // layout.ranks) + 3 * layout.block
+    return -(-min(max_len, even) // page)

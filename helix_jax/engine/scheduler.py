@@ -1,0 +1,151 @@
+"""What the next step does: decided from what was submitted and from counts of steps, never from a clock or from tokens
+that are still on the devices, so that every process decides the same."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from helix_jax.engine.memory import Held, Memory
+from helix_jax.engine.requests import Request
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A request takes a row; `cached` of its tokens are there already."""
+
+    request: Request
+    cached: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens [first, first + count) of a request are cached; with the last of them it says something."""
+
+    request: Request
+    first: int
+    count: int
+    last: bool
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step. edits: (rank, row, entry, page), into the tables of rows that have their seats."""
+
+    edits: list[tuple[int, int, int, int]] = field(default_factory=list)
+    seats: list[Seat] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    decodes: list[Request] = field(default_factory=list)
+
+
+class Scheduler:
+    """Rows, pages and whose turn it is. First come, first served; when pages run out the youngest starts anew later."""
+
+    def __init__(self, memory: Memory, rows: int, budget: int, chunk: int):
+        self.memory, self._budget, self._chunk = memory, budget, chunk
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in the order of their seats
+        self.held: dict[str, Held] = {}
+        self._free_rows = list(range(rows - 1, -1, -1))
+        self._target: dict[str, int] = {}  # tokens to cache before a request says something
+        self.preemptions = 0
+
+    def schedule(self) -> Work:
+        work = Work()
+        before = self.preemptions
+        for request in [r for r in self.running if self._decodes(r)]:
+            if request.row is not None and self._make_room(request, work):
+                work.decodes.append(request)
+        # Whoever lost its row in this very step had an elder beside it: no one else may take the pages.
+        work.decodes[:] = [request for request in work.decodes if request.row is not None]
+        work.edits[:] = [edit for edit in work.edits if any(edit[1] == r.row for r in work.decodes)]
+        if self.preemptions == before:
+            self._seat_waiting(work)
+        work.chunks.extend(self._chunks())
+        for request in work.decodes:
+            request.written += 1
+            request.running_ahead += 1
+        return work
+
+    def drop(self, request: Request) -> None:
+        """A request that has ended, or is to start again, gives back its row and pages."""
+        if request.row is None:
+            self.waiting.remove(request)
+            return
+        self.running.remove(request)
+        self._free_rows.append(request.row)
+        self.memory.release(self.held.pop(request.id))
+        del self._target[request.id]
+        request.row = None
+
+    def _decodes(self, request: Request) -> bool:
+        return request.written >= self._target[request.id] and request.said < request.params.max_new_tokens
+
+    def _make_room(self, request: Request, work: Work) -> bool:
+        """Pages for the block of its next token; the youngest gives way, be it this one."""
+        length = self._ahead(request)
+        while (given := self.memory.grow(self.held[request.id], length, len(request.prompt))) is None:
+            youngest = max(self.running, key=lambda r: r.order)
+            self._preempt(youngest)
+            if youngest is request:
+                return False
+        work.edits.extend((rank, seated(request), entry, page) for rank, entry, page in given)
+        return True
+
+    def _ahead(self, request: Request) -> int:
+        """Where the block of its next token ends: no further than it can come."""
+        layout, start = self.memory.layout, 0 if self.memory.layout.placement == "striped" else len(request.prompt)
+        block = max(request.written - start, 0) // layout.block + 1
+        return min(start + block * layout.block, request.most)
+
+    def _preempt(self, request: Request) -> None:
+        self.drop(request)
+        request.written = 0
+        request.preemptions += 1
+        self.preemptions += 1
+        self.waiting.appendleft(request)
+
+    def _seat_waiting(self, work: Work) -> None:
+        # A token that is still on its way belongs to what is cached anew.
+        while self.waiting and self._free_rows and not self.waiting[0].running_ahead:
+            request = self.waiting[0]
+            known = request.known
+            held, cached = self.memory.start(known)
+            request.written = len(known)
+            if self.memory.grow(held, self._ahead(request), len(request.prompt)) is None:
+                request.written = 0
+                self.memory.release(held)
+                return
+            self.waiting.popleft()
+            request.row, request.written, request.shared = self._free_rows.pop(), cached, cached
+            self.held[request.id], self._target[request.id] = held, len(known)
+            self.running.append(request)
+            work.seats.append(Seat(request, cached))
+
+    def _chunks(self) -> Iterator[Chunk]:
+        budget = self._budget
+        for request in self.running:
+            target = self._target[request.id]
+            while request.written < target and budget > 0:
+                count = min(target - request.written, self._chunk, budget)
+                chunk = Chunk(request, request.written, count, request.written + count == target)
+                request.written += count
+                request.running_ahead += chunk.last
+                budget -= count
+                self.memory.learn(self.held[request.id], request.known, request.written)
+                yield chunk
+
+
+def seated(request: Request) -> int:
+    """The row of a request that has one."""
+    assert request.row is not None
+    return request.row
+
+
+def table_of(held: Held, entries: int) -> np.ndarray:
+    """[R, M], -1 where there is no page: what is written there is dropped."""
+    table_RM = np.full((len(held.pages), entries), -1, np.int32)
+    for rank, pages in enumerate(held.pages):
+        table_RM[rank, : len(pages)] = pages
+    return table_RM
