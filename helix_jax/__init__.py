@@ -17,6 +17,7 @@ from helix_jax.cache import KVCache, Pages, Rows, make_cache
 from helix_jax.checkpoint import DEMO_MODEL, load, save, shard
 from helix_jax.combine import COMBINES, combine
 from helix_jax.config import ModelConfig
+from helix_jax.engine import Ended, Engine, Figures, Result, Said, SamplingParams, hand_over
 from helix_jax.generation import cache_shape, generate, stream
 from helix_jax.helix import helix_attention
 from helix_jax.layout import PLACEMENTS, BlockLayout
@@ -33,18 +34,25 @@ __all__ = [
     "DEMO_MODEL",
     "PLACEMENTS",
     "BlockLayout",
+    "Ended",
+    "Engine",
+    "Figures",
     "KVCache",
     "ModelConfig",
     "Pages",
     "Partial",
     "Plan",
+    "Result",
     "Rows",
+    "Said",
     "Sampling",
+    "SamplingParams",
     "Transformer",
     "attend",
     "cache_shape",
     "combine",
     "generate",
+    "hand_over",
     "helix_attention",
     "load",
     "make_cache",

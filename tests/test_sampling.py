@@ -52,7 +52,11 @@ def test_top_p_leaves_the_fewest_that_reach_p_among_what_top_k_left(logits_V, k:
 def test_a_row_draws_the_same_whatever_stands_beside_it():
     logits_BV = jnp.asarray(np.random.default_rng(1).normal(size=(3, V)), jnp.float32)
     rules = Sampling(
-        jnp.asarray([0.0, 1.0, 2.0]), jnp.asarray([0, 5, 0]), jnp.asarray([1.0, 1.0, 0.7]), jnp.asarray([1, 2, 3])
+        temperature_B=jnp.asarray([0.0, 1.0, 2.0]),
+        top_k_B=jnp.asarray([0, 5, 0]),
+        top_p_B=jnp.asarray([1.0, 1.0, 0.7]),
+        min_p_B=jnp.asarray([0.0, 0.1, 0.0]),
+        seed_B=jnp.asarray([1, 2, 3]),
     )
     for position in range(20):
         crowd = sample(logits_BV, rules, jnp.full(3, position))

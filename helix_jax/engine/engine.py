@@ -2,16 +2,12 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from helix_jax.cache import KVCache, Rows, make_pools, per_row
-from helix_jax.engine import programs
 from helix_jax.engine.memory import Memory, run_length
-from helix_jax.engine.programs import Rules, State, Told
 from helix_jax.engine.requests import (
     CANCELLED,
     LENGTH,
@@ -25,25 +21,18 @@ from helix_jax.engine.requests import (
     SamplingParams,
     check_prompt,
 )
+from helix_jax.engine.runner import Flight, Runner
 from helix_jax.engine.said import Text
-from helix_jax.engine.scheduler import Chunk, Scheduler, Seat, Work, seated, table_of
-from helix_jax.generation import DEFAULT_CHUNK, DEFAULT_PAGE, cache_shape, check_placed
-from helix_jax.mesh import DP, REPLICATED, ROWS_B, TABLE_RBM, sharding
+from helix_jax.engine.scheduler import Scheduler, Seat
+from helix_jax.generation import DEFAULT_CHUNK, DEFAULT_PAGE, check_placed
+from helix_jax.mesh import DP
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
-from helix_jax.sampling import make_sampling
 from helix_jax.text import Tokenizer
 
 _SHARE_OF_MEMORY = 0.9  # of what is free, for pages
 _EDITS = 64  # of the table, in one call
 _SHORT = 8  # a chunk that is so much shorter has a program of its own
-
-
-class Flight(NamedTuple):
-    """What was dispatched and is not yet read: outputs, and whose token stands in which place of them."""
-
-    told: Told
-    whose: list[tuple[int, Request]]
 
 
 class Engine:
@@ -89,17 +78,11 @@ class Engine:
         if plan.mesh.shape[DP] != 1:
             raise ValueError(f"the mesh has dp {plan.mesh.shape[DP]}: make one engine for each, of dp 1")
         check_placed(model, plan)
-        self.config, self.plan, self.max_len, self.page = config, plan, max_len, page
+        self.config, self.plan, self.max_len = config, plan, max_len
         self.sharing = _sharing(plan, page, share_prefixes)
-        self.shape = cache_shape(model)
-        self._entries = _entries(plan, max_len, page)
-        self._weights = model.weights()
-        self._device = next(iter(model.embed_VD[...].sharding.device_set))
-        pages = self._pages_that_fit(rows) if pages is None else pages
-        memory = Memory(plan.layout, pages, page, share=self.sharing == "on")
+        self.runner = Runner(model, plan, rows=rows, pages=pages, page=page, max_len=max_len, chunk=chunk)
+        memory = Memory(plan.layout, self.runner.pages, page, share=self.sharing == "on")
         self.scheduler = Scheduler(memory, rows, budget, chunk)
-        self.state = self._empty_state(rows, pages, model)
-        self._widths = sorted({chunk, max(1, chunk // _SHORT)})
         self._tokenizer = tokenizer
         self.requests: dict[str, Request] = {}  # those that have not ended
         self._flights: list[Flight] = []
@@ -127,17 +110,22 @@ class Engine:
         ends = self.config.stop_ids if params.stop_ids is None else params.stop_ids
         text = Text(self._tokenizer, params.stop)
         request = Request(id, ids, params, frozenset(ends), self._submitted, text, submitted_s=time.perf_counter())
-        memory = self.scheduler.memory
-        if not memory.fits(request.most, len(ids)):
-            need = int(memory.needed(request.most, len(ids)).max())
-            raise ValueError(
-                f"{len(ids)} tokens and {params.max_new_tokens} new ones need {need} pages of {self.page} on one rank, "
-                f"and it has {memory.pages}: ask for fewer tokens, or give more pages"
-            )
+        self.check_room(request)
         self._submitted += 1
         self.requests[id] = request
         self.scheduler.waiting.append(request)
         return id
+
+    def check_room(self, request: Request) -> None:
+        """Raises ValueError if a request could never fit, be it alone."""
+        check_prompt(self.config, request.prompt, request.params, self.max_len)
+        memory, length = self.scheduler.memory, len(request.prompt)
+        if not memory.fits(request.most, length):
+            need = int(memory.needed(request.most, length).max())
+            raise ValueError(
+                f"{length} tokens and {request.params.max_new_tokens} new ones need {need} pages of {memory.page} on "
+                f"one rank, and it has {memory.pages}: ask for fewer tokens, or give more pages"
+            )
 
     def cancel(self, id: str) -> None:
         """Ends a request where it is; the next step tells.
@@ -160,7 +148,9 @@ class Engine:
         """Dispatches one step, then reads what the one before it said."""
         began = time.perf_counter()
         work = self.scheduler.schedule()
-        flights = self._run(work)
+        flights = self.runner.run(work, self.scheduler.held)
+        self._prefilled += sum(chunk.count for chunk in work.chunks)
+        self._shared += sum(seat.cached for seat in work.seats)
         self.settle()
         self._flights, events, self._events = flights, self._events, []
         self._steps += 1
@@ -201,14 +191,7 @@ class Engine:
 
     def warm_up(self) -> float:
         """Compiles every program that steps are made of. Returns the seconds that it took."""
-        began = time.perf_counter()
-        nobody = Request("", [0], SamplingParams(), frozenset(), -1, Text(None, ()), row=0)
-        self._hand_out([])
-        for width in self._widths:
-            self._prefill(Chunk(nobody, 0, 0, False), width)
-        self._decode([])
-        jax.block_until_ready(self.state)
-        return time.perf_counter() - began
+        return self.runner.warm_up()
 
     def figures(self) -> Figures:
         """How it stands."""
@@ -228,67 +211,21 @@ class Engine:
             tokens_per_s=self._decoded / self._busy_s if self._busy_s else 0.0,
         )
 
-    # run
+    # What is handed over
 
-    def _run(self, work: Work) -> list[Flight]:
-        flights = []
-        if work.edits:
-            self._hand_out(work.edits)
-        if work.decodes:
-            flights.append(Flight(self._decode(work.decodes), [(seated(r), r) for r in work.decodes]))
-        for seat in work.seats:
-            self._seat(seat)
-        for chunk in work.chunks:
-            told = self._prefill(chunk, next(width for width in self._widths if chunk.count <= width))
-            self._prefilled += chunk.count
-            if chunk.last:
-                flights.append(Flight(told, [(0, chunk.request)]))
-        return flights
+    def let_go(self, request: Request) -> None:
+        """Forgets a request that goes on elsewhere."""
+        del self.requests[request.id]
+        self.scheduler.drop(request)
 
-    def _hand_out(self, edits: list[tuple[int, int, int, int]]) -> None:
-        nothing = (self.plan.layout.ranks, 0, 0, 0)
-        for first in range(0, max(len(edits), 1), _EDITS):
-            some = edits[first : first + _EDITS]
-            edits_X4 = self._put(np.asarray(some + [nothing] * (_EDITS - len(some)), np.int32))
-            self.state = self._dispatched(programs.hand_out(self.plan, self.state, edits_X4))
-
-    def _seat(self, seat: Seat) -> None:
-        request, params = seat.request, seat.request.params
-        self._shared += seat.cached
-        seen_V = np.zeros(self.state.seen_BV.shape[1], bool)
-        seen_V[request.known] = True
-        sampling = make_sampling(1, params.temperature, params.top_k, params.top_p, params.seed, params.min_p)
-        penalty, told = params.repetition_penalty, params.logprobs is not None
-        rules = Rules(sampling, jnp.full(1, penalty, jnp.float32), jnp.full(1, told))
-        table_RM = table_of(self.scheduler.held[request.id], self._entries)
-        numbers = (np.int32(x) for x in (seat.cached, len(request.prompt)))
-        given = (np.int32(seated(request)), table_RM, *numbers, seen_V, rules)
-        self.state = self._dispatched(programs.seat(self.plan, self.state, *map(self._put, given)))
-
-    def _prefill(self, chunk: Chunk, width: int) -> Told:
-        tokens = chunk.request.known[chunk.first : chunk.first + chunk.count]
-        tokens_1T = np.zeros((1, width), np.int32)
-        tokens_1T[0, : len(tokens)] = tokens
-        given = (np.int32(seated(chunk.request)), tokens_1T, np.asarray([chunk.count], np.int32))
-        told, self.state = self._dispatched(
-            programs.prefill(self.config, self.plan, self._weights, self.state, *map(self._put, given))
-        )
-        return told
-
-    def _decode(self, requests: list[Request]) -> Told:
-        count_B = np.zeros(len(self.state.token_B), np.int32)
-        count_B[[seated(request) for request in requests]] = 1
-        told, self.state = self._dispatched(
-            programs.decode(self.config, self.plan, self._weights, self.state, self._put(count_B))
-        )
-        return told
-
-    def _put(self, value: Any) -> Any:
-        return jax.device_put(value, sharding(self.plan.mesh, REPLICATED))
-
-    def _dispatched(self, output: Any) -> Any:
-        """On a CPU split into devices programs that pile up deadlock: there each is waited for, though not read."""
-        return jax.block_until_ready(output) if self._device.platform == "cpu" else output
+    def adopt(self, request: Request) -> None:
+        """Goes on with a request that was begun elsewhere: what is written of it lies in its pages here."""
+        self.requests[request.id] = request
+        self._submitted += 1
+        if request.row is None:
+            self.scheduler.waiting.append(request)
+        else:
+            self.runner.seat(Seat(request, request.written), self.scheduler.held[request.id])
 
     # collect
 
@@ -342,33 +279,6 @@ class Engine:
             ),
         )
 
-    # start
-
-    def _pages_that_fit(self, rows: int) -> int:
-        wanted = rows * self._entries
-        stats = None if self._device.platform == "cpu" else self._device.memory_stats()
-        if not stats:
-            return wanted
-        free = stats["bytes_limit"] - stats["bytes_in_use"]
-        pools = jax.eval_shape(lambda: make_pools(self.plan, self.plan.layout.ranks, page=self.page, **self.shape))
-        per_page = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pools)) // self.plan.mesh.size
-        if self.shape["latent"]:
-            per_page *= self.plan.mesh.shape["tp"]
-        return max(1, min(wanted, int(_SHARE_OF_MEMORY * free) // per_page))
-
-    def _empty_state(self, rows: int, pages: int, model: Transformer) -> State:
-        plan, ranks = self.plan, self.plan.layout.ranks
-        rows_B = sharding(plan.mesh, ROWS_B)
-        cache: KVCache = make_pools(plan, ranks * pages, page=self.page, **self.shape)
-        table_RBM = np.full((ranks, rows, self._entries), -1, np.int32)
-        none_B = np.zeros(rows)
-        state_rows = Rows(
-            jax.device_put(table_RBM, sharding(plan.mesh, TABLE_RBM)), per_row(plan, none_B), per_row(plan, none_B)
-        )
-        rules = Rules(make_sampling(rows), jnp.ones(rows, jnp.float32), jnp.zeros(rows, bool))
-        seen_BV = jnp.zeros((rows, model.embed_VD.shape[0]), bool)
-        return State(cache, state_rows, per_row(plan, none_B), *jax.device_put((seen_BV, rules), rows_B))
-
 
 def _check_numbers(**numbers: Any) -> None:
     for name, value in numbers.items():
@@ -385,10 +295,3 @@ def _sharing(plan: Plan, page: int, wanted: bool) -> str:
     if run_length(layout, page) is None:
         return f"off: neither of page {page} and block {layout.block} divides the other"
     return "on"
-
-
-def _entries(plan: Plan, max_len: int, page: int) -> int:
-    """Pages of a row on one rank at most: no placement is more than three blocks from even, but for the baseline."""
-    layout = plan.layout
-    even = max_len if layout.placement == "last_rank" else -(-max_len // layout.ranks) + 3 * layout.block
-    return -(-min(max_len, even) // page)

@@ -55,9 +55,13 @@ class Memory:
         """Whether a row alone could ever be so long."""
         return int(self.needed(length, prompt_len).max()) <= self.pages
 
+    def nothing(self) -> Held:
+        """Of a row that holds no page yet."""
+        return Held([[] for _ in range(self.layout.ranks)])
+
     def start(self, tokens: Sequence[int]) -> tuple[Held, int]:
         """The longest known prefix of these tokens, now held, and its length: at least one token is left to compute."""
-        held = Held([[] for _ in range(self.layout.ranks)])
+        held = self.nothing()
         if self.run_tokens is None:
             return held, 0
         for index in range((len(tokens) - 1) // self.run_tokens):

@@ -68,6 +68,15 @@ class Scheduler:
             request.running_ahead += 1
         return work
 
+    def take_in(self, request: Request) -> bool:
+        """A row and pages for a request that was begun elsewhere; or False, and nothing, if they are not free."""
+        held = self.memory.nothing()
+        length = self._ahead(request, len(request.known))
+        if not self._free_rows or self.memory.grow(held, length, len(request.prompt)) is None:
+            return False
+        self._sit(request, held)
+        return True
+
     def drop(self, request: Request) -> None:
         """A request that has ended, or is to start again, gives back its row and pages."""
         if request.row is None:
@@ -84,7 +93,7 @@ class Scheduler:
 
     def _make_room(self, request: Request, work: Work) -> bool:
         """Pages for the block of its next token; the youngest gives way, be it this one."""
-        length = self._ahead(request)
+        length = self._ahead(request, request.written)
         while (given := self.memory.grow(self.held[request.id], length, len(request.prompt))) is None:
             youngest = max(self.running, key=lambda r: r.order)
             self._preempt(youngest)
@@ -93,10 +102,10 @@ class Scheduler:
         work.edits.extend((rank, seated(request), entry, page) for rank, entry, page in given)
         return True
 
-    def _ahead(self, request: Request) -> int:
-        """Where the block of its next token ends: no further than it can come."""
+    def _ahead(self, request: Request, position: int) -> int:
+        """Where the block of its next token, at `position`, ends: no further than it can come."""
         layout, start = self.memory.layout, 0 if self.memory.layout.placement == "striped" else len(request.prompt)
-        block = max(request.written - start, 0) // layout.block + 1
+        block = max(position - start, 0) // layout.block + 1
         return min(start + block * layout.block, request.most)
 
     def _preempt(self, request: Request) -> None:
@@ -112,16 +121,18 @@ class Scheduler:
             request = self.waiting[0]
             known = request.known
             held, cached = self.memory.start(known)
-            request.written = len(known)
-            if self.memory.grow(held, self._ahead(request), len(request.prompt)) is None:
-                request.written = 0
+            if self.memory.grow(held, self._ahead(request, len(known)), len(request.prompt)) is None:
                 self.memory.release(held)
                 return
             self.waiting.popleft()
-            request.row, request.written, request.shared = self._free_rows.pop(), cached, cached
-            self.held[request.id], self._target[request.id] = held, len(known)
-            self.running.append(request)
+            self._sit(request, held)
+            request.written = request.shared = cached
             work.seats.append(Seat(request, cached))
+
+    def _sit(self, request: Request, held: Held) -> None:
+        request.row = self._free_rows.pop()
+        self.held[request.id], self._target[request.id] = held, len(request.known)
+        self.running.append(request)
 
     def _chunks(self) -> Iterator[Chunk]:
         budget = self._budget

@@ -1,0 +1,156 @@
+"""Runs what was scheduled: keeps what lies on the devices, and turns each step's work into calls of their programs."""
+
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from helix_jax.cache import KVCache, Rows, make_pools, per_row
+from helix_jax.engine import programs
+from helix_jax.engine.memory import Held
+from helix_jax.engine.programs import Rules, State, Told
+from helix_jax.engine.requests import Request, SamplingParams
+from helix_jax.engine.said import Text
+from helix_jax.engine.scheduler import Chunk, Seat, Work, seated, table_of
+from helix_jax.generation import cache_shape
+from helix_jax.mesh import REPLICATED, ROWS_B, TABLE_RBM, TP, sharding
+from helix_jax.models.transformer import Transformer
+from helix_jax.plan import Plan
+from helix_jax.sampling import make_sampling
+
+_SHARE_OF_MEMORY = 0.9  # of what is free, for pages
+_EDITS = 64  # of the table, in one call
+_SHORT = 8  # a chunk that is so much shorter has a program of its own
+
+
+class Flight(NamedTuple):
+    """What was dispatched and is not yet read: outputs, and whose token stands in which place of them."""
+
+    told: Told
+    whose: list[tuple[int, Request]]
+
+
+class Runner:
+    """The devices' side of an engine: weights, pages, and a row for each request that runs.
+
+    pages: of each rank; None: what fits the free memory of a device, or on a CPU what all rows can fill.
+    """
+
+    def __init__(
+        self, model: Transformer, plan: Plan, *, rows: int, pages: int | None, page: int, max_len: int, chunk: int
+    ):
+        self.config, self.plan = model.config, plan
+        self.shape: dict[str, Any] = {"page": page, **cache_shape(model)}
+        self._weights = model.weights()
+        self._device = next(iter(model.embed_VD[...].sharding.device_set))
+        self._entries = _entries(plan, max_len, page)
+        self._widths = sorted({chunk, max(1, chunk // _SHORT)})
+        self.pages = self._pages_that_fit(rows) if pages is None else pages
+        self.state = self._empty_state(rows, model.embed_VD.shape[0])
+
+    def warm_up(self) -> float:
+        """Compiles every program that steps are made of. Returns the seconds that it took."""
+        began = time.perf_counter()
+        nobody = Request("", [0], SamplingParams(), frozenset(), -1, Text(None, ()), row=0)
+        self._hand_out([])
+        for width in self._widths:
+            self._prefill(Chunk(nobody, 0, 0, False), width)
+        self._decode([])
+        jax.block_until_ready(self.state)
+        return time.perf_counter() - began
+
+    def run(self, work: Work, held: Mapping[str, Held]) -> list[Flight]:
+        """Dispatches one step; `held`: the pages of every request that has a row."""
+        flights = []
+        if work.edits:
+            self._hand_out(work.edits)
+        if work.decodes:
+            flights.append(Flight(self._decode(work.decodes), [(seated(r), r) for r in work.decodes]))
+        for seat in work.seats:
+            self.seat(seat, held[seat.request.id])
+        for chunk in work.chunks:
+            told = self._prefill(chunk, next(width for width in self._widths if chunk.count <= width))
+            if chunk.last:
+                flights.append(Flight(told, [(0, chunk.request)]))
+        return flights
+
+    def _hand_out(self, edits: list[tuple[int, int, int, int]]) -> None:
+        nothing = (self.plan.layout.ranks, 0, 0, 0)
+        for first in range(0, max(len(edits), 1), _EDITS):
+            some = edits[first : first + _EDITS]
+            edits_X4 = self.put(np.asarray(some + [nothing] * (_EDITS - len(some)), np.int32))
+            self.state = self.dispatched(programs.hand_out(self.plan, self.state, edits_X4))
+
+    def seat(self, seat: Seat, held: Held) -> None:
+        """Gives a request its row."""
+        request, params = seat.request, seat.request.params
+        seen_V = np.zeros(self.state.seen_BV.shape[1], bool)
+        seen_V[request.known] = True
+        sampling = make_sampling(1, params.temperature, params.top_k, params.top_p, params.seed, params.min_p)
+        penalty, told = params.repetition_penalty, params.logprobs is not None
+        rules = Rules(sampling, jnp.full(1, penalty, jnp.float32), jnp.full(1, told))
+        table_RM = table_of(held, self._entries)
+        numbers = (np.int32(x) for x in (seat.cached, len(request.prompt)))
+        given = (np.int32(seated(request)), table_RM, *numbers, seen_V, rules)
+        self.state = self.dispatched(programs.seat(self.plan, self.state, *map(self.put, given)))
+
+    def _prefill(self, chunk: Chunk, width: int) -> Told:
+        tokens = chunk.request.known[chunk.first : chunk.first + chunk.count]
+        tokens_1T = np.zeros((1, width), np.int32)
+        tokens_1T[0, : len(tokens)] = tokens
+        given = (np.int32(seated(chunk.request)), tokens_1T, np.asarray([chunk.count], np.int32))
+        told, self.state = self.dispatched(
+            programs.prefill(self.config, self.plan, self._weights, self.state, *map(self.put, given))
+        )
+        return told
+
+    def _decode(self, requests: list[Request]) -> Told:
+        count_B = np.zeros(len(self.state.token_B), np.int32)
+        count_B[[seated(request) for request in requests]] = 1
+        told, self.state = self.dispatched(
+            programs.decode(self.config, self.plan, self._weights, self.state, self.put(count_B))
+        )
+        return told
+
+    def put(self, value: Any) -> Any:
+        """Small arrays, on all devices."""
+        return jax.device_put(value, sharding(self.plan.mesh, REPLICATED))
+
+    def dispatched(self, output: Any) -> Any:
+        """On a CPU split into devices programs that pile up deadlock: there each is waited for, though not read."""
+        return jax.block_until_ready(output) if self._device.platform == "cpu" else output
+
+    def _pages_that_fit(self, rows: int) -> int:
+        wanted = rows * self._entries
+        stats = None if self._device.platform == "cpu" else self._device.memory_stats()
+        if not stats:
+            return wanted
+        free = stats["bytes_limit"] - stats["bytes_in_use"]
+        pools = jax.eval_shape(lambda: make_pools(self.plan, self.plan.layout.ranks, **self.shape))
+        per_page = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pools)) // self.plan.mesh.size
+        if self.shape["latent"]:
+            per_page *= self.plan.mesh.shape[TP]
+        return max(1, min(wanted, int(_SHARE_OF_MEMORY * free) // per_page))
+
+    def _empty_state(self, rows: int, vocab: int) -> State:
+        plan, ranks = self.plan, self.plan.layout.ranks
+        rows_B = sharding(plan.mesh, ROWS_B)
+        cache: KVCache = make_pools(plan, ranks * self.pages, **self.shape)
+        table_RBM = np.full((ranks, rows, self._entries), -1, np.int32)
+        none_B = np.zeros(rows)
+        state_rows = Rows(
+            jax.device_put(table_RBM, sharding(plan.mesh, TABLE_RBM)), per_row(plan, none_B), per_row(plan, none_B)
+        )
+        rules = Rules(make_sampling(rows), jnp.ones(rows, jnp.float32), jnp.zeros(rows, bool))
+        seen_BV = jnp.zeros((rows, vocab), bool)
+        return State(cache, state_rows, per_row(plan, none_B), *jax.device_put((seen_BV, rules), rows_B))
+
+
+def _entries(plan: Plan, max_len: int, page: int) -> int:
+    """Pages of a row on one rank at most: no placement is more than three blocks from even, but for the baseline."""
+    layout = plan.layout
+    even = max_len if layout.placement == "last_rank" else -(-max_len // layout.ranks) + 3 * layout.block
+    return -(-min(max_len, even) // page)
