@@ -26,7 +26,12 @@ class Sampling(NamedTuple):
 
 
 def make_sampling(
-    rows: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, min_p: float = 0.0
+    rows: int,
+    temperature: int | float = 0.0,
+    top_k: int = 0,
+    top_p: int | float = 1.0,
+    seed: int = 0,
+    min_p: int | float = 0.0,
 ) -> Sampling:
     """The same rules for every row, except that row b draws with `seed + b`.
 

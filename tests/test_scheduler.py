@@ -77,14 +77,13 @@ class Engines(RuleBasedStateMachine):
         block=st.sampled_from([1, 2, 4]),
         page=st.sampled_from([1, 2, 4]),
         placement=st.sampled_from(PLACEMENTS),
-        spare=st.integers(0, 20),
+        pages=st.integers(2, 14),
         chunk=st.integers(1, 9),
         budget=st.integers(1, 20),
     )
-    def start(self, ranks, block, page, placement, spare, chunk, budget):
+    def start(self, ranks, block, page, placement, pages, chunk, budget):
         layout = BlockLayout(ranks, block, placement)
         entries = -(-LONGEST // page)
-        pages = int(Memory(layout, 1, page, share=False).needed(LONGEST, LONGEST // 2).max()) + spare
         self.memory = Memory(layout, pages, page, share=run_length(layout, page) is not None)
         self.scheduler = Scheduler(self.memory, ROWS, budget, chunk)
         self.devices = Devices(self.memory, entries)
@@ -92,7 +91,7 @@ class Engines(RuleBasedStateMachine):
         self.under_way: list[tuple[Request, int]] = []
         self.submitted = 0
 
-    @rule(start=st.integers(0, 2), more=st.lists(st.integers(0, 1), max_size=20), most=st.integers(1, 15))
+    @rule(start=st.integers(0, 2), more=st.lists(st.integers(0, 1), min_size=2, max_size=20), most=st.integers(2, 15))
     def submit(self, start, more, most):
         prompt = [start, *more]
         request = Request(
@@ -166,7 +165,7 @@ class Engines(RuleBasedStateMachine):
 
 
 TestEngines = Engines.TestCase
-TestEngines.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestEngines.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +198,17 @@ def test_a_prefix_that_nobody_reads_is_forgotten_for_pages_the_oldest_first():
     assert cached([0, 0, 0, 0, 0, 0, 0]) == 0
     assert cached([1, 2, 3, 4, 6]) == 4
     assert cached([7, 8, 9, 9, 5]) < 4
+
+
+def test_of_a_prefix_the_end_is_forgotten_first():
+    memory = Memory(BlockLayout(1, 2, "striped"), pages=4, page=2, share=True)
+    held, _ = memory.start([1, 2, 3, 4, 5, 6, 7])
+    memory.grow(held, 7, 7)
+    memory.learn(held, [1, 2, 3, 4, 5, 6, 7], 7)
+    memory.release(held)
+    other, _ = memory.start([9] * 4)
+    assert memory.grow(other, 4, 4)
+    assert memory.start([1, 2, 3, 4, 5, 6, 7])[1] == 4
 
 
 @pytest.mark.parametrize(

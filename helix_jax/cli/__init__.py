@@ -13,14 +13,17 @@ from typing import NoReturn
 import jax
 
 from helix_jax import __version__
-from helix_jax.cli import generate, layout
+from helix_jax.cli import batch, generate, layout
 
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
 _GRACE_S = 1.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, 1 (--verify found a difference), 2 (bad input) or 130 (Ctrl-C)."""
+    """Runs one command; returns its exit code.
+
+    0, 1 (--verify found a difference, a line of a batch failed), 2 (bad input) or 130 (Ctrl-C).
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows text all the same
     try:
@@ -79,10 +82,11 @@ def _complain(message: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="helix-jax", description="Decode over a key/value cache sharded along the sequence.")
     parser.add_argument("--version", action="version", version=f"helix-jax {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="layout|generate")
+    commands = parser.add_subparsers(required=True, metavar="layout|generate|batch")
     for name, command, text in (
         ("layout", layout, "show which rank holds which tokens"),
         ("generate", generate, "continue a prompt"),
+        ("batch", batch, "answer a file of requests"),
     ):
         added = commands.add_parser(name, help=text, description=command.__doc__, allow_abbrev=False)
         command.add_arguments(added)

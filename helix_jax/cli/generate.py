@@ -8,32 +8,21 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from rich.table import Table
 
 from helix_jax.cache import tokens_per_rank
-from helix_jax.checkpoint import DEMO_MODEL, load, read_config
+from helix_jax.checkpoint import read_config
 from helix_jax.cli.devices import open_mesh
 from helix_jax.cli.notes import Notes
+from helix_jax.cli.options import Setup, add_shared_arguments, set_up
 from helix_jax.cli.prompts import encode, read_ids, read_text
-from helix_jax.combine import COMBINES
-from helix_jax.config import ModelConfig
-from helix_jax.generation import (
-    DEFAULT_CHUNK,
-    DEFAULT_PAGE,
-    Compiled,
-    Decoded,
-    Prefilled,
-    check_request,
-    stream,
-)
-from helix_jax.kernels import KERNELS
-from helix_jax.layout import PLACEMENTS, BlockLayout
+from helix_jax.generation import Compiled, Decoded, Prefilled, check_request, stream
+from helix_jax.layout import BlockLayout
 from helix_jax.mesh import CP, TP, make_mesh
 from helix_jax.models.transformer import Transformer
-from helix_jax.plan import EXPERTS, Plan
+from helix_jax.plan import Plan
 from helix_jax.sampling import make_sampling
 from helix_jax.text import TextStream, Tokenizer, chat_ids, open_tokenizer
 
@@ -42,44 +31,12 @@ OK, DIFFERENT = 0, 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--model",
-        type=Path,
-        default=DEMO_MODEL,
-        metavar="DIR",
-        help="a Hugging Face folder (default: the demo model)",
-    )
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a UTF-8 file that holds the prompt")
     prompt.add_argument("--prompt-ids", type=Path, metavar="FILE.json", help="a JSON list of token ids")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to decode at most (default: 128)")
-    add(
-        "--tp",
-        type=int,
-        default=1,
-        metavar="N",
-        help="devices that share the heads in attention (default: 1)",
-    )
-    add("--cp", type=int, metavar="N", help="devices that share the sequence (default: all devices / tp)")
-    add("--block", type=int, default=16, metavar="TOKENS", help="length of a decode block (default: 16)")
-    add("--page", type=int, metavar="TOKENS", help="length of a cache page (default: the kernel's choice)")
-    add("--placement", default="helix", metavar="|".join(PLACEMENTS), help="where blocks go (default: helix)")
-    add("--combine", default="psum", metavar="|".join(COMBINES), help="how partials meet (default: psum)")
-    add("--experts", default="flat", metavar="|".join(EXPERTS), help="experts over all devices, or cp (default: flat)")
-    add("--kernel", default="auto", metavar="|".join(KERNELS), help="what computes attention (default: auto)")
-    add(
-        "--prefill-chunk",
-        type=int,
-        default=DEFAULT_CHUNK,
-        metavar="TOKENS",
-        help="prompt tokens per step (default: 512)",
-    )
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="of weights and cache (default: bfloat16; float32 on a CPU)",
-    )
+    add_shared_arguments(parser)
     add("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: all)")
     add(
@@ -92,7 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="a draw depends on it and the position alone (default: 0)")
     add("--chat", action="store_true", help="put the prompt into the model's chat template, as what the user says")
     add("--ignore-eos", action="store_true", help="go on past an end-of-sequence token")
-    add("--platform", choices=("auto", "cpu", "gpu", "tpu"), default="auto", help="cpu: tp * cp fake devices")
     add("--verify", action="store_true", help="decode again on one device; exit 1 if a token differs")
     add("--json", action="store_true", help="print JSON")
 
@@ -101,24 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Job:
     """One prompt and how to continue it, whatever the mesh."""
 
-    folder: Path
+    setup: Setup
     prompt: list[int]
     tokenizer: Tokenizer | None
-    dtype: str
-    platform: str
-    kernel: str
-    block: int
     options: dict[str, Any]
-    experts: str
-
-    def load(self, mesh: Mesh, notes: Notes) -> Transformer:
-        with notes.reading() as bar:
-            task = bar.add_task("weights", total=None)
-
-            def read(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total)
-
-            return load(self.folder, mesh, jnp.dtype(self.dtype), experts=self.experts, on_read=read)
 
 
 @dataclass(frozen=True)
@@ -139,28 +81,14 @@ def run(options: argparse.Namespace) -> int:
     shape = _request(options)
     check_request(config, [prompt], **shape)
     mesh = open_mesh(options.platform, options.tp, options.cp)
-    layout = BlockLayout(mesh.shape[CP], options.block, options.placement)
-    plan = Plan(mesh, layout, options.combine, options.kernel, options.experts)
-    plan.check_model(config)
-    platform = mesh.devices.flat[0].platform
-    dtype = options.dtype or ("float32" if platform == "cpu" else "bfloat16")
-    job = Job(
-        folder=options.model,
-        prompt=prompt,
-        tokenizer=tokenizer,
-        dtype=dtype,
-        platform=platform,
-        kernel=plan.kernel_for_model(config, shape["page"], dtype),
-        block=options.block,
-        options={**shape, **_sampling(options)},
-        experts=options.experts,
-    )
-    done = _decode(job, job.load(mesh, notes), plan, notes, quiet=options.json)
+    setup = set_up(options, config, mesh)
+    job = Job(setup, prompt, tokenizer, {**shape, **_sampling(options)})
+    done = _decode(job, setup.load(mesh, notes), notes, quiet=options.json)
     difference = _difference(job, done.tokens, mesh, notes) if options.verify else None
     if options.json:
-        print(json.dumps(_report(job, plan, done, None if not options.verify else difference is None)))
+        print(json.dumps(_report(job, done, None if not options.verify else difference is None)))
     else:
-        notes.console.print(_table(job, plan, done))
+        notes.console.print(_table(job, done))
     if difference is not None:
         notes.say(difference)
         return DIFFERENT
@@ -185,7 +113,7 @@ def _request(options: argparse.Namespace) -> dict[str, int]:
     return {
         "max_new_tokens": options.max_new_tokens,
         "chunk": options.prefill_chunk,
-        "page": DEFAULT_PAGE if options.page is None else options.page,
+        "page": options.page,
     }
 
 
@@ -196,13 +124,13 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     return {"sampling": sampling, "stop_ids": () if options.ignore_eos else None}
 
 
-def _decode(job: Job, model: Transformer, plan: Plan, notes: Notes, *, quiet: bool) -> Run:
+def _decode(job: Job, model: Transformer, notes: Notes, *, quiet: bool) -> Run:
     """Decodes; unless `quiet`, text goes to stdout as it comes."""
     text = None if quiet or job.tokenizer is None else TextStream(job.tokenizer)
     tokens: list[int] = []
     compile_s, prefill_s, decode_s = 0.0, 0.0, 0.0
-    events = stream(model, [job.prompt], plan, **job.options)
-    _say_how(job, model.config, plan, notes)  # once all input is known to be good
+    events = stream(model, [job.prompt], job.setup.plan, **job.options)
+    job.setup.say_how(notes)  # once all input is known to be good
     with notes.counting() as bar:
         task = bar.add_task("prefill", total=len(job.prompt))
         for event in events:
@@ -223,14 +151,6 @@ def _decode(job: Job, model: Transformer, plan: Plan, notes: Notes, *, quiet: bo
     return Run(tokens, compile_s, prefill_s, decode_s / (len(tokens) - 1) if len(tokens) > 1 else None)
 
 
-def _say_how(job: Job, config: ModelConfig, plan: Plan, notes: Notes) -> None:
-    if job.platform == "cpu" and plan.mesh.size > 1:
-        notes.say(f"the CPU is split into {plan.mesh.size} fake devices")
-    tp = plan.mesh.shape[TP]
-    if config.latent and tp > 1:
-        notes.say(f"a latent serves all heads: the cache is held {tp} times, once for each of tp {tp}")
-
-
 def _write(piece: str) -> None:
     if piece:
         sys.stdout.write(piece)
@@ -240,8 +160,8 @@ def _write(piece: str) -> None:
 def _difference(job: Job, tokens: list[int], mesh: Mesh, notes: Notes) -> str | None:
     """Decodes again with nothing sharded; says where the tokens part, if they do."""
     mesh = make_mesh(devices=list(mesh.devices.flat))
-    plan = Plan(mesh, BlockLayout(1, job.block))
-    events = stream(job.load(mesh, notes), [job.prompt], plan, **job.options)
+    plan = Plan(mesh, BlockLayout(1, job.setup.plan.layout.block))
+    events = stream(job.setup.load(mesh, notes), [job.prompt], plan, **job.options)
     said = (event for event in events if isinstance(event, Decoded))
     for index, (ours, event) in enumerate(zip_longest(tokens, said)):
         theirs = event.tokens[0] if event else None
@@ -254,15 +174,16 @@ def _difference(job: Job, tokens: list[int], mesh: Mesh, notes: Notes) -> str | 
     return None
 
 
-def _report(job: Job, plan: Plan, done: Run, verified: bool | None) -> dict[str, Any]:
+def _report(job: Job, done: Run, verified: bool | None) -> dict[str, Any]:
+    mesh = job.setup.plan.mesh
     return {
         "text": None if job.tokenizer is None else job.tokenizer.decode(done.tokens),
         "tokens": done.tokens,
         "prompt_tokens": len(job.prompt),
-        "ranks": [{"rank": rank, "tokens": count} for rank, count in enumerate(_held(job, plan, done))],
-        "mesh": {"tp": plan.mesh.shape[TP], "cp": plan.mesh.shape[CP]},
-        "platform": job.platform,
-        "kernel": job.kernel,
+        "ranks": [{"rank": rank, "tokens": count} for rank, count in enumerate(_held(job, done))],
+        "mesh": {"tp": mesh.shape[TP], "cp": mesh.shape[CP]},
+        "platform": job.setup.platform,
+        "kernel": job.setup.kernel,
         "compile_s": done.compile_s,
         "prefill_s": done.prefill_s,
         "decode_s_per_token": done.decode_s_per_token,
@@ -270,18 +191,19 @@ def _report(job: Job, plan: Plan, done: Run, verified: bool | None) -> dict[str,
     }
 
 
-def _table(job: Job, plan: Plan, done: Run) -> Table:
+def _table(job: Job, done: Run) -> Table:
+    plan = job.setup.plan
     tp, cp = plan.mesh.shape[TP], plan.mesh.shape[CP]
-    title = f"tp {tp} x cp {cp}, {plan.layout.placement}, block {plan.layout.block}, kernel {job.kernel}"
+    title = f"tp {tp} x cp {cp}, {plan.layout.placement}, block {plan.layout.block}, kernel {job.setup.kernel}"
     prompt = tokens_per_rank(plan, len(job.prompt), len(job.prompt))
     speed = "-" if done.decode_s_per_token is None else f"{done.decode_s_per_token:.4f}"
     caption = f"{speed} s per token, prefill {done.prefill_s:.2f} s, compilation {done.compile_s:.1f} s"
     table = Table("rank", "prompt", "decoded", "tokens", title=title, caption=caption)
-    for rank, (before, after) in enumerate(zip(prompt, _held(job, plan, done), strict=True)):
+    for rank, (before, after) in enumerate(zip(prompt, _held(job, done), strict=True)):
         table.add_row(str(rank), str(before), f"+{after - before}", str(after))
     return table
 
 
-def _held(job: Job, plan: Plan, done: Run) -> list[int]:
+def _held(job: Job, done: Run) -> list[int]:
     """Tokens in the cache of each rank; the last token was said, not cached."""
-    return tokens_per_rank(plan, len(job.prompt) + len(done.tokens) - 1, len(job.prompt))
+    return tokens_per_rank(job.setup.plan, len(job.prompt) + len(done.tokens) - 1, len(job.prompt))

@@ -50,10 +50,13 @@ def hand_over(id: str, source: Engine, target: Engine) -> None:
 
 
 def _move(source: Engine, before: Held, target: Engine, after: Held, position_X: np.ndarray, prompt_len: int) -> None:
-    taken = _read(source.runner.state.cache, *source.runner.put(_places(source, before, position_X, prompt_len)))
-    taken = jax.device_put(source.runner.dispatched(taken), sharding(target.plan.mesh, REPLICATED))
-    cache = _write(target.runner.state.cache, taken, *target.runner.put(_places(target, after, position_X, prompt_len)))
-    target.runner.state = target.runner.state._replace(cache=target.runner.dispatched(cache))
+    here, there = source.runner, target.runner
+    taken = here.call(_read, here.state.cache, *here.put(_places(source, before, position_X, prompt_len)))
+    # Waited for: then no program of the other mesh, be it of the same devices, runs beside this one.
+    taken = jax.device_put(jax.block_until_ready(taken), sharding(target.plan.mesh, REPLICATED))
+    places = there.put(_places(target, after, position_X, prompt_len))
+    there.state = there.state._replace(cache=there.call(_write, there.state.cache, taken, *places))
+    jax.block_until_ready(there.state.cache)
 
 
 def _places(engine: Engine, held: Held, position_X: np.ndarray, prompt_len: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,5 @@
 """What is asked of an engine, and what it answers."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from helix_jax.config import ModelConfig
 from helix_jax.engine.said import Text
 from helix_jax.sampling import MOST_LOGPROBS
 
+_MOST = 1e30  # of a number that float32 is to hold
 STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
 
 
@@ -27,13 +27,13 @@ class SamplingParams:
     """
 
     max_new_tokens: int = 128
-    temperature: float = 0.0
+    temperature: int | float = 0
     top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    top_p: int | float = 1
+    min_p: int | float = 0
+    repetition_penalty: int | float = 1
     seed: int = 0
-    stop: tuple[str, ...] = ()
+    stop: str | tuple[str, ...] = ()
     stop_ids: tuple[int, ...] | None = None
     logprobs: int | None = None
 
@@ -45,11 +45,12 @@ class SamplingParams:
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
             _check(_number(getattr(self, name)), name, getattr(self, name), "a number")
         _check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        _check(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or a positive number")
+        _check(0 <= self.temperature < _MOST, "temperature", self.temperature, "0 (greedy) or a positive number")
         _check(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "a probability above 0, at most 1")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "a share from 0 to 1")
-        _check(0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "1 or more")
+        penalty = self.repetition_penalty
+        _check(0 < penalty < _MOST, "repetition_penalty", penalty, "a positive number, above 1 to penalise")
         _check(_listed(self.stop, str) and all(self.stop), "stop", self.stop, "a list of strings that are not empty")
         _check(self.stop_ids is None or _listed(self.stop_ids, int), "stop_ids", self.stop_ids, "a list of token ids")
         told = self.logprobs

@@ -1,7 +1,7 @@
 """Runs what was scheduled: keeps what lies on the devices, and turns each step's work into calls of their programs."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from helix_jax.sampling import make_sampling
 
 _SHARE_OF_MEMORY = 0.9  # of what is free, for pages
 _EDITS = 64  # of the table, in one call
-_SHORT = 8  # a chunk that is so much shorter has a program of its own
+_SHORTER = (4, 16)  # a chunk that is so many times shorter has a program of its own
 
 
 class Flight(NamedTuple):
@@ -47,7 +47,8 @@ class Runner:
         self._weights = model.weights()
         self._device = next(iter(model.embed_VD[...].sharding.device_set))
         self._entries = _entries(plan, max_len, page)
-        self._widths = sorted({chunk, max(1, chunk // _SHORT)})
+        self._widths = sorted({chunk, *(max(1, chunk // times) for times in _SHORTER)})
+        self._under_way: Any = None  # on a CPU
         self.pages = self._pages_that_fit(rows) if pages is None else pages
         self.state = self._empty_state(rows, model.embed_VD.shape[0])
 
@@ -56,6 +57,7 @@ class Runner:
         began = time.perf_counter()
         nobody = Request("", [0], SamplingParams(), frozenset(), -1, Text(None, ()), row=0)
         self._hand_out([])
+        self.seat(Seat(nobody, 0), Held([[] for _ in range(self.plan.layout.ranks)]))
         for width in self._widths:
             self._prefill(Chunk(nobody, 0, 0, False), width)
         self._decode([])
@@ -82,7 +84,7 @@ class Runner:
         for first in range(0, max(len(edits), 1), _EDITS):
             some = edits[first : first + _EDITS]
             edits_X4 = self.put(np.asarray(some + [nothing] * (_EDITS - len(some)), np.int32))
-            self.state = self.dispatched(programs.hand_out(self.plan, self.state, edits_X4))
+            self.state = self.call(programs.hand_out, self.plan, self.state, edits_X4)
 
     def seat(self, seat: Seat, held: Held) -> None:
         """Gives a request its row."""
@@ -95,23 +97,23 @@ class Runner:
         table_RM = table_of(held, self._entries)
         numbers = (np.int32(x) for x in (seat.cached, len(request.prompt)))
         given = (np.int32(seated(request)), table_RM, *numbers, seen_V, rules)
-        self.state = self.dispatched(programs.seat(self.plan, self.state, *map(self.put, given)))
+        self.state = self.call(programs.seat, self.plan, self.state, *map(self.put, given))
 
     def _prefill(self, chunk: Chunk, width: int) -> Told:
         tokens = chunk.request.known[chunk.first : chunk.first + chunk.count]
         tokens_1T = np.zeros((1, width), np.int32)
         tokens_1T[0, : len(tokens)] = tokens
         given = (np.int32(seated(chunk.request)), tokens_1T, np.asarray([chunk.count], np.int32))
-        told, self.state = self.dispatched(
-            programs.prefill(self.config, self.plan, self._weights, self.state, *map(self.put, given))
+        told, self.state = self.call(
+            programs.prefill, self.config, self.plan, self._weights, self.state, *map(self.put, given)
         )
         return told
 
     def _decode(self, requests: list[Request]) -> Told:
         count_B = np.zeros(len(self.state.token_B), np.int32)
         count_B[[seated(request) for request in requests]] = 1
-        told, self.state = self.dispatched(
-            programs.decode(self.config, self.plan, self._weights, self.state, self.put(count_B))
+        told, self.state = self.call(
+            programs.decode, self.config, self.plan, self._weights, self.state, self.put(count_B)
         )
         return told
 
@@ -119,9 +121,13 @@ class Runner:
         """Small arrays, on all devices."""
         return jax.device_put(value, sharding(self.plan.mesh, REPLICATED))
 
-    def dispatched(self, output: Any) -> Any:
-        """On a CPU split into devices programs that pile up deadlock: there each is waited for, though not read."""
-        return jax.block_until_ready(output) if self._device.platform == "cpu" else output
+    def call(self, program: Callable[..., Any], *given: Any) -> Any:
+        """Dispatches it. On a CPU split into devices programs that pile up deadlock: the last one is waited for."""
+        if self._device.platform == "cpu":
+            jax.block_until_ready(self._under_way)
+        output = program(*given)
+        self._under_way = output if self._device.platform == "cpu" else None
+        return output
 
     def _pages_that_fit(self, rows: int) -> int:
         wanted = rows * self._entries

@@ -57,9 +57,9 @@ class Scheduler:
         for request in [r for r in self.running if self._decodes(r)]:
             if request.row is not None and self._make_room(request, work):
                 work.decodes.append(request)
-        # Whoever lost its row in this very step had an elder beside it: no one else may take the pages.
         work.decodes[:] = [request for request in work.decodes if request.row is not None]
         work.edits[:] = [edit for edit in work.edits if any(edit[1] == r.row for r in work.decodes)]
+        # Not in a step in which someone lost its row: it has its turn first, and a token of it may be on its way.
         if self.preemptions == before:
             self._seat_waiting(work)
         work.chunks.extend(self._chunks())
@@ -116,8 +116,7 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def _seat_waiting(self, work: Work) -> None:
-        # A token that is still on its way belongs to what is cached anew.
-        while self.waiting and self._free_rows and not self.waiting[0].running_ahead:
+        while self.waiting and self._free_rows:
             request = self.waiting[0]
             known = request.known
             held, cached = self.memory.start(known)
