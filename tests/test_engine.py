@@ -191,6 +191,11 @@ def test_a_request_ends_at_a_stop_id_or_a_stop_string_and_wastes_no_page(engine_
     assert engine.scheduler.memory.in_use() == (0,) * 4
 
 
+def test_half_a_character_is_refused(engine_of):
+    with pytest.raises(ValueError, match=r"the prompt holds '\\ud800', half of a character"):
+        engine_of(tokenizer=Bytes()).submit("a\ud800b")
+
+
 def test_text_comes_as_it_is_said(engine_of):
     engine = engine_of(tokenizer=Bytes())
     id = engine.submit("0123 567", SamplingParams(max_new_tokens=15))

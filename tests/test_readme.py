@@ -14,17 +14,19 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_the_code_in_someones_own_model_runs(monkeypatch):
     monkeypatch.chdir(ROOT)
     names: dict = {}
-    for block in BLOCKS[:2]:
+    for block in BLOCKS[:3]:
         exec(block, names)
     assert names["o_BTNH"].shape == (2, 7, 8, 64)
     assert names["rows"].length_B.tolist() == [7, 3]
     assert np.asarray(names["o_BTNH"], np.float32)[1, 3:].sum() == 0
     assert len(names["tokens"]) == 32
+    first, second = names["said"].values()
+    assert (first, len(second)) == (names["tokens"][:8], 4)
 
 
 def test_the_island_shown_is_the_one_that_runs():
     source = (ROOT / "helix_jax" / "helix.py").read_text()
-    shown = "".join(f"    {line}" if line.strip() else line for line in BLOCKS[2].splitlines(keepends=True))
+    shown = "".join(f"    {line}" if line.strip() else line for line in BLOCKS[3].splitlines(keepends=True))
     assert shown in source
 
 

@@ -105,8 +105,7 @@ class Engine:
             raise ValueError(f"a request '{id}' has not ended yet: give another id")
         if self._tokenizer is None and (isinstance(prompt, str) or params.stop):
             raise ValueError("text needs a tokenizer, and the engine has none: give token ids, and no stop strings")
-        ids: Any = self._tokenizer.encode(prompt) if self._tokenizer and isinstance(prompt, str) else prompt
-        ids = check_prompt(self.config, ids, params, self.max_len)
+        ids = check_prompt(self.config, self._encoded(prompt), params, self.max_len)
         ends = self.config.stop_ids if params.stop_ids is None else params.stop_ids
         text = Text(self._tokenizer, params.stop)
         request = Request(id, ids, params, frozenset(ends), self._submitted, text, submitted_s=time.perf_counter())
@@ -115,6 +114,15 @@ class Engine:
         self.requests[id] = request
         self.scheduler.waiting.append(request)
         return id
+
+    def _encoded(self, prompt: str | Sequence[int]) -> Any:
+        if self._tokenizer is None or not isinstance(prompt, str):
+            return prompt
+        try:
+            return self._tokenizer.encode(prompt)
+        except UnicodeEncodeError as error:
+            held = prompt[error.start : error.end]
+            raise ValueError(f"the prompt holds {held!a}, half of a character: give valid Unicode") from None
 
     def check_room(self, request: Request) -> None:
         """Raises ValueError if a request could never fit, be it alone."""

@@ -25,9 +25,13 @@ class Run:
 
 @dataclass
 class Held:
-    """The pages of one row, per rank and in the order of slots; the first of them are those of shared runs."""
+    """The pages of one row, per rank and in the order of slots; the first of them are those of shared runs.
+
+    length: positions that they are enough for.
+    """
 
     pages: list[list[int]]
+    length: int = 0
     shared: list[Run] = field(default_factory=list)  # runs whose pages are among them
     chain: list[Run] = field(default_factory=list)  # the runs of its first tokens, its own or another's
 
@@ -77,6 +81,8 @@ class Memory:
 
     def grow(self, held: Held, length: int, prompt_len: int) -> list[tuple[int, int, int]] | None:
         """Hands out what `length` positions still need, as (rank, entry, page); None, and nothing, if there is less."""
+        if length <= held.length:
+            return []
         missing_R = [int(n) - len(mine) for n, mine in zip(self.needed(length, prompt_len), held.pages, strict=True)]
         while any(n > len(free) for n, free in zip(missing_R, self._free, strict=True)):
             if not self._forget_one():
@@ -87,6 +93,7 @@ class Memory:
                 page = self._free[rank].pop()
                 given.append((rank, len(held.pages[rank]), page))
                 held.pages[rank].append(page)
+        held.length = length
         return given
 
     def learn(self, held: Held, tokens: Sequence[int], length: int) -> None:
