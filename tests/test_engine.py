@@ -346,8 +346,10 @@ def test_prompts_that_cannot_run_leave_nothing_behind(engine_of):
         engine.generate([[1], []])
     with pytest.raises(ValueError, match="1 params, but 2 prompts"):
         engine.generate([[1], [2]], [SamplingParams()])
-    assert not engine.requests
+    assert not engine.busy
+    other = engine.submit([1, 2], SamplingParams(max_new_tokens=3))
     assert len(engine.generate([[1]], SamplingParams(max_new_tokens=2))[0].tokens) == 2
+    assert [event.id for event in engine.events()] == [other] * 4  # three tokens and its end
 
 
 def test_every_placement_decodes(model, engine_of):

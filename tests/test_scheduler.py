@@ -7,7 +7,8 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from helix_jax.engine.memory import Memory, run_length
-from helix_jax.engine.requests import Request, SamplingParams
+from helix_jax.engine.params import SamplingParams
+from helix_jax.engine.requests import Request
 from helix_jax.engine.said import Text
 from helix_jax.engine.scheduler import Scheduler, Work, table_of
 from helix_jax.layout import PLACEMENTS, BlockLayout

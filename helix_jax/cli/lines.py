@@ -7,7 +7,8 @@ from reprlib import repr as shortly
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from helix_jax.engine.requests import Result, SamplingParams, sampling_params
+from helix_jax.engine.params import SamplingParams, sampling_params
+from helix_jax.engine.requests import Result
 
 _START, _KINDS = b'{"id": ', {"tokens", "error"}  # how every result begins, and one of what it holds
 

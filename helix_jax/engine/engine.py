@@ -8,19 +8,8 @@ import jax
 import numpy as np
 
 from helix_jax.engine.memory import Memory, run_length
-from helix_jax.engine.requests import (
-    CANCELLED,
-    LENGTH,
-    STOP,
-    Ended,
-    Event,
-    Figures,
-    Request,
-    Result,
-    Said,
-    SamplingParams,
-    check_prompt,
-)
+from helix_jax.engine.params import SamplingParams, check_prompt
+from helix_jax.engine.requests import CANCELLED, Ended, Event, Figures, Request, Result
 from helix_jax.engine.runner import Flight, Runner
 from helix_jax.engine.said import Text
 from helix_jax.engine.scheduler import Scheduler, Seat
@@ -180,6 +169,8 @@ class Engine:
     ) -> list[Result]:
         """The results of these prompts, in their order; params: for all, or one each.
 
+        What is told of other requests meanwhile is kept for the next step.
+
         Raises:
             ValueError: as `submit`, before anything runs; another number of params than of prompts.
         """
@@ -192,9 +183,11 @@ class Engine:
                 ids.append(self.submit(prompt, one))
         except ValueError:
             for id in ids:
-                self.cancel(id)
+                self.let_go(self.requests[id])
             raise
-        results = {event.id: event.result for event in self.events() if isinstance(event, Ended)}
+        told, ours = list(self.events()), set(ids)
+        self._events = [event for event in told if event.id not in ours]
+        results = {event.id: event.result for event in told if isinstance(event, Ended)}
         return [results[id] for id in ids]
 
     def warm_up(self) -> float:
@@ -222,7 +215,7 @@ class Engine:
     # What is handed over
 
     def let_go(self, request: Request) -> None:
-        """Forgets a request that goes on elsewhere."""
+        """Forgets a request, and tells nothing of it."""
         del self.requests[request.id]
         self.scheduler.drop(request)
 
@@ -247,45 +240,17 @@ class Engine:
                 logprobs = logprobs or jax.tree.map(np.asarray, flight.told.logprobs)
                 top = zip(logprobs.top_ids_BC[place].tolist(), logprobs.top_BC[place].tolist(), strict=True)
                 told = float(logprobs.chosen_B[place]), tuple(top)[: request.params.logprobs]
-            yield from self._say(request, int(token_B[place]), told)
-
-    def _say(self, request: Request, token: int, told: tuple[float, Any] | None) -> Iterator[Event]:
-        now = time.perf_counter()
-        request.first_s = request.first_s or now
-        request.last_s = now
-        request.running_ahead -= 1
-        request.tokens.append(token)
-        self._decoded += 1
-        if told:
-            request.logprobs.append(told)
-        stopped = request.text.feed(token) or token in request.stop_ids
-        ended = stopped or len(request.tokens) == request.params.max_new_tokens
-        yield Said(request.id, token, request.text.give(all=ended), *(told or (None, None)))
-        if ended:
-            yield self._end(request, STOP if stopped else LENGTH)
+            said, reason = request.hear(int(token_B[place]), told, time.perf_counter())
+            self._decoded += 1
+            yield said
+            if reason:
+                yield self._end(request, reason)
 
     def _end(self, request: Request, reason: str) -> Ended:
         del self.requests[request.id]
         self.scheduler.drop(request)
         self._finished += 1
-        request.text.give(all=True)
-        count = len(request.tokens)
-        first, last = request.first_s, request.last_s
-        return Ended(
-            request.id,
-            Result(
-                id=request.id,
-                prompt_tokens=len(request.prompt),
-                tokens=tuple(request.tokens),
-                text=request.text.given,
-                reason=reason,
-                ttft_s=None if first is None else first - request.submitted_s,
-                s_per_token=None if first is None or last is None or count < 2 else (last - first) / (count - 1),
-                shared_tokens=request.shared,
-                preemptions=request.preemptions,
-                logprobs=None if request.params.logprobs is None else tuple(request.logprobs),
-            ),
-        )
+        return Ended(request.id, request.result(reason))
 
 
 def _check_numbers(**numbers: Any) -> None:

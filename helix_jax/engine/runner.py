@@ -11,8 +11,9 @@ import numpy as np
 from helix_jax.cache import KVCache, Rows, make_pools, per_row
 from helix_jax.engine import programs
 from helix_jax.engine.memory import Held
+from helix_jax.engine.params import SamplingParams
 from helix_jax.engine.programs import Rules, State, Told
-from helix_jax.engine.requests import Request, SamplingParams
+from helix_jax.engine.requests import Request
 from helix_jax.engine.said import Text
 from helix_jax.engine.scheduler import Chunk, Seat, Work, seated, table_of
 from helix_jax.generation import cache_shape
