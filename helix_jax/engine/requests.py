@@ -74,7 +74,7 @@ class Figures:
     tokens_per_s: float
 
 
-@dataclass
+@dataclass(eq=False)  # a request is itself, however alike two may be
 class Request:
     """One request, as the engine keeps it.
 

@@ -54,6 +54,8 @@ class Scheduler:
     def schedule(self) -> Work:
         work = Work()
         before = self.preemptions
+        for request in [r for r in self.running if r.said == r.params.max_new_tokens]:
+            self._leave(request)  # its last token is on its way: it needs neither row nor pages
         for request in [r for r in self.running if self._decodes(r)]:
             if request.row is not None and self._make_room(request, work):
                 work.decodes.append(request)
@@ -78,10 +80,14 @@ class Scheduler:
         return True
 
     def drop(self, request: Request) -> None:
-        """A request that has ended, or is to start again, gives back its row and pages."""
-        if request.row is None:
+        """A request has ended: it gives back what it has."""
+        if request.row is not None:
+            self._leave(request)
+        elif request in self.waiting:
             self.waiting.remove(request)
-            return
+
+    def _leave(self, request: Request) -> None:
+        assert request.row is not None
         self.running.remove(request)
         self._free_rows.append(request.row)
         self.memory.release(self.held.pop(request.id))
@@ -89,7 +95,7 @@ class Scheduler:
         request.row = None
 
     def _decodes(self, request: Request) -> bool:
-        return request.written >= self._target[request.id] and request.said < request.params.max_new_tokens
+        return request.written >= self._target[request.id]
 
     def _make_room(self, request: Request, work: Work) -> bool:
         """Pages for the block of its next token; the youngest gives way, be it this one."""
@@ -109,7 +115,7 @@ class Scheduler:
         return min(start + block * layout.block, request.most)
 
     def _preempt(self, request: Request) -> None:
-        self.drop(request)
+        self._leave(request)
         request.written = 0
         request.preemptions += 1
         self.preemptions += 1
