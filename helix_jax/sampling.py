@@ -69,7 +69,8 @@ def sample(logits_BV: Float[Array, "B V"], sampling: Sampling, position_B: Int[A
 
 def _draw(logits_V: Array, row: Sampling, position: Array) -> Array:
     key = jax.random.fold_in(jax.random.key(row.seed_B), position)
-    scaled_V = logits_V / jnp.where(row.temperature_B > 0, row.temperature_B, 1)
+    # From the largest on, so that a low temperature makes none infinite.
+    scaled_V = (logits_V - logits_V.max()) / jnp.where(row.temperature_B > 0, row.temperature_B, 1)
     kept_V = _keep(scaled_V, row.top_k_B, row.top_p_B) & _likely(scaled_V, row.min_p_B)
     return jax.random.categorical(key, jnp.where(kept_V, scaled_V, -jnp.inf))
 

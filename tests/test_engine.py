@@ -69,6 +69,7 @@ def crowd(engine: Engine, requests: int, longest: int, most: int, cancelled: int
     """Submits them over time, cancels some. Returns the prompts and the results of the others, by id."""
     random = np.random.default_rng(seed)
     prompts = prompts_of(seed, requests, longest)
+    prompts = [prompt[: max(1, int(len(prompt) * random.random()))] for prompt in prompts]  # short ones are common
     doomed = set(random.choice(requests, cancelled, replace=False).tolist())
     results, index = {}, 0
     while engine.busy or index < requests:
@@ -112,7 +113,7 @@ def test_a_crowd_with_too_few_pages_says_what_each_would_say_alone(model, engine
 @pytest.mark.parametrize("placement", ["helix", "striped"])
 def test_a_great_crowd_with_too_few_pages(model, engine_of, placement):
     engine = engine_of(placement=placement, page=16, pages=40, max_len=2300, chunk=256, rows=8)
-    said = crowd(engine, requests=300, longest=2000, most=120, cancelled=30)
+    said = crowd(engine, requests=300, longest=2000, most=250, cancelled=30)
     assert engine.figures().preemptions >= 50
     check_greedy(model, said, 2176)
 
@@ -338,6 +339,59 @@ def test_a_bad_request_is_refused_alone(engine_of, prompt, params, message):
 def test_a_bad_engine_is_refused(engine_of, options, message):
     with pytest.raises(ValueError, match=message):
         engine_of(**options)
+
+
+def test_misuse_is_told_in_a_line(engine_of):
+    engine = engine_of()
+    with pytest.raises(ValueError, match="the prompts are one text"):
+        engine.generate("0123")
+    engine.submit(np.array([1, 2, 3]), SamplingParams(max_new_tokens=4, stop=["x"][:0]), "request-1")
+    assert [engine.submit([1]), engine.submit([1])] == ["request-2", "request-3"]
+    engine.step()
+    with pytest.raises(ValueError, match="3 requests are running: warm up before"):
+        engine.warm_up()
+
+
+def test_who_leaves_the_events_early_finds_the_rest_later(engine_of):
+    engine = engine_of()
+    for _ in range(3):
+        engine.submit([1, 2], SamplingParams(max_new_tokens=3))
+    told = []
+    while engine.busy:
+        for event in engine.events():
+            told.append(event.id)
+            break
+    assert Counter(told) == {f"request-{i}": 4 for i in range(3)}
+
+
+def test_an_interrupted_step_loses_nothing(engine_of, monkeypatch):
+    engine = engine_of()
+    prompt = prompts_of(12, 1, 20)[0]
+    expected = engine.generate([prompt], SamplingParams(max_new_tokens=9))[0].tokens
+    engine.submit(prompt, SamplingParams(max_new_tokens=9))
+    engine.step()
+    engine.step()
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "asarray", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.settle()
+    assert [event.result.tokens for event in engine.events() if isinstance(event, Ended)] == [expected]
+
+
+def test_who_comes_by_hand_over_is_the_youngest_there(engine_of):
+    source, target = engine_of(tp=1, cp=2), engine_of()
+    for _ in range(3):
+        id = source.submit([1, 2, 3], SamplingParams(max_new_tokens=9))
+    target.submit([1, 2], SamplingParams(max_new_tokens=9), "there")
+    for engine in (source, target):
+        engine.step()
+    hand_over(id, source, target)
+    assert target.requests[id].order > target.requests["there"].order
+    assert target.submit([1], SamplingParams(max_new_tokens=2)) != id
 
 
 def test_prompts_that_cannot_run_leave_nothing_behind(engine_of):

@@ -201,6 +201,16 @@ def test_a_prefix_that_nobody_reads_is_forgotten_for_pages_the_oldest_first():
     assert cached([7, 8, 9, 9, 5]) < 4
 
 
+def test_no_prefix_is_forgotten_for_pages_that_do_not_suffice():
+    memory = Memory(BlockLayout(1, 2, "striped"), pages=4, page=2, share=True)
+    held, _ = memory.start([1, 2, 3])
+    memory.grow(held, 3, 3)
+    memory.learn(held, [1, 2, 3], 3)
+    memory.release(held)
+    assert memory.grow(memory.nothing(), 10, 10) is None
+    assert memory.cached() == (1,)
+
+
 def test_of_a_prefix_the_end_is_forgotten_first():
     memory = Memory(BlockLayout(1, 2, "striped"), pages=4, page=2, share=True)
     held, _ = memory.start([1, 2, 3, 4, 5, 6, 7])

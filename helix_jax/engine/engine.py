@@ -1,7 +1,9 @@
 """Many requests on one mesh: `schedule -> run -> collect`, one step ahead of the devices."""
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 
 from helix_jax.engine.memory import Memory, run_length
 from helix_jax.engine.params import SamplingParams, check_prompt
+from helix_jax.engine.programs import Told
 from helix_jax.engine.requests import CANCELLED, Ended, Event, Figures, Request, Result
 from helix_jax.engine.runner import Flight, Runner
 from helix_jax.engine.said import Text
@@ -19,9 +22,8 @@ from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.text import Tokenizer
 
-_SHARE_OF_MEMORY = 0.9  # of what is free, for pages
-_EDITS = 64  # of the table, in one call
-_SHORT = 8  # a chunk that is so much shorter has a program of its own
+# Text, or token ids.
+Prompt = str | Sequence[int] | np.ndarray
 
 
 class Engine:
@@ -74,14 +76,14 @@ class Engine:
         self.scheduler = Scheduler(memory, rows, budget, chunk)
         self._tokenizer = tokenizer
         self.requests: dict[str, Request] = {}  # those that have not ended
-        self._flights: list[Flight] = []
-        self._events: list[Event] = []
+        self._flights: deque[Flight] = deque()  # dispatched, not yet read
+        self._events: deque[Event] = deque()  # read, not yet told
         self._submitted = self._steps = self._prefilled = self._shared = self._decoded = self._finished = 0
         self._busy_s = 0.0
 
     # What is asked
 
-    def submit(self, prompt: str | Sequence[int], params: SamplingParams | None = None, id: str | None = None) -> str:
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None, id: str | None = None) -> str:
         """Takes a request in; it runs in the steps that follow. Returns its id.
 
         Raises:
@@ -89,7 +91,11 @@ class Engine:
                 tokenizer, an id of a request that has not ended.
         """
         params = SamplingParams() if params is None else params
-        id = f"request-{self._submitted}" if id is None else id
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params are {params!r}: give SamplingParams(...)")
+        id = self._new_id() if id is None else id
+        if not isinstance(id, str):
+            raise ValueError(f"the id is {id!r}: give a string, or none")
         if id in self.requests:
             raise ValueError(f"a request '{id}' has not ended yet: give another id")
         if self._tokenizer is None and (isinstance(prompt, str) or params.stop):
@@ -104,7 +110,11 @@ class Engine:
         self.scheduler.waiting.append(request)
         return id
 
-    def _encoded(self, prompt: str | Sequence[int]) -> Any:
+    def _new_id(self) -> str:
+        names = (f"request-{number}" for number in count(self._submitted))
+        return next(name for name in names if name not in self.requests)
+
+    def _encoded(self, prompt: Prompt) -> Any:
         if self._tokenizer is None or not isinstance(prompt, str):
             return prompt
         try:
@@ -142,38 +152,51 @@ class Engine:
         return bool(self.requests or self._flights or self._events)
 
     def step(self) -> list[Event]:
-        """Dispatches one step, then reads what the one before it said."""
+        """Dispatches one step, then reads what the one before it said.
+
+        Interrupted while it reads, where it spends its time, nothing is lost: the next step tells it.
+        """
         began = time.perf_counter()
         work = self.scheduler.schedule()
         flights = self.runner.run(work, self.scheduler.held)
+        self._flights.extend(flights)
         self._prefilled += sum(chunk.count for chunk in work.chunks)
         self._shared += sum(seat.cached for seat in work.seats)
-        self.settle()
-        self._flights, events, self._events = flights, self._events, []
         self._steps += 1
+        self.settle(ahead=len(flights))
         self._busy_s += time.perf_counter() - began
+        events = list(self._events)
+        self._events.clear()
         return events
 
-    def settle(self) -> None:
-        """Reads all that was dispatched; the next step tells it."""
-        self._events += [event for flight in self._flights for event in self._collect(flight)]
-        self._flights = []
+    def settle(self, ahead: int = 0) -> None:
+        """Reads what was dispatched, but for the last so many; the next step tells it."""
+        while len(self._flights) > ahead:
+            told, whose = self._flights[0]
+            asked = any(request.params.logprobs is not None for _, request in whose)
+            told = jax.tree.map(np.asarray, told if asked else told._replace(logprobs=None))
+            self._flights.popleft()
+            self._events.extend(self._collect(told, whose))
 
     def events(self) -> Iterator[Event]:
-        """Steps until nothing is left to do, and tells all that happens."""
+        """Steps until nothing is left to do, and tells all that happens. Who leaves early finds the rest later."""
         while self.busy:
-            yield from self.step()
+            self._events.extend(self.step())
+            while self._events:
+                yield self._events.popleft()
 
     def generate(
-        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Result]:
         """The results of these prompts, in their order; params: for all, or one each.
 
-        What is told of other requests meanwhile is kept for the next step.
+        Other requests go on beside them; what is told of those is kept for the next step.
 
         Raises:
             ValueError: as `submit`, before anything runs; another number of params than of prompts.
         """
+        if isinstance(prompts, str):
+            raise ValueError("the prompts are one text: give a list of them")
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} params, but {len(prompts)} prompts: give one for all, or one each")
@@ -185,13 +208,27 @@ class Engine:
             for id in ids:
                 self.let_go(self.requests[id])
             raise
-        told, ours = list(self.events()), set(ids)
-        self._events = [event for event in told if event.id not in ours]
-        results = {event.id: event.result for event in told if isinstance(event, Ended)}
+        results: dict[str, Result] = {}
+        others: list[Event] = []
+        while len(results) < len(ids):
+            for event in self.step():
+                if event.id not in ids:
+                    others.append(event)
+                elif isinstance(event, Ended):
+                    results[event.id] = event.result
+        self._events.extendleft(reversed(others))
         return [results[id] for id in ids]
 
     def warm_up(self) -> float:
-        """Compiles every program that steps are made of. Returns the seconds that it took."""
+        """Compiles every program that steps are made of. Returns the seconds that it took.
+
+        Raises:
+            ValueError: requests that run: it would write into their rows.
+        """
+        if self.scheduler.running or self._flights:
+            raise ValueError(
+                f"{len(self.scheduler.running)} requests are running: warm up before, or when they are done"
+            )
         return self.runner.warm_up()
 
     def figures(self) -> Figures:
@@ -221,6 +258,7 @@ class Engine:
 
     def adopt(self, request: Request) -> None:
         """Goes on with a request that was begun elsewhere: what is written of it lies in its pages here."""
+        request.order = self._submitted
         self.requests[request.id] = request
         self._submitted += 1
         if request.row is None:
@@ -230,17 +268,16 @@ class Engine:
 
     # collect
 
-    def _collect(self, flight: Flight) -> Iterator[Event]:
-        token_B, logprobs = np.asarray(flight.told.token_B), None
-        for place, request in flight.whose:
+    def _collect(self, read: Told, whose: list[tuple[int, Request]]) -> Iterator[Event]:
+        for place, request in whose:
             if self.requests.get(request.id) is not request:
                 continue  # it had ended when this was dispatched
             told = None
-            if request.params.logprobs is not None:
-                logprobs = logprobs or jax.tree.map(np.asarray, flight.told.logprobs)
-                top = zip(logprobs.top_ids_BC[place].tolist(), logprobs.top_BC[place].tolist(), strict=True)
-                told = float(logprobs.chosen_B[place]), tuple(top)[: request.params.logprobs]
-            said, reason = request.hear(int(token_B[place]), told, time.perf_counter())
+            if request.params.logprobs is not None and read.logprobs:
+                chosen_B, top_BC, ids_BC = read.logprobs
+                top = zip(ids_BC[place].tolist(), top_BC[place].tolist(), strict=True)
+                told = float(chosen_B[place]), tuple(top)[: request.params.logprobs]
+            said, reason = request.hear(int(read.token_B[place]), told, time.perf_counter())
             self._decoded += 1
             yield said
             if reason:
@@ -255,7 +292,7 @@ class Engine:
 
 def _check_numbers(**numbers: Any) -> None:
     for name, value in numbers.items():
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is {value!r}: give a whole number, at least 1")
 
 

@@ -84,6 +84,9 @@ class Memory:
         if length <= held.length:
             return []
         missing_R = [int(n) - len(mine) for n, mine in zip(self.needed(length, prompt_len), held.pages, strict=True)]
+        kept_R = self.cached()
+        if any(n > len(free) + kept for n, free, kept in zip(missing_R, self._free, kept_R, strict=True)):
+            return None  # before any prefix is forgotten in vain
         while any(n > len(free) for n, free in zip(missing_R, self._free, strict=True)):
             if not self._forget_one():
                 return None

@@ -1,6 +1,7 @@
 """How a request goes on from its prompt: validated before it is taken in."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -31,13 +32,16 @@ class SamplingParams:
     min_p: int | float = 0
     repetition_penalty: int | float = 1
     seed: int = 0
-    stop: str | tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] | None = None
+    stop: str | Sequence[str] = ()
+    stop_ids: Sequence[int] | None = None
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "stop_ids"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("max_new_tokens", "top_k", "seed"):
             _check(_whole(getattr(self, name)), name, getattr(self, name), "a whole number")
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
@@ -48,7 +52,7 @@ class SamplingParams:
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "a probability above 0, at most 1")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "a share from 0 to 1")
         penalty = self.repetition_penalty
-        _check(0 < penalty < _MOST, "repetition_penalty", penalty, "a positive number, above 1 to penalise")
+        _check(1 / _MOST < penalty < _MOST, "repetition_penalty", penalty, "a positive number, above 1 to penalise")
         _check(_listed(self.stop, str) and all(self.stop), "stop", self.stop, "a list of strings that are not empty")
         _check(self.stop_ids is None or _listed(self.stop_ids, int), "stop_ids", self.stop_ids, "a list of token ids")
         told = self.logprobs
@@ -65,8 +69,7 @@ def sampling_params(given: dict[str, Any]) -> SamplingParams:
     for name in given:
         if name not in known:
             raise ValueError(f"unknown field '{name}': choose among {', '.join(known)}")
-    lists: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
-    return SamplingParams(**lists)
+    return SamplingParams(**given)
 
 
 def _whole(value: Any) -> bool:
@@ -86,17 +89,20 @@ def _check(good: bool, name: str, value: Any, wanted: str) -> None:
         raise ValueError(f"{name} is {value!r}: give {wanted}")
 
 
-def check_prompt(config: ModelConfig, prompt: Sequence[int], params: SamplingParams, max_len: int) -> list[int]:
+def check_prompt(config: ModelConfig, prompt: Iterable[Any], params: SamplingParams, max_len: int) -> list[int]:
     """The prompt as a list of ids.
 
     Raises:
         ValueError: an empty one, an id outside of the vocabulary, more positions than there is room for.
     """
-    ids = list(prompt)
+    try:
+        ids = [operator.index(token) for token in prompt]
+    except TypeError:
+        raise ValueError("the prompt is no sequence of token ids: give whole numbers") from None
     if not ids:
         raise ValueError("the prompt is empty: give at least one token")
     for token in ids:
-        if not _whole(token) or not 0 <= token < config.vocab:
+        if not 0 <= token < config.vocab:
             raise ValueError(f"token id {token!r} is not one of the vocabulary: give ids from 0 to {config.vocab - 1}")
     if len(ids) + params.max_new_tokens > max_len:
         raise ValueError(

@@ -39,7 +39,7 @@ class Told(NamedTuple):
     """What the rows of a step said, and if any row asked for them, log-probabilities (else 0)."""
 
     token_B: Int[Array, "B"]
-    logprobs: Logprobs
+    logprobs: Logprobs | None  # None: not read
 
 
 def _seat(
@@ -77,7 +77,7 @@ def _decode(
     row_B = jnp.arange(len(count_B))
     seen_BV = state.seen_BV.at[row_B, state.token_B].max(count_B > 0)
     logits_BV, cache, rows = advance(config, plan, weights, state.cache, state.rows, state.token_B[:, None], count_B)
-    told = _choose(plan, logits_BV, seen_BV, rows.length_B, state.rules)
+    told = _choose(plan, logits_BV, seen_BV, rows.length_B, state.rules, count_B > 0)
     token_B = as_rows(plan, jnp.where(count_B > 0, told.token_B, state.token_B))
     return told, State(cache, rows, token_B, as_rows(plan, seen_BV), state.rules)
 
@@ -98,17 +98,19 @@ def _prefill(
 
     rows = Rows(mine(state.rows.table_RBM, 1), mine(state.rows.length_B), mine(state.rows.prompt_len_B))
     logits_1V, cache, after = advance(config, plan, weights, state.cache, rows, tokens_1T, count_1)
-    told = _choose(plan, logits_1V, mine(state.seen_BV), after.length_B, jax.tree.map(mine, state.rules))
+    told = _choose(plan, logits_1V, mine(state.seen_BV), after.length_B, jax.tree.map(mine, state.rules), count_1 > 0)
     length_B = as_rows(plan, state.rows.length_B.at[row].set(after.length_B[0]))
     token_B = as_rows(plan, state.token_B.at[row].set(told.token_B[0]))
     return told, state._replace(cache=cache, rows=state.rows._replace(length_B=length_B), token_B=token_B)
 
 
-def _choose(plan: Plan, logits_BV: Array, seen_BV: Array, position_B: Array, rules: Rules) -> Told:
-    token_B = sample(penalised(logits_BV, seen_BV, rules.penalty_B), rules.sampling, position_B)
+def _choose(plan: Plan, logits_BV: Array, seen_BV: Array, position_B: Array, rules: Rules, live_B: Array) -> Told:
+    # The rules of a row outlast its request, and one that draws, or tells, makes the step dear for all.
+    sampling = rules.sampling._replace(temperature_B=jnp.where(live_B, rules.sampling.temperature_B, 0))
+    token_B = sample(penalised(logits_BV, seen_BV, rules.penalty_B), sampling, position_B)
     asked = partial(logprobs_of, logits_BV, token_B)
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(asked))
-    logprobs = lax.cond(rules.logprobs_B.any(), asked, lambda: nothing)
+    logprobs = lax.cond((rules.logprobs_B & live_B).any(), asked, lambda: nothing)
     return Told(as_rows(plan, token_B), logprobs)
 
 

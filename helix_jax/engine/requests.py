@@ -57,7 +57,7 @@ Event = Said | Ended
 class Figures:
     """How an engine stands. pages_in_use: of each rank, prefixes that nobody reads left out (they are pages_cached).
 
-    Counts of tokens, steps, traces and preemptions are since its start; tokens_per_s over the time that it ran.
+    Counts of tokens, steps and preemptions are since its start; tokens_per_s over the time that it ran.
     """
 
     waiting: int
@@ -128,8 +128,7 @@ class Request:
         return said, STOP if stopped else LENGTH if full else None
 
     def result(self, reason: str) -> Result:
-        """What it comes to, now that it is over."""
-        self.text.give(all=True)
+        """What it comes to, now that it is over: the text that was given out, and no more."""
         first, last, gaps = self.first_s, self.last_s, len(self.tokens) - 1
         return Result(
             id=self.id,

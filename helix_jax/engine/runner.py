@@ -46,7 +46,7 @@ class Runner:
         self.config, self.plan = model.config, plan
         self.shape: dict[str, Any] = {"page": page, **cache_shape(model)}
         self._weights = model.weights()
-        self._device = next(iter(model.embed_VD[...].sharding.device_set))
+        self._device = min(model.embed_VD[...].sharding.device_set, key=lambda device: device.id)
         self._entries = _entries(plan, max_len, page)
         self._widths = sorted({chunk, *(max(1, chunk // times) for times in _SHORTER)})
         self._under_way: Any = None  # on a CPU

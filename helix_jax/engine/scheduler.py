@@ -131,7 +131,8 @@ class Scheduler:
                 return
             self.waiting.popleft()
             self._sit(request, held)
-            request.written = request.shared = cached
+            request.written = cached
+            request.shared = request.shared if request.preemptions else cached  # later it would find its own
             work.seats.append(Seat(request, cached))
 
     def _sit(self, request: Request, held: Held) -> None:
