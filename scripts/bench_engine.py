@@ -63,7 +63,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--new", type=int, nargs=2, default=(16, 256), metavar="TOKENS", help="least and most (default: 16 256)")
     add("--seed", type=int, default=0, help="of the trace (default: 0)")
     add("--rows", type=int, default=8, metavar="N", help="requests that decode together (default: 8)")
-    add("--pages", type=int, metavar="N", help="cache pages of each rank (default: what memory has room for)")
+    add(
+        "--pages",
+        type=int,
+        metavar="N",
+        help="cache pages of each rank (default: what all rows can fill, or memory holds)",
+    )
     add_shared_arguments(parser)
     add("--json", type=Path, metavar="FILE", help="write all numbers")
     parser.set_defaults(prefill_chunk=CHUNK)  # no prompt is longer, unless asked for

@@ -21,8 +21,9 @@ from helix_jax import (
 )
 from helix_jax.engine import programs, sampling_params
 from helix_jax.layout import PLACEMENTS
+from helix_jax.sampling import penalised
 from helix_jax.text import Bytes
-from tests.reference import TIE, TINY, gaps_of, tiny_model
+from tests.reference import TIE, TINY, gaps_of, naive_logits, tiny_model
 
 BLOCK = 4
 
@@ -160,8 +161,6 @@ def test_logprobs_are_those_of_the_logits(model, engine_of):
         assert ids[0] == token
         assert chosen == values[0] == max(values)
         assert len(top) == 4
-    from tests.reference import naive_logits
-
     text = [*prompt, *result.tokens]
     logits = naive_logits(model, [text], 32)[0, len(prompt) - 1 : len(text) - 1]
     expected = (
@@ -171,8 +170,6 @@ def test_logprobs_are_those_of_the_logits(model, engine_of):
 
 
 def test_a_repeated_token_is_penalised():
-    from helix_jax.sampling import penalised
-
     logits_BV = jnp.asarray([[2.0, -2.0, 1.0], [2.0, -2.0, 1.0]])
     seen_BV = jnp.asarray([[True, True, False]] * 2)
     found = penalised(logits_BV, seen_BV, jnp.asarray([2.0, 1.0]))

@@ -42,7 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="results are added to it as they come; ids with a result are skipped, those that failed tried again",
     )
     add("--rows", type=int, default=8, metavar="N", help="requests that decode together (default: 8)")
-    add("--pages", type=int, metavar="N", help="cache pages of each rank (default: what device memory has room for)")
+    add(
+        "--pages",
+        type=int,
+        metavar="N",
+        help="cache pages of each rank (default: what all rows can fill, or memory holds)",
+    )
     add("--max-len", type=int, metavar="TOKENS", help="of a request, prompt and all (default: the model's positions)")
     add_shared_arguments(parser)
 

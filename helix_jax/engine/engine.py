@@ -33,15 +33,15 @@ class Engine:
     before are read: where a token goes is known without it. A request that turns out to have ended costs one token that
     nobody sees.
 
-    rows: requests that run at once. pages: of each rank (None: what fits the free memory of a device, or on a CPU what
-    all rows can fill). page: tokens per page. max_len: positions of a request at most (None: the model's). chunk:
+    rows: requests that run at once. pages: of each rank (None: what all rows can fill, as far as the free memory of a
+    device goes). page: tokens per page. max_len: positions of a request at most (None: the model's). chunk:
     tokens of a prompt per call. budget: such tokens per step, so that decoding never waits for longer (None: a chunk).
     share_prefixes: requests that begin alike read the same pages, where places do not depend on the prompt's length:
     `sharing` says whether and why not.
 
     Raises:
         ValueError: weights on another mesh than the plan's, dp, heads that the mesh does not divide, a number below 1,
-            more positions than the model has, pages that no request would fit.
+            more positions than the model has.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Engine:
             raise ValueError(f"a request '{id}' has not ended yet: give another id")
         if self._tokenizer is None and (isinstance(prompt, str) or params.stop):
             raise ValueError("text needs a tokenizer, and the engine has none: give token ids, and no stop strings")
-        ids = check_prompt(self.config, self._encoded(prompt), params, self.max_len)
+        ids = check_prompt(self.config, self._encoded(prompt))
         ends = self.config.stop_ids if params.stop_ids is None else params.stop_ids
         text = Text(self._tokenizer, params.stop)
         request = Request(id, ids, params, frozenset(ends), self._submitted, text, submitted_s=time.perf_counter())
@@ -125,13 +125,17 @@ class Engine:
 
     def check_room(self, request: Request) -> None:
         """Raises ValueError if a request could never fit, be it alone."""
-        check_prompt(self.config, request.prompt, request.params, self.max_len)
-        memory, length = self.scheduler.memory, len(request.prompt)
-        if not memory.fits(request.most, length):
-            need = int(memory.needed(request.most, length).max())
+        memory, length, new = self.scheduler.memory, len(request.prompt), request.params.max_new_tokens
+        if length + new > self.max_len:
             raise ValueError(
-                f"{length} tokens and {request.params.max_new_tokens} new ones need {need} pages of {memory.page} on "
-                f"one rank, and it has {memory.pages}: ask for fewer tokens, or give more pages"
+                f"{length} tokens and {new} new ones exceed the {self.max_len} positions of a row: "
+                "shorten the prompt, ask for fewer, or give the engine a longer max_len"
+            )
+        need = int(memory.needed(request.most, length).max())
+        if need > memory.pages:
+            raise ValueError(
+                f"{length} tokens and {new} new ones need {need} pages of {memory.page} on one rank, "
+                f"and it has {memory.pages}: ask for fewer tokens, or give more pages"
             )
 
     def cancel(self, id: str) -> None:
@@ -210,13 +214,16 @@ class Engine:
             raise
         results: dict[str, Result] = {}
         others: list[Event] = []
-        while len(results) < len(ids):
-            for event in self.step():
-                if event.id not in ids:
-                    others.append(event)
-                elif isinstance(event, Ended):
-                    results[event.id] = event.result
-        self._events.extendleft(reversed(others))
+        ours = set(ids)
+        try:
+            while len(results) < len(ours):
+                for event in self.step():
+                    if event.id not in ours:
+                        others.append(event)
+                    elif isinstance(event, Ended):
+                        results[event.id] = event.result
+        finally:
+            self._events.extendleft(reversed(others))
         return [results[id] for id in ids]
 
     def warm_up(self) -> float:
@@ -225,7 +232,7 @@ class Engine:
         Raises:
             ValueError: requests that run: it would write into their rows.
         """
-        if self.scheduler.running or self._flights:
+        if self.scheduler.running:
             raise ValueError(
                 f"{len(self.scheduler.running)} requests are running: warm up before, or when they are done"
             )

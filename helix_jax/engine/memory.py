@@ -55,10 +55,6 @@ class Memory:
         filled_R = self.layout.filled(length, prompt_len, np.arange(self.layout.ranks))
         return -(-filled_R // self.page)
 
-    def fits(self, length: int, prompt_len: int) -> bool:
-        """Whether a row alone could ever be so long."""
-        return int(self.needed(length, prompt_len).max()) <= self.pages
-
     def nothing(self) -> Held:
         """Of a row that holds no page yet."""
         return Held([[] for _ in range(self.layout.ranks)])
@@ -84,12 +80,8 @@ class Memory:
         if length <= held.length:
             return []
         missing_R = [int(n) - len(mine) for n, mine in zip(self.needed(length, prompt_len), held.pages, strict=True)]
-        kept_R = self.cached()
-        if any(n > len(free) + kept for n, free, kept in zip(missing_R, self._free, kept_R, strict=True)):
-            return None  # before any prefix is forgotten in vain
-        while any(n > len(free) for n, free in zip(missing_R, self._free, strict=True)):
-            if not self._forget_one():
-                return None
+        if not self._free_up(missing_R):
+            return None
         given = []
         for rank, missing in enumerate(missing_R):
             for _ in range(missing):
@@ -140,6 +132,19 @@ class Memory:
         assert self.run_tokens is not None
         mine = tokens[index * self.run_tokens : (index + 1) * self.run_tokens]
         return id(held.chain[-1]) if held.chain else 0, np.asarray(mine, np.int32).tobytes()
+
+    def _free_up(self, wanted_R: list[int]) -> bool:
+        """Forgets prefixes until so many pages are free; none in vain, where all of them would not do."""
+
+        def short() -> list[int]:
+            return [wanted - len(free) for wanted, free in zip(wanted_R, self._free, strict=True)]
+
+        if max(short()) > 0 and any(lack > kept for lack, kept in zip(short(), self.cached(), strict=True)):
+            return False
+        while max(short()) > 0:
+            if not self._forget_one():
+                return False
+        return True
 
     def _forget_one(self) -> bool:
         idle = [run for run in self._runs.values() if not run.users and not run.children]

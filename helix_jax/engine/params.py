@@ -89,11 +89,11 @@ def _check(good: bool, name: str, value: Any, wanted: str) -> None:
         raise ValueError(f"{name} is {value!r}: give {wanted}")
 
 
-def check_prompt(config: ModelConfig, prompt: Iterable[Any], params: SamplingParams, max_len: int) -> list[int]:
+def check_prompt(config: ModelConfig, prompt: Iterable[Any]) -> list[int]:
     """The prompt as a list of ids.
 
     Raises:
-        ValueError: an empty one, an id outside of the vocabulary, more positions than there is room for.
+        ValueError: an empty one, an id outside of the vocabulary.
     """
     try:
         ids = [operator.index(token) for token in prompt]
@@ -104,9 +104,4 @@ def check_prompt(config: ModelConfig, prompt: Iterable[Any], params: SamplingPar
     for token in ids:
         if not 0 <= token < config.vocab:
             raise ValueError(f"token id {token!r} is not one of the vocabulary: give ids from 0 to {config.vocab - 1}")
-    if len(ids) + params.max_new_tokens > max_len:
-        raise ValueError(
-            f"{len(ids)} tokens and {params.max_new_tokens} new ones exceed the {max_len} positions of a row: "
-            "shorten the prompt, ask for fewer, or give the engine a longer max_len"
-        )
     return ids

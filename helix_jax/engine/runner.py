@@ -37,7 +37,7 @@ class Flight(NamedTuple):
 class Runner:
     """The devices' side of an engine: weights, pages, and a row for each request that runs.
 
-    pages: of each rank; None: what fits the free memory of a device, or on a CPU what all rows can fill.
+    pages: of each rank; None: what all rows can fill, as far as the free memory of a device goes.
     """
 
     def __init__(
