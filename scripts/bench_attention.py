@@ -103,7 +103,7 @@ def _elapsed(contender: Contender, calls: int) -> float:
 
 def layers_for(case: Case) -> int:
     """So many that a call takes longer on the GPU than on the host, which else would hold it up."""
-    return case.buffers * max(1, int(np.clip(4e10 // case.bytes, 8, 64)) // case.buffers)
+    return case.buffers * max(1, int(np.clip(4e10 // case.bytes, 8, 32)) // case.buffers)
 
 
 def measured(case: Case, wanted: list[str], rounds: int) -> dict[str, Any]:

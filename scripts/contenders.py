@@ -19,7 +19,7 @@ from jax import Array, lax
 from helix_jax.kernels import PageFormat, attend_by, chosen
 
 WIDTH, LATENT, LATENT_VALUES, PAGE = 128, 576, 512, 64
-ROTATED_BYTES = 2**28  # and more lie between two reads of the same: no cache of a GPU holds them
+ROTATED_BYTES = 2**27  # and more lie between two reads of the same: no cache of a GPU holds them
 
 
 @dataclass(frozen=True)
@@ -138,14 +138,10 @@ def installed(name: str) -> Any:
     return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
+@partial(jax.jit, static_argnames="shape")  # of all buffers one compilation
 def random_bf16(seed: int, shape: tuple[int, ...]) -> Array:
     """Multiples of 1/64 in [-2, 2): eight random bits each, so that a cache of gigabytes is made in no time."""
-
-    @jax.jit
-    def make() -> Array:
-        return jax.random.bits(jax.random.key(seed), shape, jnp.uint8).astype(jnp.int8).astype(jnp.bfloat16) / 64
-
-    return make()
+    return jax.random.bits(jax.random.key(seed), shape, jnp.uint8).astype(jnp.int8).astype(jnp.bfloat16) / 64
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from tests.test_families import PLAIN
 
 PASSAGE = ROOT / "scripts" / "data" / "passage.txt"
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_", "PYTEST"))}
+ENVIRONMENT |= {"JAX_PLATFORMS": "cpu"}  # on a machine with GPUs too
 ENVIRONMENT |= {"JAX_COMPILATION_CACHE_DIR": str(COMPILED), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from typing import Any
 
 import chex
 import jax
@@ -39,7 +40,7 @@ def collectives(hlo: str) -> Counter:
     return Counter(re.findall(rf" ({kinds})(?:-start)?\(", hlo))
 
 
-def compiled_step(plan: Plan, config: ModelConfig, rows: int, slots: int, T: int, page: int = 64):
+def lowered_step(plan: Plan, config: ModelConfig, rows: int, slots: int, T: int, page: int = 64):
     """The step on abstract arrays: nothing is allocated. Returns it with the bytes of its cache per device."""
     flat = plan.mesh.size
     model = shard(Transformer(config, rngs=nnx.Rngs(0)), plan.mesh)
@@ -55,24 +56,40 @@ def compiled_step(plan: Plan, config: ModelConfig, rows: int, slots: int, T: int
     state = Rows(like((plan.layout.ranks, rows, M), jnp.int32, TABLE_RBM), per_row_B, per_row_B)
     sampling = jax.tree.map(lambda x: like(x.shape, x.dtype, ROWS_B), make_sampling(rows))
     tokens_BT = like((rows, T), jnp.int32, ROWS_B)
-    compiled = step.lower(model.config, plan, weights, cache, state, tokens_BT, per_row_B, sampling).compile()
-    cache_bytes = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(cache)) // flat
-    return compiled, cache_bytes
+    lowered = step.lower(model.config, plan, weights, cache, state, tokens_BT, per_row_B, sampling)
+    return lowered, sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(cache)) // flat
 
 
-@pytest.mark.parametrize("T", [1, 8])
+def compiled_step(*arguments: Any):
+    """As `lowered_step`."""
+    lowered, cache_bytes = lowered_step(*arguments)
+    return lowered.compile(), cache_bytes
+
+
+@pytest.mark.parametrize(("rows", "T"), [(3, 1), (1, 1), (3, 8)])
 @pytest.mark.parametrize("how", COMBINES)
 @pytest.mark.parametrize(("tp", "cp"), [(1, 8), (2, 4)])
-def test_the_collectives_are_those_promised(tp: int, cp: int, how: str, T: int):
+def test_the_collectives_are_those_promised(tp: int, cp: int, how: str, rows: int, T: int):
     layers = 3
     config = ModelConfig(
         layers=layers, width=32, heads=8, kv_heads=2, head_width=4, ff_width=52, vocab=61, max_positions=4096
     )
-    compiled, _ = compiled_step(Plan(make_mesh(tp, cp), BlockLayout(cp), how), config, 3, 256, T)
+    compiled, _ = compiled_step(Plan(make_mesh(tp, cp), BlockLayout(cp), how), config, rows, 256, T)
     promised = Counter(PER_STEP)
     for kind, count in PER_LAYER[how].items():
         promised[kind] += layers * count
     assert collectives(compiled.as_text()) == promised
+
+
+def test_no_token_runs_alone():
+    """Of a vector times a matrix a GPU makes slow loops, and of one lookup an all-gather of the embedding."""
+    config = ModelConfig(
+        layers=1, width=32, heads=8, kv_heads=2, head_width=4, ff_width=52, vocab=61, max_positions=4096
+    )
+    text = lowered_step(Plan(make_mesh(1, 2), BlockLayout(2)), config, 1, 256, 1)[0].as_text()
+    assert len(re.findall(r"dot_general.*\(tensor<1x2x32xf32>, tensor<32x", text)) == 5  # q, k, v, gate, up
+    assert re.search(r"gather.*\(tensor<62x32xf32>, tensor<1x2x1xi32>\)", text)
+    assert not re.search(r"tensor<1x1x32xf32>, tensor<32x", text)
 
 
 @pytest.mark.parametrize("how", COMBINES)
