@@ -15,6 +15,7 @@ from helix_jax import (
     SamplingParams,
     generate,
     hand_over,
+    load,
     make_mesh,
     make_sampling,
     shard,
@@ -23,6 +24,7 @@ from helix_jax.engine import programs, sampling_params
 from helix_jax.layout import PLACEMENTS
 from helix_jax.sampling import penalised
 from helix_jax.text import Bytes
+from tests.conftest import GOLDEN
 from tests.reference import TIE, TINY, gaps_of, naive_logits, tiny_model
 
 BLOCK = 4
@@ -48,9 +50,9 @@ def engine_of(model):
     return make
 
 
-def prompts_of(seed: int, count: int, longest: int) -> list[list[int]]:
+def prompts_of(seed: int, count: int, longest: int, vocab: int = TINY.vocab) -> list[list[int]]:
     random = np.random.default_rng(seed)
-    return [random.integers(0, TINY.vocab, n).tolist() for n in random.integers(1, longest, count)]
+    return [random.integers(0, vocab, n).tolist() for n in random.integers(1, longest, count)]
 
 
 def check_pages(engine: Engine) -> None:
@@ -69,8 +71,10 @@ def check_pages(engine: Engine) -> None:
 def crowd(engine: Engine, requests: int, longest: int, most: int, cancelled: int, seed: int = 0):
     """Submits them over time, cancels some. Returns the prompts and the results of the others, by id."""
     random = np.random.default_rng(seed)
-    prompts = prompts_of(seed, requests, longest)
+    prompts = prompts_of(seed, requests, longest, engine.config.vocab)
     prompts = [prompt[: max(1, int(len(prompt) * random.random()))] for prompt in prompts]  # short ones are common
+    for alike in prompts[::4]:  # and some begin as others do
+        alike[:] = (prompts[int(random.integers(0, 4))][: longest // 2] + alike)[:longest]
     doomed = set(random.choice(requests, cancelled, replace=False).tolist())
     results, index = {}, 0
     while engine.busy or index < requests:
@@ -90,11 +94,12 @@ def crowd(engine: Engine, requests: int, longest: int, most: int, cancelled: int
     return {int(id): (prompts[int(id)], r) for id, r in results.items() if r.reason != "cancelled"}
 
 
-def check_greedy(model, said, padded_to: int) -> None:
+def check_greedy(model, said) -> None:
     """Each token is the likeliest after what came before, by a model without a cache; or it is a tie."""
     ties = 0
     for prompt, result in said.values():
-        gaps = gaps_of(model, prompt, result.tokens, padded_to)
+        length = len(prompt) + len(result.tokens)
+        gaps = gaps_of(model, prompt, result.tokens, padded_to=max(128, 1 << (length - 1).bit_length()))
         assert gaps.max() < TIE
         ties += gaps.max() > 0
     assert ties <= max(1, len(said) // 300)
@@ -105,18 +110,29 @@ def test_a_crowd_with_too_few_pages_says_what_each_would_say_alone(model, engine
     engine = engine_of(placement=placement, pages=9)
     said = crowd(engine, requests=40, longest=80, most=40, cancelled=6)
     assert engine.figures().preemptions >= 5
-    check_greedy(model, said, 120)
+    check_greedy(model, said)
     assert [r.reason for _, r in said.values()] == ["length"] * len(said)
+
+
+@pytest.mark.parametrize(("family", "tp", "cp"), [("gpt_oss", 2, 2), ("deepseek_v3", 1, 4)])
+def test_a_crowd_of_windows_sinks_latents_and_experts_does_too(family: str, tp: int, cp: int):
+    model, mesh = load(GOLDEN / family, make_mesh(), jnp.float32), make_mesh(tp, cp)
+    options = {"rows": 3, "pages": 5 * 4 // cp, "page": 4, "max_len": 100, "chunk": 16}
+    engine = Engine(load(GOLDEN / family, mesh, jnp.float32), Plan(mesh, BlockLayout(cp, BLOCK, "striped")), **options)
+    said = crowd(engine, requests=16, longest=60, most=30, cancelled=2)
+    assert engine.figures().preemptions >= 1
+    assert engine.figures().shared_tokens >= 16
+    check_greedy(model, said)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("placement", ["helix", "striped"])
 def test_a_great_crowd_with_too_few_pages(model, engine_of, placement):
-    engine = engine_of(placement=placement, page=16, pages=40, max_len=2300, chunk=256, rows=8)
+    engine = engine_of(placement=placement, page=16, pages=36, max_len=2300, chunk=256, rows=8)
     said = crowd(engine, requests=300, longest=2000, most=250, cancelled=30)
     assert engine.figures().preemptions >= 50
-    check_greedy(model, said, 2176)
+    check_greedy(model, said)
 
 
 def test_one_program_serves_every_step_of_a_shape(engine_of):
@@ -215,7 +231,9 @@ def test_a_shared_prefix_is_prefilled_once(model, engine_of):
     assert [r.shared_tokens for r in results] == [0, 80, 96]
     assert engine.figures().prefilled_tokens == 100 + 13 + 4
     assert results[0].tokens == results[2].tokens
-    check_greedy(model, dict(enumerate(zip((first, second), results, strict=False))), 120)
+    check_greedy(model, dict(enumerate(zip((first, second), results, strict=False))))
+    at_once = engine_of(placement="striped", budget=512).generate([first, second, first], params)
+    assert [(r.shared_tokens, r.tokens) for r in at_once] == [(r.shared_tokens, r.tokens) for r in results]
     apart = engine_of(placement="striped", share_prefixes=False)
     assert [r.tokens for r in apart.generate([first, second], params)] == [r.tokens for r in results[:2]]
     assert apart.sharing == "off: not asked for"

@@ -120,7 +120,7 @@ class Engines(RuleBasedStateMachine):
             said = self.devices.run(work, self.scheduler)
             for request, token in self.under_way:
                 if self.live.get(request.id) is request:
-                    request.tokens.append(token)
+                    request.append(token)
                     request.running_ahead -= 1
                     if token in request.stop_ids or len(request.tokens) == request.params.max_new_tokens:
                         self._end(request)
@@ -135,7 +135,7 @@ class Engines(RuleBasedStateMachine):
             runs = [page for run in self.memory._runs.values() for page in run.pages[rank]]
             private = []
             for held in self.scheduler.held.values():
-                shared = {page for run in held.shared for page in run.pages[rank]}
+                shared = {page for run in held.runs for page in run.pages[rank]}
                 private += [page for page in held.pages[rank] if page not in shared]
             everywhere = runs + private + self.memory._free[rank]
             assert sorted(everywhere) == list(range(self.memory.pages))
@@ -194,7 +194,7 @@ def test_a_prefix_that_nobody_reads_is_forgotten_for_pages_the_oldest_first():
 
     assert cached([1, 2, 3, 4, 5]) == 0
     assert cached([7, 8, 9, 9, 5]) == 0
-    assert (memory.in_use(), memory.cached()) == ((0,), (4,))
+    assert (memory.in_use(), memory.cached()) == ((0,), 4)
     assert cached([1, 2, 3, 4, 6]) == 4  # which makes the other one the oldest
     assert cached([0, 0, 0, 0, 0, 0, 0]) == 0
     assert cached([1, 2, 3, 4, 6]) == 4
@@ -208,7 +208,7 @@ def test_no_prefix_is_forgotten_for_pages_that_do_not_suffice():
     memory.learn(held, [1, 2, 3], 3)
     memory.release(held)
     assert memory.grow(memory.nothing(), 10, 10) is None
-    assert memory.cached() == (1,)
+    assert memory.cached() == 1
 
 
 def test_of_a_prefix_the_end_is_forgotten_first():

@@ -155,12 +155,12 @@ def _board(notes: Notes) -> Iterator[Callable[[Engine, Results], None]]:
 
 
 def _table(now: Figures, results: Results) -> Table:
-    used, cached = (f"{min(pages_R)} to {max(pages_R)}" for pages_R in (now.pages_in_use, now.pages_cached))
+    used = f"{min(now.pages_in_use)} to {max(now.pages_in_use)}"
     columns: list[dict[str, object]] = [
         {"answered": results.answered, "failed": results.failed, "": ""},
         {"running": now.running, "waiting": now.waiting, "preempted": now.preemptions},
         {"tokens/s": f"{now.tokens_per_s:.1f}", "decoded": now.decoded_tokens, "prefilled": now.prefilled_tokens},
-        {"pages of a rank": now.pages, "in use": used, "cached": cached},
+        {"pages of a rank": now.pages, "in use": used, "cached": now.pages_cached},
     ]
     table = Table(show_header=False)
     for line in zip(*(column.items() for column in columns), strict=True):

@@ -12,35 +12,33 @@ from helix_jax.layout import BlockLayout
 class Run:
     """A stretch of a prefix, as long as a turn of the ranks in whole pages, and its pages on each rank.
 
-    users: rows that read it. children: runs that go on from it. used: when it was last let go.
+    key: the run before it, and its tokens. users: rows that begin with it.
     """
 
     key: tuple[int, bytes]
-    parent: "Run | None"
     pages: list[list[int]]
     users: int = 0
-    children: int = 0
-    used: int = 0
 
 
 @dataclass
 class Held:
-    """The pages of one row, per rank and in the order of slots; the first of them are those of shared runs.
+    """The pages of one row, per rank and in the order of slots.
 
-    length: positions that they are enough for.
+    length: positions that they are enough for. runs: those of its first tokens. Where it was there first, or came when
+    they were cached, their pages are its own.
     """
 
     pages: list[list[int]]
     length: int = 0
-    shared: list[Run] = field(default_factory=list)  # runs whose pages are among them
-    chain: list[Run] = field(default_factory=list)  # the runs of its first tokens, its own or another's
+    runs: list[Run] = field(default_factory=list)
 
 
 class Memory:
     """Pages of all ranks: free, held by rows, or kept with a prefix for whoever comes with it again.
 
     A rank hands out pages for the blocks that it will own and for no other. Runs of prefixes are known by their tokens
-    and by the run that they follow; those that no row reads are kept until pages run out, the oldest go first.
+    and by the run that they follow; those that no row reads are kept until pages run out: the first let go is the first
+    forgotten.
     """
 
     def __init__(self, layout: BlockLayout, pages: int, page: int, *, share: bool):
@@ -48,7 +46,8 @@ class Memory:
         self.run_tokens = run_length(layout, page) if share else None
         self._free = [list(range(pages - 1, -1, -1)) for _ in range(layout.ranks)]
         self._runs: dict[tuple[int, bytes], Run] = {}
-        self._clock = 0
+        self._idle: dict[Run, None] = {}  # those that no row reads, in the order in which they were let go
+        self.releases = 0
 
     def needed(self, length: int, prompt_len: int) -> np.ndarray:
         """Pages on each rank for the first `length` positions."""
@@ -68,12 +67,10 @@ class Memory:
             run = self._runs.get(self._key(held, tokens, index))
             if run is None:
                 break
-            run.users += 1
-            held.shared.append(run)
-            held.chain.append(run)
+            self._read(held, run)
             for mine, theirs in zip(held.pages, run.pages, strict=True):
                 mine.extend(theirs)
-        return held, len(held.chain) * self.run_tokens
+        return held, len(held.runs) * self.run_tokens
 
     def grow(self, held: Held, length: int, prompt_len: int) -> list[tuple[int, int, int]] | None:
         """Hands out what `length` positions still need, as (rank, entry, page); None, and nothing, if there is less."""
@@ -95,68 +92,60 @@ class Memory:
         """The first `length` of these tokens are cached in this row: whoever starts with them may read them now."""
         if self.run_tokens is None:
             return
-        for index in range(len(held.chain), length // self.run_tokens):
+        for index in range(len(held.runs), length // self.run_tokens):
             key = self._key(held, tokens, index)
-            run = self._runs.get(key)
-            if run is None:
-                parent = held.chain[-1] if held.chain else None
-                per_run = self.run_tokens // self.layout.ranks // self.page
-                pages = [mine[index * per_run : (index + 1) * per_run] for mine in held.pages]
-                run = self._runs[key] = Run(key, parent, pages, users=1)
-                held.shared.append(run)
-                if parent:
-                    parent.children += 1
-            held.chain.append(run)
+            if key not in self._runs:
+                span = slice(index * self._pages_per_run, (index + 1) * self._pages_per_run)
+                self._runs[key] = Run(key, [mine[span] for mine in held.pages])
+            self._read(held, self._runs[key])
 
     def release(self, held: Held) -> None:
         """The row lets go of its pages; those of runs stay where they are."""
-        self._clock += 1
-        kept = [{page for run in held.shared for page in run.pages[rank]} for rank in range(self.layout.ranks)]
+        self.releases += 1
+        kept = [{page for run in held.runs for page in run.pages[rank]} for rank in range(self.layout.ranks)]
         for rank, mine in enumerate(held.pages):
             self._free[rank].extend(page for page in reversed(mine) if page not in kept[rank])
-        for run in held.shared:
+        # The end first: whoever reads a run reads those before it, so no run is forgotten before those that follow it.
+        for run in reversed(held.runs):
             run.users -= 1
-            run.used = self._clock
+            if not run.users:
+                self._idle[run] = None
 
     def in_use(self) -> tuple[int, ...]:
         """Pages of each rank that rows hold."""
-        cached = self.cached()
-        return tuple(self.pages - len(free) - kept for free, kept in zip(self._free, cached, strict=True))
+        return tuple(self.pages - len(free) - self.cached() for free in self._free)
 
-    def cached(self) -> tuple[int, ...]:
-        """Pages of each rank that are kept with prefixes that no row reads."""
-        idle = [run for run in self._runs.values() if not run.users]
-        return tuple(sum(len(run.pages[rank]) for run in idle) for rank in range(self.layout.ranks))
+    def cached(self) -> int:
+        """Pages of every rank that are kept with prefixes that no row reads."""
+        return len(self._idle) * self._pages_per_run
+
+    @property
+    def _pages_per_run(self) -> int:
+        return 0 if self.run_tokens is None else self.run_tokens // self.layout.ranks // self.page
 
     def _key(self, held: Held, tokens: Sequence[int], index: int) -> tuple[int, bytes]:
         assert self.run_tokens is not None
         mine = tokens[index * self.run_tokens : (index + 1) * self.run_tokens]
-        return id(held.chain[-1]) if held.chain else 0, np.asarray(mine, np.int32).tobytes()
+        return id(held.runs[-1]) if held.runs else 0, np.asarray(mine, np.int32).tobytes()
 
     def _free_up(self, wanted_R: list[int]) -> bool:
         """Forgets prefixes until so many pages are free; none in vain, where all of them would not do."""
-
-        def short() -> list[int]:
-            return [wanted - len(free) for wanted, free in zip(wanted_R, self._free, strict=True)]
-
-        if max(short()) > 0 and any(lack > kept for lack, kept in zip(short(), self.cached(), strict=True)):
+        short = max(wanted - len(free) for wanted, free in zip(wanted_R, self._free, strict=True))
+        if short > self.cached():
             return False
-        while max(short()) > 0:
-            if not self._forget_one():
-                return False
+        for _ in range(-(-short // self._pages_per_run) if short > 0 else 0):
+            self._forget(next(iter(self._idle)))
         return True
 
-    def _forget_one(self) -> bool:
-        idle = [run for run in self._runs.values() if not run.users and not run.children]
-        if not idle:
-            return False
-        run = min(idle, key=lambda run: run.used)
-        del self._runs[run.key]
-        if run.parent:
-            run.parent.children -= 1
+    def _read(self, held: Held, run: Run) -> None:
+        run.users += 1
+        self._idle.pop(run, None)
+        held.runs.append(run)
+
+    def _forget(self, run: Run) -> None:
+        del self._runs[run.key], self._idle[run]
         for free, pages in zip(self._free, run.pages, strict=True):
             free.extend(reversed(pages))
-        return True
 
 
 def run_length(layout: BlockLayout, page: int) -> int | None:

@@ -55,7 +55,8 @@ Event = Said | Ended
 
 @dataclass(frozen=True)
 class Figures:
-    """How an engine stands. pages_in_use: of each rank, prefixes that nobody reads left out (they are pages_cached).
+    """How an engine stands. pages_in_use: of each rank, without those of prefixes that nobody reads (pages_cached, of
+    every rank as many).
 
     Counts of tokens, steps and preemptions are since its start; tokens_per_s over the time that it ran.
     """
@@ -65,7 +66,7 @@ class Figures:
     finished: int
     pages: int
     pages_in_use: tuple[int, ...]
-    pages_cached: tuple[int, ...]
+    pages_cached: int
     steps: int
     prefilled_tokens: int
     shared_tokens: int
@@ -78,8 +79,9 @@ class Figures:
 class Request:
     """One request, as the engine keeps it.
 
-    prompt: never changes, and with it the places of all tokens. tokens: what it said. running_ahead: tokens that were
-    dispatched and not yet read. written: positions that the dispatched steps fill.
+    prompt: never changes, and with it the places of all tokens. tokens: what it said. known: both, what its cache is
+    made from when it starts, or starts again. running_ahead: tokens that were dispatched and not yet read. written:
+    positions that the dispatched steps fill.
     """
 
     id: str
@@ -89,6 +91,7 @@ class Request:
     order: int  # of submission: the youngest has the highest
     text: Text
     tokens: list[int] = field(default_factory=list)
+    known: list[int] = field(init=False)
     written: int = 0
     running_ahead: int = 0
     shared: int = 0
@@ -99,10 +102,8 @@ class Request:
     first_s: float | None = None
     last_s: float | None = None
 
-    @property
-    def known(self) -> list[int]:
-        """What its cache is made from when it starts, or starts again."""
-        return self.prompt + self.tokens
+    def __post_init__(self) -> None:
+        self.known = self.prompt + self.tokens
 
     @property
     def said(self) -> int:
@@ -114,12 +115,16 @@ class Request:
         """Positions that it can come to fill: the last token is said, not cached."""
         return len(self.prompt) + self.params.max_new_tokens - 1
 
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        self.known.append(token)
+
     def hear(self, token: int, told: tuple[float, Any] | None, now_s: float) -> tuple[Said, str | None]:
         """Takes the next token in; tells it, and the reason if it was the last."""
         self.first_s = self.first_s or now_s
         self.last_s = now_s
         self.running_ahead -= 1
-        self.tokens.append(token)
+        self.append(token)
         if told:
             self.logprobs.append(told)
         stopped = self.text.feed(token) or token in self.stop_ids

@@ -49,6 +49,7 @@ class Scheduler:
         self.held: dict[str, Held] = {}
         self._free_rows = list(range(rows - 1, -1, -1))
         self._target: dict[str, int] = {}  # tokens to cache before a request says something
+        self._refused: tuple[Request, int] | None = None  # who found too few pages, after how many releases
         self.preemptions = 0
 
     def schedule(self) -> Work:
@@ -61,10 +62,8 @@ class Scheduler:
                 work.decodes.append(request)
         work.decodes[:] = [request for request in work.decodes if request.row is not None]
         work.edits[:] = [edit for edit in work.edits if any(edit[1] == r.row for r in work.decodes)]
-        # Not in a step in which someone lost its row: it has its turn first, and a token of it may be on its way.
-        if self.preemptions == before:
-            self._seat_waiting(work)
-        work.chunks.extend(self._chunks())
+        # Nobody sits down in a step in which someone lost its row: it comes first, and a token of it may be on its way.
+        self._prefill(work, may_seat=self.preemptions == before)
         for request in work.decodes:
             request.written += 1
             request.running_ahead += 1
@@ -121,37 +120,52 @@ class Scheduler:
         self.preemptions += 1
         self.waiting.appendleft(request)
 
-    def _seat_waiting(self, work: Work) -> None:
-        while self.waiting and self._free_rows:
-            request = self.waiting[0]
-            known = request.known
-            held, cached = self.memory.start(known)
-            if self.memory.grow(held, self._ahead(request, len(known)), len(request.prompt)) is None:
-                self.memory.release(held)
+    def _prefill(self, work: Work, may_seat: bool) -> None:
+        """Chunks, within the budget. Who waits is seated when its turn comes: its prefix may be cached by then."""
+        budget = self._budget
+        begun = iter([request for request in self.running if not self._decodes(request)])
+        while budget > 0:
+            request = next(begun, None) or (self._seat_next(work) if may_seat else None)
+            if request is None:
                 return
-            self.waiting.popleft()
-            self._sit(request, held)
-            request.written = cached
-            request.shared = request.shared if request.preemptions else cached  # later it would find its own
-            work.seats.append(Seat(request, cached))
+            for chunk in self._chunks(request, budget):
+                work.chunks.append(chunk)
+                budget -= chunk.count
+
+    def _seat_next(self, work: Work) -> Request | None:
+        """The first that waits, now with a row and pages; None while there is not enough of them."""
+        if not self.waiting or not self._free_rows:
+            return None
+        request = self.waiting[0]
+        if self._refused == (request, self.memory.releases):
+            return None  # nothing has come back since
+        held, cached = self.memory.start(request.known)
+        if self.memory.grow(held, self._ahead(request, len(request.known)), len(request.prompt)) is None:
+            self.memory.release(held)
+            self._refused = request, self.memory.releases
+            return None
+        self.waiting.popleft()
+        self._sit(request, held)
+        request.written = cached
+        request.shared = request.shared if request.preemptions else cached  # later it would find its own
+        work.seats.append(Seat(request, cached))
+        return request
 
     def _sit(self, request: Request, held: Held) -> None:
         request.row = self._free_rows.pop()
         self.held[request.id], self._target[request.id] = held, len(request.known)
         self.running.append(request)
 
-    def _chunks(self) -> Iterator[Chunk]:
-        budget = self._budget
-        for request in self.running:
-            target = self._target[request.id]
-            while request.written < target and budget > 0:
-                count = min(target - request.written, self._chunk, budget)
-                chunk = Chunk(request, request.written, count, request.written + count == target)
-                request.written += count
-                request.running_ahead += chunk.last
-                budget -= count
-                self.memory.learn(self.held[request.id], request.known, request.written)
-                yield chunk
+    def _chunks(self, request: Request, budget: int) -> Iterator[Chunk]:
+        target = self._target[request.id]
+        while request.written < target and budget > 0:
+            count = min(target - request.written, self._chunk, budget)
+            chunk = Chunk(request, request.written, count, request.written + count == target)
+            request.written += count
+            request.running_ahead += chunk.last
+            budget -= count
+            self.memory.learn(self.held[request.id], request.known, request.written)
+            yield chunk
 
 
 def seated(request: Request) -> int:
