@@ -123,6 +123,11 @@ def slots_needed(layout: BlockLayout, length: Integer, prompt_len: Integer) -> I
     return fullest
 
 
+def dealt(layout: BlockLayout, length: int) -> list[int]:
+    """The positions of a whole sequence, rank after rank, each rank's in the order of its slots."""
+    return [position for ranges in held_ranges(layout, length, length) for a, b in ranges for position in range(a, b)]
+
+
 def held_ranges(layout: BlockLayout, length: int, prompt_len: int) -> list[list[tuple[int, int]]]:
     """For every rank the positions that it holds: maximal half-open ranges, in the order of their slots."""
     held: list[list[tuple[int, int]]] = [[] for _ in range(layout.ranks)]

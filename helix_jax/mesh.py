@@ -39,6 +39,14 @@ SINK_N = P(FLAT)
 # What the experts' island takes and gives: every device of the flat axis has all the tokens of its rows.
 TOKENS_BTD = P(DP, None, None)
 
+# Whole sequences, in training: dealt over cp, and the heads over tp.
+DEALT_S = P(CP)
+DEALT_BS = P(DP, CP)
+DEALT_BSD = P(DP, CP, None)
+DEALT_BSKH = P(DP, CP, TP, None)
+DEALT_LATENT_BSKH = P(DP, CP, None, None)
+DEALT_SINK_N = P(TP)
+
 # Weights, by the name of the parameter. Query, key and value projections are copied over cp: each of its ranks needs
 # the queries of all heads of its tp group. The rest is tensor parallel over the flat axis.
 WEIGHTS = {

@@ -72,7 +72,7 @@ def crowd(engine: Engine, requests: int, longest: int, most: int, cancelled: int
     """Submits them over time, cancels some. Returns the prompts and the results of the others, by id."""
     random = np.random.default_rng(seed)
     prompts = prompts_of(seed, requests, longest, engine.config.vocab)
-    prompts = [prompt[: max(1, int(len(prompt) * random.random()))] for prompt in prompts]  # short ones are common
+    prompts = [prompt[: max(1, int(len(prompt) * random.random() ** 3))] for prompt in prompts]  # most are short
     for alike in prompts[::4]:  # and some begin as others do
         alike[:] = (prompts[int(random.integers(0, 4))][: longest // 2] + alike)[:longest]
     doomed = set(random.choice(requests, cancelled, replace=False).tolist())
@@ -107,7 +107,7 @@ def check_greedy(model, said) -> None:
 
 @pytest.mark.parametrize("placement", ["helix", "striped"])
 def test_a_crowd_with_too_few_pages_says_what_each_would_say_alone(model, engine_of, placement):
-    engine = engine_of(placement=placement, pages=9)
+    engine = engine_of(placement=placement, pages=8)
     said = crowd(engine, requests=40, longest=80, most=40, cancelled=6)
     assert engine.figures().preemptions >= 5
     check_greedy(model, said)
@@ -129,8 +129,8 @@ def test_a_crowd_of_windows_sinks_latents_and_experts_does_too(family: str, tp: 
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("placement", ["helix", "striped"])
 def test_a_great_crowd_with_too_few_pages(model, engine_of, placement):
-    engine = engine_of(placement=placement, page=16, pages=36, max_len=2300, chunk=256, rows=8)
-    said = crowd(engine, requests=300, longest=2000, most=250, cancelled=30)
+    engine = engine_of(placement=placement, page=16, pages=38, max_len=2400, chunk=256, rows=8)
+    said = crowd(engine, requests=300, longest=2000, most=400, cancelled=30)
     assert engine.figures().preemptions >= 50
     check_greedy(model, said)
 

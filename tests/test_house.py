@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "cache": {"layout", "mesh", "plan"},
     "helix": CORE | {"combine", "plan", "cache", "kernels"},
     "models": {"config", "mesh", "numerics", "combine", "models"},
+    "ring": {"attention", "combine", "layout", "mesh", "numerics"},
     "sampling": set(),
     "families": {"config", "families"},
     "checkpoint": {"config", "mesh", "models", "families", "checkpoint"},
@@ -37,7 +38,7 @@ ANYTHING = {"cli", "__init__", "__main__"}
 COLLECTIVES = {"psum", "pmax", "pmin", "pmean", "psum_scatter", "all_gather", "all_to_all", "ppermute", "pshuffle"}
 ONLY_IN = {  # a name -> the rooms that may use it
     **{name: {"combine"} for name in COLLECTIVES},
-    "shard_map": {"helix", "models/moe.py"},
+    "shard_map": {"helix", "ring", "models/moe.py"},
     "PartitionSpec": {"mesh"},
 }
 
