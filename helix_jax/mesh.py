@@ -42,6 +42,7 @@ TOKENS_BTD = P(DP, None, None)
 # Whole sequences, in training: dealt over cp, and the heads over tp.
 DEALT_S = P(CP)
 DEALT_BS = P(DP, CP)
+DEALT_XBS = P(None, DP, CP)
 DEALT_BSD = P(DP, CP, None)
 DEALT_BSKH = P(DP, CP, TP, None)
 DEALT_LATENT_BSKH = P(DP, CP, None, None)
@@ -134,3 +135,31 @@ def sharding(mesh: AnyMesh, spec: P) -> NamedSharding:
 def weight_sharding(mesh: AnyMesh, name: str, experts: str = "flat") -> NamedSharding:
     """Where the parameter `name` lives; `experts`: how experts are spread, a key of EXPERT_WEIGHTS."""
     return sharding(mesh, {**WEIGHTS, **EXPERT_WEIGHTS[experts]}[name])
+
+
+def gathered_sharding(mesh: AnyMesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where the parameter `name` lies while a layer trains: the sequence has cp, so that only tp splits the weights.
+
+    A dimension that tp does not divide is not split.
+    """
+    spec = {**WEIGHTS, **EXPERT_WEIGHTS["cp"]}[name]
+    split = [
+        TP if dim in (TP, FLAT) and size % mesh.shape[TP] == 0 else None for dim, size in zip(spec, shape, strict=False)
+    ]
+    return sharding(mesh, P(*split))
+
+
+def stored_sharding(mesh: AnyMesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where the parameter `name`, and what the optimizer remembers of it, is kept: split over dp and cp as well.
+
+    Along the longest dimension that they divide; if none is, each device of them has a copy.
+    """
+    spec = gathered_sharding(mesh, name, shape).spec
+    dims: list[Any] = [*spec, *[None] * (len(shape) - len(spec))]
+    others = mesh.shape[DP] * mesh.shape[CP]
+    shares = [size // (mesh.shape[TP] if dim else 1) for size, dim in zip(shape, dims, strict=True)]
+    for at in sorted(range(len(shape)), key=lambda at: -shares[at]):
+        if shares[at] % others == 0:
+            dims[at] = (DP, TP, CP) if dims[at] else (DP, CP)
+            break
+    return sharding(mesh, P(*dims))

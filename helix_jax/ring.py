@@ -157,7 +157,7 @@ _around.defvjp(_around_forward, _around_backward)
 
 
 def _ring(how: _How, seen: _Seen, work: Callable[..., tuple[Any, Any]], mine: Any, shares: Any) -> tuple[Any, Any]:
-    """`work` on every rank's share in turn: (mine, shares, lo, hi) -> (mine, shares). The shares end where they began."""
+    """`work`(mine, shares, lo, hi) -> (mine, shares) on every rank's in turn. The shares end where they began."""
     layout, rank = how.layout, lax.axis_index(CP)
     first_BT, past_T = seen.first_BT, seen.position_T + 1
     if how.window is not None:

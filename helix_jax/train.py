@@ -1,6 +1,13 @@
-"""Next-token training: the loss, one optimizer step, and bits per byte of a text that was held out."""
+"""Next-token training over a mesh: sequences are dealt over cp, heads and widths over tp, and what is kept over all.
 
+Of the weights, and of what the optimizer remembers, a device keeps its share over dp, tp and cp alike, in float32. A
+layer's weights are gathered over dp and cp where it runs, in the type that it computes in; its gradients go back to
+their shares.
+"""
+
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -9,28 +16,48 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from helix_jax.attention import Partial, with_sink
 from helix_jax.config import ModelConfig
-from helix_jax.models.transformer import Transformer, Weights, assemble
+from helix_jax.layout import BlockLayout, dealt
+from helix_jax.mesh import (
+    CP,
+    DEALT_BS,
+    DEALT_BSD,
+    DEALT_XBS,
+    DP,
+    REPLICATED,
+    TP,
+    AnyMesh,
+    gathered_sharding,
+    sharding,
+    stored_sharding,
+)
+from helix_jax.models.transformer import Layer, Transformer, Weights, assemble
+from helix_jax.ring import check_length, ring_attention
 
 LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train. Warm-up, then a cosine to zero; AdamW with decoupled decay of everything but the norms.
+    """How to train. Warm-up, then a cosine to zero; AdamW with decoupled decay of everything but norms and biases.
+
+    batch: sequences of a step, of `context` tokens each, worked off in `accumulate` parts. remat: a layer keeps its
+    input alone, and is computed again on the way back. held_out: this share of the text, its end, is not trained on.
 
     Raises:
-        ValueError: a size below 1, or a share outside of [0, 1).
+        ValueError: a size below 1, a batch that its parts do not divide, a share outside of [0, 1).
     """
 
     steps: int
     batch: int
     context: int
+    accumulate: int = 1
+    remat: bool = True
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     weight_decay: float = 0.1
@@ -41,7 +68,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch", 1), ("context", 2), ("eval_every", 1)):
+        for name, least in (("steps", 1), ("batch", 1), ("context", 2), ("accumulate", 1), ("eval_every", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least {least}")
         for name in ("learning_rate", "clip_norm"):
@@ -52,41 +79,167 @@ class TrainConfig:
         for name in ("dropout", "held_out"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a share of at least 0, below 1")
+        if self.batch % self.accumulate:
+            raise ValueError(f"accumulate {self.accumulate} does not divide the batch of {self.batch}: give a divisor")
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run: everything that is compiled into its step. dtype: of what is computed; the weights are float32.
+
+    documents: whether a sequence may hold several. If none does and cp is 1, a GPU attends by cuDNN.
+
+    Raises:
+        ValueError: a layout for another number of ranks than the mesh has, heads that tp does not divide, a context
+            that the ranks' blocks do not divide, parts of a batch that dp does not divide.
+    """
+
+    model: ModelConfig
+    config: TrainConfig
+    mesh: AnyMesh
+    layout: BlockLayout
+    dtype: DTypeLike
+    documents: bool = True
+
+    def __post_init__(self) -> None:
+        tp, cp, dp = (self.mesh.shape[axis] for axis in (TP, CP, DP))
+        if self.layout.ranks != cp:
+            raise ValueError(
+                f"the layout deals to {self.layout.ranks} ranks, but the mesh has cp {cp}: make them equal"
+            )
+        for name in ("heads", "kv_heads"):
+            heads = getattr(self.model, name)
+            if heads % tp and not (name == "kv_heads" and self.model.latent):
+                raise ValueError(f"tp {tp} does not divide the {heads} {name}: give a tp that does")
+        if self.config.context > self.model.max_positions:
+            context, most = self.config.context, self.model.max_positions
+            raise ValueError(f"context {context} exceeds max_positions {most}: give less, or raise max_positions")
+        check_length(self.layout, self.config.context)
+        part = self.config.batch // self.config.accumulate
+        if part % dp:
+            raise ValueError(
+                f"dp {dp} does not divide the {part} sequences of a part of a batch: give more, or less dp"
+            )
 
 
 class TrainState(NamedTuple):
-    """Float32 master weights and what the optimizer remembers. A step takes it over (donated)."""
+    """Float32 master weights, what the optimizer remembers, and steps done. A step takes it over (donated)."""
 
     weights: Weights
     memory: optax.OptState
     step: Int[Array, ""]
 
 
+class Batch(NamedTuple):
+    """X parts of B sequences; along S stand positions in the order of `dealt(layout, S)`.
+
+    first: where the document of each position starts. counted: whether the target is one to learn from.
+    """
+
+    tokens_XBS: Int[Array, "*X B S"]
+    targets_XBS: Int[Array, "*X B S"]
+    first_XBS: Int[Array, "*X B S"]
+    counted_XBS: Bool[Array, "*X B S"]
+
+
+def deal(run: Training, tokens_BS: np.ndarray, first_BS: np.ndarray, counted_BS: np.ndarray, parts: int = 1) -> Batch:
+    """Puts sequences on the mesh. tokens [B, S + 1]; first and counted [B, S], of the targets.
+
+    parts 0: as a batch without parts, to be evaluated.
+    """
+    order = np.asarray(dealt(run.layout, first_BS.shape[1]))
+    halves = tokens_BS[:, :-1], tokens_BS[:, 1:], first_BS
+    arrays = [np.asarray(x[:, order], np.int32) for x in halves] + [counted_BS[:, order]]
+    where = sharding(run.mesh, DEALT_XBS if parts else DEALT_BS)
+    shape = (parts, -1, len(order)) if parts else (-1, len(order))
+    return Batch(*(jax.device_put(x.reshape(shape), where) for x in arrays))
+
+
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     rate = optax.warmup_cosine_decay_schedule(0, config.learning_rate, config.warmup_steps, config.steps)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(rate, b2=0.95, weight_decay=config.weight_decay, mask=_is_matrix),
+        optax.adamw(rate, b2=0.95, weight_decay=config.weight_decay, mask=_decays),
     )
 
 
-def start(weights: Weights, config: TrainConfig) -> TrainState:
-    return TrainState(weights, make_optimizer(config).init(weights), jnp.zeros((), jnp.int32))
+def _decays(weights: Weights) -> Weights:
+    """The matrices."""
+    others = ("norm", "bias", "sink")
+    return jax.tree.map_with_path(lambda path, _: not any(word in _name(path) for word in others), weights)
 
 
-def _is_matrix(weights: Weights) -> Weights:
-    return jax.tree.map(lambda weight: weight.ndim > 1, weights)
+def _name(path: tuple[Any, ...]) -> str:
+    """Of a parameter, at the end of its path."""
+    return str(path[-1].key)
 
 
-def nats_per_token(
-    model: Transformer, tokens_BS: Int[Array, "B S"], drop: nnx.Dropout | None = None
-) -> Float[Array, "B S-1"]:
-    """The surprise of each token but the first, given all before it."""
-    inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
-    position_BT = jnp.broadcast_to(jnp.arange(inputs_BT.shape[1]), inputs_BT.shape)
-    states = (None,) * model.config.layers
-    x_BTD, _ = model(inputs_BT, position_BT, causal_attention, states, drop=drop or (lambda x_BTD: x_BTD))
-    return optax.softmax_cross_entropy_with_integer_labels(model.logits(x_BTD), targets_BT)
+def abstract_state(run: Training) -> TrainState:
+    """Shapes, types and places of a run's state."""
+
+    def stored(path: tuple[Any, ...], like: Any) -> jax.ShapeDtypeStruct:
+        where = stored_sharding(run.mesh, _name(path), like.shape)
+        return jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=where)
+
+    def everywhere(like: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding(run.mesh, REPLICATED))
+
+    shapes = nnx.to_pure_dict(nnx.state(Transformer(run.model, rngs=None), nnx.Param))
+    weights = jax.tree.map_with_path(stored, shapes)
+    optimizer = make_optimizer(run.config)
+    memory = jax.eval_shape(optimizer.init, weights)
+    memory = optax.tree_map_params(
+        optimizer, lambda _, weight: weight, memory, weights, transform_non_params=everywhere
+    )
+    return TrainState(weights, memory, everywhere(jax.ShapeDtypeStruct((), jnp.int32)))
+
+
+def start(run: Training, weights: Weights) -> TrainState:
+    """A run's first state; the weights may lie anywhere."""
+    wanted = abstract_state(run)
+    places = jax.tree.map(lambda like: like.sharding, wanted)
+
+    def placed(x: Array, where: Any) -> Array:  # a copy: the first step takes it over
+        return jax.device_put(jnp.array(x, jnp.float32), where)
+
+    weights = jax.tree.map(placed, weights, places.weights)
+    memory = jax.jit(make_optimizer(run.config).init, out_shardings=places.memory)(weights)
+    return TrainState(weights, memory, jax.device_put(jnp.zeros((), jnp.int32), places.step))
+
+
+def surprise(run: Training, weights: Weights, batch: Batch, drop: Callable[[Array], Array] | None = None) -> Array:
+    """Nats of each target of one part, in the order of the batch [B, S]."""
+    tokens_BS, targets_BS, first_BS, _ = batch
+    position_BS = jnp.asarray(dealt(run.layout, tokens_BS.shape[1]), jnp.int32) - first_BS
+    whole = run.layout.ranks == 1 and not run.documents
+    attention = causal_attention if whole else ring_attention(run.mesh, run.layout, first_BS)
+    ready = {name: x if name == "layers" else _ready(run, name, x) for name, x in weights.items()}
+    model = assemble(run.model, ready)
+    states, drop = (None,) * run.model.layers, drop or (lambda x_BSD: x_BSD)
+    x_BSD, _ = model(tokens_BS, position_BS, attention, states, drop=drop, around=lambda layer: _gathered(run, layer))
+    return optax.softmax_cross_entropy_with_integer_labels(model.logits(x_BSD), targets_BS)
+
+
+def _ready(run: Training, name: str, weight: Array) -> Array:
+    """A weight as it computes: cast, and whole but for tp."""
+    return lax.with_sharding_constraint(weight.astype(run.dtype), gathered_sharding(run.mesh, name, weight.shape))
+
+
+def _gathered(run: Training, layer: Layer) -> Callable[..., tuple[Array, Any]]:
+    """A layer whose weights are made ready where it runs, on the way back once more."""
+    graph, state = nnx.split(layer)
+    parameters = dict(nnx.to_flat_state(state))
+    weights = {path: parameter[...] for path, parameter in parameters.items()}
+
+    def call(x_BSD: Array, *rest: Any) -> tuple[Array, Any]:
+        def compute(weights: dict[Any, Array], x_BSD: Array) -> Array:
+            x_BSD = lax.with_sharding_constraint(x_BSD, sharding(run.mesh, DEALT_BSD))
+            ready = [(path, parameters[path].replace(_ready(run, str(path[-1]), x))) for path, x in weights.items()]
+            return nnx.merge(graph, nnx.from_flat_state(ready))(x_BSD, *rest)[0]
+
+        return (jax.checkpoint(compute) if run.config.remat else compute)(weights, x_BSD), None
+
+    return call
 
 
 def causal_attention(
@@ -100,7 +253,7 @@ def causal_attention(
     sink_N: Array | None = None,
     v_width: int | None = None,
 ) -> tuple[Array, None]:
-    """Attention within the call itself, without a cache, in the form that a Transformer takes."""
+    """Attention within the call itself, without a cache or a mesh, in the form that a Transformer takes."""
     plain = v_BTKH is not None and sink_N is None
     flash = plain and jax.default_backend() == "gpu" and q_BTNH.dtype == jnp.bfloat16
     with jax.default_matmul_precision("highest" if q_BTNH.dtype == jnp.float32 else "default"):
@@ -120,34 +273,38 @@ def causal_attention(
     return with_sink(Partial(o_BTNH, lse_BTN.astype(jnp.float32)), sink_N).o_BTNH.astype(q_BTNH.dtype), state
 
 
-def train_step(
-    model_config: ModelConfig,
-    config: TrainConfig,
-    dtype: DTypeLike,
-    state: TrainState,
-    tokens_BS: Int[Array, "B S"],
-) -> tuple[Float[Array, ""], TrainState]:
-    """One step on a batch, computed in `dtype`. Returns the mean surprise in nats, and the state after it."""
+def _train_step(run: Training, state: TrainState, batch: Batch) -> tuple[Float[Array, ""], TrainState]:
+    """One step on a batch. Returns the mean surprise in nats, and the state after it."""
+    places = jax.tree.map(lambda like: like.sharding, abstract_state(run))
+    counted = jnp.maximum(batch.counted_XBS.sum(), 1)
+    key = jax.random.fold_in(jax.random.key(run.config.seed), state.step)
 
-    def loss(weights: Weights) -> Array:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        drop = nnx.Dropout(config.dropout, rngs=nnx.Rngs(dropout=key))
-        model = assemble(model_config, jax.tree.map(lambda weight: weight.astype(dtype), weights))
-        return nats_per_token(model, tokens_BS, drop).mean()
+    def loss(weights: Weights, part: Batch, index: Array) -> Array:
+        nats_BS = surprise(run, weights, part, dropout(run.config.dropout, jax.random.fold_in(key, index)))
+        return jnp.where(part.counted_XBS, nats_BS, 0).sum() / counted
 
-    nats, gradients = jax.value_and_grad(loss)(state.weights)
-    updates, memory = make_optimizer(config).update(gradients, state.memory, state.weights)
+    def add(sofar: tuple[Array, Weights], part: tuple[Batch, Array]) -> tuple[tuple[Array, Weights], None]:
+        found = jax.value_and_grad(loss)(state.weights, *part)
+        found = found[0], lax.with_sharding_constraint(found[1], places.weights)
+        return jax.tree.map(jnp.add, sofar, found), None
+
+    nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.weights)
+    (nats, gradients), _ = lax.scan(add, nothing, (batch, jnp.arange(len(batch.tokens_XBS))))
+    updates, memory = make_optimizer(run.config).update(gradients, state.memory, state.weights)
     weights = cast(Weights, optax.apply_updates(state.weights, updates))
-    return nats, TrainState(weights, memory, state.step + 1)
+    return nats, lax.with_sharding_constraint(TrainState(weights, memory, state.step + 1), places)
 
 
-def held_out_windows(text: np.ndarray, first: int, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """Windows that together predict every token from `first` on once, each after at least half a context.
+train_step = jax.jit(_train_step, static_argnums=0, donate_argnums=1)
+evaluate = jax.jit(surprise, static_argnums=0)
 
-    Returns windows [n, context + 1], and which of their `context` predictions count [n, context].
-    """
-    half = context // 2
-    ends = np.minimum(np.arange(first + half, len(text) + half, half), len(text))
-    counted = ends - np.concatenate([[first], ends[:-1]])
-    windows_nS = np.stack([text[end - context - 1 : end] for end in ends])
-    return windows_nS, np.arange(context) >= context - counted[:, None]
+
+def dropout(rate: float, key: Array) -> Callable[[Array], Array] | None:
+    """A different mask at each of its places in the program."""
+    places = itertools.count()
+
+    def drop(x: Array) -> Array:
+        kept = jax.random.bernoulli(jax.random.fold_in(key, next(places)), 1 - rate, x.shape)
+        return jnp.where(kept, x / (1 - rate), 0)
+
+    return drop if rate else None

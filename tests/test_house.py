@@ -31,7 +31,7 @@ MAY_IMPORT = {
     },
     "generation": {"cache", "config", "plan", "mesh", "models", "sampling", "step"},
     "text": {"config"},
-    "train": {"attention", "config", "models"},
+    "train": {"attention", "config", "layout", "mesh", "models", "ring"},
 }
 ANYTHING = {"cli", "__init__", "__main__"}
 

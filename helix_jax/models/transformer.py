@@ -83,17 +83,19 @@ class Transformer(nnx.Module):
         states: Sequence[Any],
         run_experts: RunExperts = on_one_device,
         drop: Callable[[Array], Array] = lambda x_BTD: x_BTD,
+        around: Callable[[Layer], Callable[..., tuple[Array, Any]]] = lambda layer: layer,
     ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
         """The hidden state after the last norm, and what `attention` made of the state of each layer.
 
-        `drop` is applied to what each layer adds to the residual stream: dropout, in training.
+        In training `drop` is applied to what each layer adds to the residual stream, dropout, and `around` gives what
+        is called in a layer's place.
         """
         x_BTD = jnp.take(self.embed_VD[...], tokens_BT, axis=0, mode="clip")
         x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
         after = []
         # Unrolled: under a scan over layers the cache is copied, and a decode step took 1.2 to 1.5 times as long.
         for layer, state in zip(self.layers, states, strict=True):
-            x_BTD, state = layer(x_BTD, position_BT, attention, state, run_experts, drop)
+            x_BTD, state = around(layer)(x_BTD, position_BT, attention, state, run_experts, drop)
             after.append(state)
         return rms_norm(x_BTD, self.norm_D, self.config), tuple(after)
 
