@@ -273,8 +273,8 @@ def _of_type(value: Any, wanted: Any, what: str) -> Any:
             return from_mapping(kind, value, what)
     elif kind is float and type(value) is int:
         return float(value)
-    elif kind == tuple[int, ...]:
-        if isinstance(value, list | tuple) and all(type(item) is int for item in value):
+    elif kind in (tuple[int, ...], tuple[str, ...]):
+        if isinstance(value, list | tuple) and all(type(item) is get_args(kind)[0] for item in value):
             return tuple(value)
     elif type(value) is kind:
         return value

@@ -111,8 +111,8 @@ def _island(
         k_BTKH = varying(k_BTKH, TP)  # each device of tp has its own gradient of the latents; here they are summed
         v_BTKH = k_BTKH[..., :v_width]
     q_BTKGH = q_BTNH.reshape(B, T, k_BTKH.shape[2], -1, H)
-    o_BTKGH, lse_BTKG = _around(how, q_BTKGH, k_BTKH, v_BTKH, _Seen(first_BT, position_T))
-    whole = Partial(o_BTKGH.reshape(B, T, N, -1), lse_BTKG.reshape(B, T, N))
+    found: Any = _around(how, q_BTKGH, k_BTKH, v_BTKH, _Seen(first_BT, position_T))
+    whole = Partial(found.o_BTNH.reshape(B, T, N, -1), found.lse_BTN.reshape(B, T, N))
     if sink_N is not None:
         whole = with_sink(whole, sink_N)
     return whole.o_BTNH.astype(q_BTNH.dtype)
@@ -131,7 +131,7 @@ def _around(how: _How, q_BTKGH: Array, k_BTKH: Array, v_BTKH: Array, seen: _Seen
 
 
 def _around_forward(how: _How, q_BTKGH: Array, k_BTKH: Array, v_BTKH: Array, seen: _Seen) -> tuple[Partial, Any]:
-    found = _around(how, q_BTKGH, k_BTKH, v_BTKH, seen)
+    found: Any = _around(how, q_BTKGH, k_BTKH, v_BTKH, seen)
     return found, (q_BTKGH, k_BTKH, v_BTKH, seen, found)
 
 
@@ -205,6 +205,7 @@ def _differentiate(
 
     def one_row(carry: tuple[Array, Array], row: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
         q, do, lse, shift, lo_Bt, hi_Bt, dq = row
+        dk_BSKH, dv_BSKH = carry
 
         def join(index: Array, sofar: tuple[Array, ...]) -> tuple[Array, ...]:
             dq, dk_BSKH, dv_BSKH = sofar
@@ -217,11 +218,11 @@ def _differentiate(
             dv = einsum("btkgs,btkgh->bskh", p.astype(v.dtype), do.astype(v.dtype), out=jnp.float32)
             return dq, _add_tile(dk_BSKH, index, dk), _add_tile(dv_BSKH, index, dv)
 
-        dq, *carry = lax.fori_loop(*_span(how, lo_Bt, hi_Bt), join, (dq, *carry))
-        return tuple(carry), dq
+        dq, dk_BSKH, dv_BSKH = lax.fori_loop(*_span(how, lo_Bt, hi_Bt), join, (dq, dk_BSKH, dv_BSKH))
+        return (dk_BSKH, dv_BSKH), dq
 
-    carry, dq = lax.scan(one_row, (dk_BSKH, dv_BSKH), tuple(_in_rows(x, how.tile) for x in rows))
-    return _end_to_end(dq), *carry
+    (dk_BSKH, dv_BSKH), dq = lax.scan(one_row, (dk_BSKH, dv_BSKH), tuple(_in_rows(x, how.tile) for x in rows))
+    return _end_to_end(dq), dk_BSKH, dv_BSKH
 
 
 def _scores(how: _How, q: Array, k: Array, index: Array, lo_Bt: Array, hi_Bt: Array) -> Array:

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array, lax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
@@ -121,6 +122,11 @@ class Training:
                 f"dp {dp} does not divide the {part} sequences of a part of a batch: give more, or less dp"
             )
 
+    @property
+    def device_kind(self) -> str:
+        """What the mesh's devices are called; nothing of a mesh whose devices are not there."""
+        return self.mesh.devices.flat[0].device_kind if isinstance(self.mesh, Mesh) else ""
+
 
 class TrainState(NamedTuple):
     """Float32 master weights, what the optimizer remembers, and steps done. A step takes it over (donated)."""
@@ -174,8 +180,8 @@ def _name(path: tuple[Any, ...]) -> str:
     return str(path[-1].key)
 
 
-def abstract_state(run: Training) -> TrainState:
-    """Shapes, types and places of a run's state."""
+def abstract_state(run: Training) -> Any:
+    """Shapes, types and places of a run's TrainState."""
 
     def stored(path: tuple[Any, ...], like: Any) -> jax.ShapeDtypeStruct:
         where = stored_sharding(run.mesh, _name(path), like.shape)
@@ -191,7 +197,7 @@ def abstract_state(run: Training) -> TrainState:
     memory = optax.tree_map_params(
         optimizer, lambda _, weight: weight, memory, weights, transform_non_params=everywhere
     )
-    return TrainState(weights, memory, everywhere(jax.ShapeDtypeStruct((), jnp.int32)))
+    return TrainState(weights, memory, cast(Any, everywhere(jax.ShapeDtypeStruct((), jnp.int32))))
 
 
 def start(run: Training, weights: Weights) -> TrainState:

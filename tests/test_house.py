@@ -31,6 +31,8 @@ MAY_IMPORT = {
     },
     "generation": {"cache", "config", "plan", "mesh", "models", "sampling", "step"},
     "text": {"config"},
+    "data": {"text"},
+    "recall": set(),
     "train": {"attention", "config", "layout", "mesh", "models", "ring"},
 }
 ANYTHING = {"cli", "__init__", "__main__"}

@@ -1,87 +1,226 @@
-"""Training learns, evaluates every held-out byte once, and runs from a shell as the README says."""
+"""Training learns, says the same on every mesh, fits in a share of the memory, and goes on after anything."""
 
+import dataclasses
 import json
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from helix_jax.checkpoint import load
-from helix_jax.mesh import make_mesh
-from helix_jax.train import TrainConfig, held_out_windows, nats_per_token, start, train_step
-from tests.conftest import ROOT
+from helix_jax.checkpoint.states import States
+from helix_jax.config import ModelConfig
+from helix_jax.layout import BlockLayout
+from helix_jax.mesh import DEALT_XBS, make_mesh, sharding
+from helix_jax.train import Batch, TrainConfig, Training, abstract_state, deal, evaluate, start, surprise, train_step
+from tests.conftest import GOLDEN, ROOT
 from tests.reference import TINY, naive_logits, tiny_model
+from tests.test_cli import ENVIRONMENT
 
-CONFIG = TrainConfig(steps=40, batch=4, context=16, warmup_steps=5, dropout=0.1, learning_rate=1e-2)
+CONFIG = TrainConfig(steps=50, batch=4, context=64, warmup_steps=5, learning_rate=1e-2)
+MESHES = [(1, 2, 1), (1, 4, 1), (1, 8, 1), (2, 1, 1), (2, 2, 1), (2, 4, 1), (2, 2, 2)]
 
 
-def test_the_loss_is_the_surprise_of_each_next_token():
-    tokens = np.random.default_rng(0).integers(0, TINY.vocab, (1, 20))
-    logits = naive_logits(tiny_model(), tokens.tolist(), 20)[0].astype(np.float64)
-    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    ours = nats_per_token(tiny_model(), jnp.asarray(tokens, jnp.int32))[0]
-    np.testing.assert_allclose(ours, -logp[np.arange(19), tokens[0, 1:]], rtol=1e-5, atol=1e-5)
+def run_on(tp=1, cp=1, dp=1, model=TINY, dtype="float32", documents=True, **changes) -> Training:
+    config = dataclasses.replace(CONFIG, **changes)
+    layout = BlockLayout(cp, 4, "striped")
+    return Training(model, config, make_mesh(tp, cp, dp), layout, jnp.dtype(dtype), documents)
+
+
+def packed(vocab: int = TINY.vocab):
+    """Four sequences, two of them of several documents."""
+    tokens = np.random.default_rng(0).integers(0, vocab, (4, 65))
+    first = np.zeros((4, 64), int)
+    first[1, 20:], first[2, 50:], first[2, 60:] = 20, 50, 60
+    counted = np.concatenate([first[:, 1:] == first[:, :-1], np.ones((4, 1), bool)], 1)
+    return tokens, first, counted
+
+
+def gradients(run: Training, weights, batch: Batch):
+    def loss(weights):
+        part = jax.tree.map(lambda x: x[0], batch)
+        return jnp.where(part.counted_XBS, surprise(run, weights, part), 0).sum()
+
+    state = start(run, weights)
+    return jax.tree.map(np.asarray, jax.block_until_ready(jax.jit(jax.grad(loss))(state.weights)))
+
+
+def largest_error(found, expected) -> float:
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs if b.any())
+
+
+def losses(run: Training, weights, batch: Batch, steps: int) -> list[float]:
+    state, found = start(run, weights), []
+    for _ in range(steps):
+        loss, state = train_step(run, state, batch)
+        found.append(float(loss))
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Gradients and 50 steps on one device, by a matrix of all pairs where no documents are."""
+    run, weights = run_on(), tiny_model().weights()
+    batch = deal(run, *packed())
+    return gradients(run, weights, batch), losses(run, weights, batch, 50)
+
+
+def test_the_loss_is_the_surprise_of_each_next_token_in_its_document():
+    tokens, first, counted = packed()
+    run, weights = run_on(), tiny_model().weights()
+    found = np.asarray(evaluate(run, weights, deal(run, tokens, first, counted, parts=0)))
+    for row, start_at, end in [(0, 0, 64), (1, 0, 20), (1, 20, 64), (2, 50, 60)]:
+        document = tokens[row, start_at : end + 1].tolist()
+        logits = naive_logits(tiny_model(), [document], len(document))[0].astype(np.float64)
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        learned = counted[row, start_at:end]
+        expected = -logp[np.arange(end - start_at), document[1:]]
+        np.testing.assert_allclose(found[row, start_at:end][learned], expected[learned], rtol=1e-5, atol=1e-5)
+        assert learned.sum() >= end - start_at - 1
+
+
+@pytest.mark.parametrize(("tp", "cp", "dp"), MESHES)
+def test_gradients_and_losses_are_those_of_one_device(tp: int, cp: int, dp: int, alone):
+    run, weights = run_on(tp, cp, dp), tiny_model().weights()
+    batch = deal(run, *packed())
+    assert largest_error(gradients(run, weights, batch), alone[0]) < 1e-5
+    steps = 50 if (tp, cp) in ((1, 8), (2, 4)) else 5
+    assert np.abs(np.subtract(losses(run, weights, batch, steps), alone[1][:steps])).max() < 1e-4
+    assert alone[1][-1] < 0.5 < 4 < alone[1][0]  # it learns them by heart
+
+
+@pytest.mark.parametrize("change", [{"remat": False}, {"accumulate": 2}])
+def test_remat_and_parts_of_a_batch_change_nothing(change, alone):
+    run = run_on(1, 4, **change)
+    found = losses(run, tiny_model().weights(), deal(run, *packed(), parts=run.config.accumulate), 5)
+    assert np.abs(np.subtract(found, alone[1][:5])).max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "gemma3_text"])
+def test_windows_sinks_latents_experts_and_norms_have_the_same_gradients(family: str):
+    model = load(GOLDEN / family, make_mesh(), jnp.float32)
+    found = []
+    for axes in ((1, 1), (2, 4)):
+        run = run_on(*axes, model=model.config)
+        found.append(gradients(run, model.weights(), deal(run, *packed(model.config.vocab))))
+    assert largest_error(found[1], found[0]) < 1e-5
+
+
+def test_without_documents_one_device_attends_by_the_library_s_own_and_says_the_same(alone):
+    tokens, first, counted = packed()
+    batch = tokens[:1], first[:1], counted[:1]
+    weights, found = tiny_model().weights(), []
+    for documents in (True, False):
+        run = run_on(documents=documents)
+        found.append(gradients(run, weights, deal(run, *batch)))
+    assert largest_error(found[1], found[0]) < 1e-5
+
+
+def test_dropout_is_a_function_of_seed_step_and_place():
+    run, weights = run_on(1, 2, dropout=0.5), tiny_model().weights()
+    batch = deal(run, *packed())
+    found = losses(run, weights, batch, 3)
+    assert found == losses(run, weights, batch, 3)
+    assert found != losses(run_on(1, 2, dropout=0.5, seed=1), weights, batch, 3)
+    assert abs(found[0] - found[1]) > 1e-3  # the rate is 0 at first: other masks
+
+
+def lowered(run: Training):
+    S = run.config.context
+    where = sharding(run.mesh, DEALT_XBS)
+    ints = jax.ShapeDtypeStruct((1, run.config.batch, S), jnp.int32, sharding=where)
+    counted = jax.ShapeDtypeStruct(ints.shape, bool, sharding=where)
+    return train_step.lower(run, abstract_state(run), Batch(ints, ints, ints, counted))
 
 
 def test_float32_training_asks_for_float32_products():
-    state = start(tiny_model().weights(), CONFIG)
-    run = jax.jit(train_step, static_argnums=(0, 1, 2))
-    text = run.lower(TINY, CONFIG, jnp.float32, state, jnp.zeros((2, 9), jnp.int32)).as_text()
+    text = lowered(run_on(1, 2)).as_text()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
-    assert len(products) > 3 * TINY.layers * 9
+    assert len(products) > TINY.layers * 9
     assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
 
-def test_training_learns_a_text_by_heart():
-    weights = tiny_model().weights()
-    state = start(weights, CONFIG)
-    tokens_BS = jnp.asarray(np.random.default_rng(0).integers(0, TINY.vocab, (4, 17)), jnp.int32)
-    run = jax.jit(train_step, static_argnums=(0, 1, 2), donate_argnums=3)
-    losses = []
-    for _ in range(CONFIG.steps):
-        loss, state = run(TINY, CONFIG, jnp.float32, state, tokens_BS)
-        losses.append(float(loss))
-    assert losses[0] > 4
-    assert losses[-1] < 1
-    assert int(state.step) == CONFIG.steps
-
-
-@given(st.integers(2, 81), st.integers(0, 300), st.integers(1, 300))
-def test_held_out_windows_predict_every_token_once_after_half_a_context(context: int, before: int, held: int):
-    first = context + 1 + before
-    text = np.arange(first + held)
-    windows, counted = held_out_windows(text, first, context)
-    predicted = windows[:, 1:][counted]
-    assert sorted(predicted) == list(range(first, first + held))
-    index = np.broadcast_to(np.arange(context), counted.shape)[counted]
-    assert (index + 1 >= context // 2).all()
+def test_memory_falls_with_the_ranks_and_the_state_is_taken_over():
+    model = ModelConfig(
+        layers=2, width=64, heads=4, kv_heads=2, head_width=16, ff_width=128, vocab=256, max_positions=32768
+    )
+    found = {}
+    for cp in (1, 4):
+        found[cp] = lowered(run_on(1, cp, model=model, batch=1, context=32768)).compile().memory_analysis()
+    assert found[1].temp_size_in_bytes >= 3.5 * found[4].temp_size_in_bytes
+    assert found[1].alias_size_in_bytes >= 3.5 * found[4].alias_size_in_bytes  # each keeps its share of the state
+    assert found[4].alias_size_in_bytes > 0.9 * (found[4].argument_size_in_bytes - 4 * 4 * 32768 // 4)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"steps": 0}, "steps is 0: give at least 1"),
-        ({"warmup_steps": 40}, "warmup_steps is 40: give at least 0, fewer than the 40 steps"),
+        ({"warmup_steps": 50}, "warmup_steps is 50: give at least 0, fewer than the 50 steps"),
         ({"dropout": 1.0}, "dropout is 1.0: give a share"),
         ({"held_out": -0.1}, "held_out is -0.1: give a share"),
         ({"context": 1}, "context is 1: give at least 2"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0: give a positive number"),
         ({"clip_norm": 0.0}, "clip_norm is 0.0: give a positive number"),
+        ({"accumulate": 3}, "accumulate 3 does not divide the batch of 4: give a divisor"),
+        ({"tp": 3}, "tp 3 does not divide the 16 heads: give a tp that does"),
+        ({"cp": 3}, "64 positions are not a whole number of turns of 3 ranks with blocks of 4: give 60 or 72"),
+        ({"dp": 2, "batch": 3}, "dp 2 does not divide the 3 sequences of a part of a batch"),
+        ({"context": 8192}, "context 8192 exceeds max_positions 4096"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig(**{**vars(CONFIG), **change})
+        run_on(**change)
 
+
+# states ---------------------------------------------------------------------------------------------------------------
+
+
+def harm(folder: Path) -> None:
+    """Cuts every file in it in half."""
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        os.truncate(file, file.stat().st_size // 2)
+
+
+def test_a_state_comes_back_on_another_mesh_and_a_harmed_one_is_passed_over(tmp_path: Path, caplog):
+    run, elsewhere = run_on(1, 4), run_on(2, 2, 2)
+    state = start(run, tiny_model().weights())
+    states = States(tmp_path / "states")
+    assert states.restore(abstract_state(run)) is None
+    for step in (3, 7):
+        states.save(step, state._replace(step=state.step + step))
+    states.finish()
+    harm(tmp_path / "states" / "7")
+    found = States(tmp_path / "states").restore(abstract_state(elsewhere))
+    assert found is not None
+    assert (found[0], int(found[1].step)) == (3, 3)
+    assert "state 7 in" in caplog.text
+    assert "an earlier one is taken" in caplog.text
+    for ours, back, like in zip(*map(jax.tree.leaves, (state, found[1], abstract_state(elsewhere))), strict=True):
+        assert back.sharding == like.sharding
+        if back.ndim:
+            np.testing.assert_array_equal(ours, back)
+    states.save(7, state)  # the harmed one is replaced
+    states.finish()
+    assert States(tmp_path / "states").restore(abstract_state(run))[0] == 7  # pyright: ignore[reportOptionalSubscript]
+
+
+# the script -----------------------------------------------------------------------------------------------------------
 
 SMALL_RUN = """
-text = "scripts/data/kjv.txt"
+[data]
+files = ["kjv.txt"]
+passkeys = 0.5
 [model]
 layers = 1
 width = 16
@@ -90,52 +229,148 @@ kv_heads = 1
 head_width = 8
 ff_width = 24
 vocab = 256
-max_positions = 32
+max_positions = 128
 tied_head = true
 tokenizer = "bytes"
 [train]
-steps = 4
+steps = 30
 warmup_steps = 1
 batch = 2
-context = 32
+context = 128
 held_out = 0.0002
-eval_every = 2
+eval_every = 5
 """
 
 
-def train(config: Path, out: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "scripts" / "train.py", "--config", config, "--out", out]
-    return subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
+def folder_of(tmp_path: Path, run: str = SMALL_RUN) -> Path:
+    (tmp_path / "kjv.txt").symlink_to(ROOT / "scripts" / "data" / "kjv.txt")
+    (tmp_path / "run.toml").write_text(run)
+    return tmp_path
 
 
-def test_the_script_trains_a_folder_that_loads(tmp_path: Path):
-    (tmp_path / "run.toml").write_text(SMALL_RUN)
-    done = train(tmp_path / "run.toml", tmp_path / "out")
+def command(folder: Path, out: str, *options: object) -> list[str]:
+    script = [sys.executable, ROOT / "scripts" / "train.py", "--config", folder / "run.toml", "--out", folder / out]
+    return [*map(str, script), *map(str, options)]
+
+
+def train(folder: Path, out: str = "out", *options: object) -> subprocess.CompletedProcess:
+    run = command(folder, out, *options)
+    return subprocess.run(run, capture_output=True, text=True, cwd="/", env=ENVIRONMENT, check=False)
+
+
+def curve(folder: Path) -> dict[int, float]:
+    lines = (folder / "train_log.jsonl").read_text().splitlines()
+    return {entry["step"]: entry["nats"] for entry in map(json.loads, lines) if "nats" in entry}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a run that nothing stopped."""
+    folder = folder_of(tmp_path_factory.mktemp("train"))
+    done = train(folder, "whole", "--cp", 2)
     assert done.returncode == 0, done.stderr
-    log = [json.loads(line) for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in log] == [2, 4]
-    assert all(0 < entry["held_out_bits_per_byte"] < 10 for entry in log)
-    assert load(tmp_path / "out", make_mesh()).config.vocab == 256
+    return folder
+
+
+def test_the_script_trains_a_folder_that_loads(trained: Path):
+    log = [json.loads(line) for line in (trained / "whole" / "train_log.jsonl").read_text().splitlines()]
+    held_out = [entry for entry in log if "held_out_nats" in entry]
+    assert [entry["step"] for entry in held_out] == [5, 10, 15, 20, 25, 30]
+    assert held_out[-1]["held_out_tokens"] == int(4404412 * 0.0002)
+    assert held_out[-1]["held_out_bits_per_byte"] < 7 < held_out[0]["held_out_bits_per_byte"] + 1
+    assert sorted(curve(trained / "whole")) == list(range(1, 31))
+    assert load(trained / "whole" / "model", make_mesh()).config.vocab == 256
+
+
+def test_a_model_that_was_trained_is_read_by_transformers_and_trained_on(trained: Path, tmp_path: Path):
+    pytest.importorskip("transformers")
+    folder = folder_of(tmp_path, SMALL_RUN.split("[model]")[0] + "[train]" + SMALL_RUN.split("[train]")[1])
+    done = train(folder, "more", "--init", trained / "whole" / "model")
+    assert done.returncode == 0, done.stderr
+    assert curve(folder / "more")[2] < curve(trained / "whole")[2] - 1
+    from transformers import AutoConfig
+
+    assert AutoConfig.from_pretrained(folder / "more" / "model").num_hidden_layers == 1
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_again_and_again_comes_to_the_same_bits(trained: Path, kills: int):
+    chance, out = random.Random(kills), f"killed{kills}"
+    for _ in range(kills):
+        with subprocess.Popen(command(trained, out, "--cp", 2), stderr=subprocess.DEVNULL, env=ENVIRONMENT) as run:
+            log, began = trained / out / "train_log.jsonl", time.monotonic()
+            more = chance.randrange(1, 9)
+            while run.poll() is None and time.monotonic() - began < 60:
+                known = len(log.read_bytes().splitlines()) if log.exists() else 0
+                if known % 9 == more:
+                    time.sleep(chance.random() * 0.1)
+                    break
+                time.sleep(0.002)
+            run.send_signal(signal.SIGKILL)
+    done = train(trained, out, "--cp", 2)
+    assert done.returncode == 0, done.stderr
+    assert curve(trained / out) == curve(trained / "whole")
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_mesh_may_change(trained: Path):
+    with subprocess.Popen(command(trained, "stopped"), stderr=subprocess.PIPE, env=ENVIRONMENT, text=True) as run:
+        log = trained / "stopped" / "train_log.jsonl"
+        while not (log.exists() and len(log.read_bytes().splitlines()) > 13):
+            assert run.poll() is None
+            time.sleep(0.005)
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "the same command goes on from the last state saved" in errors
+    assert "Traceback" not in errors
+    done = train(trained, "stopped", "--cp", 4, "--dp", 2)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step" in done.stderr
+    ours, theirs = curve(trained / "stopped"), curve(trained / "whole")
+    assert ours.keys() == theirs.keys()
+    assert max(abs(ours[step] - theirs[step]) for step in theirs) < 1e-4
+
+
+def test_a_full_disk_is_said_and_what_was_saved_stays(trained: Path):
+    (trained / "full").mkdir()
+    limited = f"ulimit -f 1; exec {' '.join(command(trained, 'full'))}"  # blocks of a file: less than the weights take
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "make room and run the same command again" in done.stderr.splitlines()[-1]
+
+
+def test_the_folder_of_another_run_is_left_alone(trained: Path, tmp_path: Path):
+    folder = folder_of(tmp_path, SMALL_RUN.replace("width = 16", "width = 32"))
+    done = train(folder, str(trained / "whole"))
+    assert done.returncode == 2
+    assert "is of a run with width 16, not 32: choose another --out" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("steps = 4", "steps = 4\ndepth = 2"), "unknown key 'depth'"),
+        (("steps = 30", "steps = 30\ndepth = 2"), "unknown key 'depth'"),
         (("batch = 2", ""), "[train]: 'batch' is missing"),
-        (("context = 32", "context = 64"), "context 64 exceeds max_positions 32"),
-        (("scripts/data/kjv.txt", "scripts/data/none.txt"), "none.txt"),
+        (("context = 128", "context = 256"), "context 256 exceeds max_positions 128"),
+        (("kjv.txt", "none.txt"), "none.txt"),
         (("heads = 2", "heads = ["), "run.toml is not TOML"),
-        (("vocab = 256", "vocab = 64"), "this script trains on bytes: set tokenizer = 'bytes' and vocab = 256"),
-        (('"scripts/data/kjv.txt"', "5"), "5"),
-        (("held_out = 0.0002", "held_out = 0.0"), "of which 0 are held out, are too few"),
+        (("vocab = 256", "vocab = 64"), "is outside of the model's vocabulary of 64"),
+        (('["kjv.txt"]', "5"), "files is 5"),
+        (("held_out = 0.0002", "held_out = 0.99999"), "too few for one sequence of 128"),
         (('tokenizer = "bytes"', "tokenizer = 3"), "tokenizer is 3: give a value of type str"),
+        (('tokenizer = "bytes"', ""), "the model has no tokenizer: set tokenizer = 'bytes'"),
         (("layers = 1", "layers = 1\nstop_ids = [256]"), "stop id 256 is outside of the vocabulary of 256"),
+        (("[train]", "[training]"), "unknown key 'training'"),
+        (("passkeys = 0.5", "passkeys = 2.0"), "passkeys is 2.0: give a share from 0 to 1"),
+        (("context = 128", "context = 120"), "120 positions are not a whole number of turns of 1 ranks"),
     ],
 )
 def test_a_bad_config_is_one_line_and_exit_2(tmp_path: Path, change, message: str):
-    (tmp_path / "run.toml").write_text(SMALL_RUN.replace(*change))
-    done = train(tmp_path / "run.toml", tmp_path / "out")
+    folder = folder_of(tmp_path, SMALL_RUN.replace(*change))
+    done = train(folder)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert message in done.stderr
+    assert not (folder / "out").exists()

@@ -16,26 +16,26 @@ from helix_jax.mesh import Device, make_mesh
 _FAKE_DEVICES_FLAG = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 
 
-def open_mesh(platform: str, tp: int, cp: int | None) -> Mesh:
-    """The mesh of tp x cp devices of `platform`; `cp` left out takes all devices there are.
+def open_mesh(platform: str, tp: int, cp: int | None, dp: int = 1) -> Mesh:
+    """The mesh of dp x tp x cp devices of `platform`; `cp` left out takes all devices there are.
 
     Without an accelerator, or for platform 'cpu', the CPU is split into fake devices: as many as are asked for, or,
     when cp is left out, as many as XLA_FLAGS or JAX_NUM_CPU_DEVICES say.
 
     Raises:
-        ValueError: no device of that platform, or fewer than tp * cp.
+        ValueError: no device of that platform, or fewer than dp * tp * cp.
     """
-    for name, size in (("tp", tp), ("cp", cp)):
+    for name, size in (("tp", tp), ("cp", cp), ("dp", dp)):
         if size is not None and size < 1:
             raise ValueError(f"--{name} is {size}: give at least 1")
-    fake = tp * cp if cp else max(tp, _fake_devices_wanted())
+    fake = dp * tp * cp if cp else max(dp * tp, _fake_devices_wanted())
     jax.config.update("jax_num_cpu_devices", fake)
     if platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
     devices = _devices(platform)
-    if cp is None and len(devices) < tp:
-        raise ValueError(f"--tp {tp} needs {tp} devices, but there are {len(devices)}: try --platform cpu")
-    return make_mesh(tp, cp or len(devices) // tp, devices=devices)
+    if cp is None and len(devices) < dp * tp:
+        raise ValueError(f"--tp {tp} needs {dp * tp} devices, but there are {len(devices)}: try --platform cpu")
+    return make_mesh(tp, cp or len(devices) // (dp * tp), dp, devices=devices)
 
 
 def _fake_devices_wanted() -> int:

@@ -1,0 +1,60 @@
+"""The states of a training run on disk (orbax): written beside the training, read back on any mesh."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+_log = logging.getLogger("helix_jax")
+
+
+class States:
+    """The last few states in a folder. One that is half written, or was harmed since, is as if it were not there."""
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self._folder = folder.absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def save(self, step: int, state: Any) -> None:
+        """Begins to write: the state is copied at once, and lies on disk some time later. A harmed one is replaced.
+
+        Raises:
+            OSError: this state, or the one before it, cannot be written: a full disk, say.
+        """
+
+        def begin() -> None:
+            if step in self._manager.all_steps():
+                self._manager.delete(step)
+            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+
+        self._written(begin)
+
+    def restore(self, abstract: Any) -> tuple[int, Any] | None:
+        """The newest step and state that can be read, laid out as `abstract` says; None if there is none."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return step, self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            except Exception as error:  # of tensorstore, of orbax, of json: whatever a harmed file leads to
+                why = " ".join(str(error).split())[:200]
+                _log.warning("state %d in '%s' cannot be read (%s): an earlier one is taken", step, self._folder, why)
+        return None
+
+    def finish(self) -> None:
+        """Waits until all is written. Raises as `save`."""
+        self._written(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _written(self, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except Exception as error:
+            why = " ".join(str(error).split())[:300]
+            raise OSError(
+                f"a state of the run cannot be written to '{self._folder}' ({why}): make room and run the same command "
+                f"again; it goes on from the last state that was"
+            ) from None

@@ -1,0 +1,104 @@
+"""What a training run tells: a bar, a line of JSON for each step, a curve, and TensorBoard where that is installed."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from helix_jax.models.transformer import Weights
+from helix_jax.train import Training
+
+LOG_FILE, CURVE_FILE = "train_log.jsonl", "curve.png"
+# Dense bfloat16 FLOP/s of one device, as its maker says.
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "v4": 275e12, "v5 lite": 197e12, "v5p": 459e12, "v6": 918e12}
+
+
+def mfu(run: Training, weights: Weights, tokens_per_s: float) -> float | None:
+    """The share of the devices' FLOP/s that the model's own come to; None of devices whose peak is not known.
+
+    Six per parameter and token, lookups left out, and six per pair of a query and a key that it sees, head and number
+    of its width: what is computed twice for want of memory does not count.
+    """
+    peak = next((peak for name, peak in PEAKS.items() if name in run.device_kind), None)
+    if peak is None:
+        return None
+    model = run.model
+    matrices = sum(x.size for x in jax.tree.leaves({k: v for k, v in weights.items() if k != "embed_VD"}))
+    matrices += weights["embed_VD"].size if model.tied_head else 0
+    seen = sum(min(model.window_of(layer) or math.inf, run.config.context / 2) for layer in range(model.layers))
+    return tokens_per_s * (6 * matrices + 12 * model.heads * model.head_width * seen) / (peak * run.mesh.size)
+
+
+class Log:
+    """Of one run: what an earlier one wrote after the state from which this one goes on is dropped."""
+
+    def __init__(self, folder: Path, steps: int, first: int, console: Console):
+        self._file, self._curve, self._entries = folder / LOG_FILE, folder / CURVE_FILE, []
+        if first and self._file.exists():
+            known = [json.loads(line) for line in self._file.read_text().splitlines() if line.endswith("}")]
+            self._entries = [entry for entry in known if entry["step"] <= first]
+        self._console, self._steps, self._first = console, steps, first
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[now]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._board: Any = None
+        if importlib.util.find_spec("tensorboardX"):
+            self._board = importlib.import_module("tensorboardX").SummaryWriter(str(folder / "tensorboard"))
+
+    def __enter__(self) -> "Log":
+        self._opened = self._file.open("w")
+        self._opened.writelines(json.dumps(entry) + "\n" for entry in self._entries)
+        self._bar.start()
+        self._task = self._bar.add_task("training", total=self._steps, completed=self._first, now="")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._bar.stop()
+        self._opened.close()
+        if self._board:
+            self._board.close()
+        if kind is None:
+            self._draw()
+
+    def step(self, step: int, **found: float) -> None:
+        self._write({"step": step, **found})
+        now = [f"loss {found['nats']:.3f}", *(f"{found[k]:.3f} bits/byte" for k in ("bits_per_byte",) if k in found)]
+        now += [f"{found['tokens_per_s']:,.0f} tokens/s", *(f"MFU {found[k]:.1%}" for k in ("mfu",) if k in found)]
+        self._bar.update(self._task, completed=step, now=", ".join(now))
+
+    def held_out(self, step: int, **found: float) -> None:
+        self._write({"step": step, **found})
+        said = ", ".join(f"{name} {value:.5g}" for name, value in found.items())
+        self._bar.console.print(f"step {step} of {self._steps}: {said}", soft_wrap=True)
+
+    def _write(self, entry: dict[str, float]) -> None:
+        self._entries.append(entry)
+        self._opened.write(json.dumps(entry) + "\n")
+        self._opened.flush()
+        for name, value in entry.items() if self._board else ():
+            self._board.add_scalar(name, value, int(entry["step"]))
+
+    def _draw(self) -> None:
+        if importlib.util.find_spec("matplotlib") is None:
+            return
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel="step", ylabel="nats per token")
+        for name, style in (("nats", "-"), ("held_out_nats", "o-")):
+            points = [(entry["step"], entry[name]) for entry in self._entries if name in entry]
+            axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "), linewidth=1, markersize=3)
+        axes.legend()
+        figure.savefig(self._curve, dpi=150)

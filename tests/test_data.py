@@ -1,0 +1,158 @@
+"""Files to tokens to sequences: what is mapped, where documents begin, and that an epoch sees everything once."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helix_jax.data import Corpus, check_corpus, cut, held_out_windows, open_corpus, sequences_of
+from helix_jax.recall import DIGITS, NAMES, fact, haystack, new_key, plant, question
+from helix_jax.text import Bytes
+
+
+class Words:
+    """A word an id, of its length."""
+
+    def encode(self, text: str) -> list[int]:
+        return [len(word) for word in text.split()]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join("x" * i for i in ids)
+
+
+def corpus_of(length: int, starts=(0,), held_out: int = 0) -> Corpus:
+    return Corpus(np.arange(length), np.asarray(starts), length - held_out, 1.0)
+
+
+def test_text_of_bytes_is_mapped_and_cut_at_the_separator(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
+    corpus = open_corpus([tmp_path / "a.txt"], Bytes(), 256, 0.25, "\n\n")
+    assert isinstance(corpus.tokens_X, np.memmap)
+    assert corpus.starts.tolist() == [0, 5, 10]
+    assert (len(corpus.tokens_X), corpus.held_out, corpus.bytes_per_token) == (15, 12, 1.0)
+    assert not open_corpus([tmp_path / "a.txt"], Bytes(), 256, 0.0).documents
+
+
+def test_files_are_documents_and_tokens_come_from_any_tokenizer(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("a bb ccc")
+    (tmp_path / "b.txt").write_text("dddd|ee|f")
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    corpus = open_corpus(files, Words(), 8, 0.0, "|")
+    assert corpus.tokens_X.tolist() == [1, 2, 3, 5, 3, 1]  # the separator is part of what it ends
+    assert corpus.starts.tolist() == [0, 3, 4, 5]
+    assert corpus.bytes_per_token == (8 + 9) / len(corpus.tokens_X)
+
+
+def test_a_file_of_tokens_is_mapped_and_cut_after_the_end_id(tmp_path: Path):
+    np.save(tmp_path / "t.npy", np.asarray([5, 6, 0, 7, 0], np.uint16))
+    corpus = open_corpus([tmp_path / "t.npy"], None, 8, 0.0, end_id=0)
+    assert isinstance(corpus.tokens_X, np.memmap)
+    assert corpus.starts.tolist() == [0, 3]
+    assert corpus.bytes_per_token is None
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (b"", {}, "x.txt' is empty: leave it out"),
+        (b"\xff\xfe", {"vocab": 128}, "token 255 is outside of the model's vocabulary of 128"),
+        (b"abc", {"tokenizer": None}, "x.txt' is text: give a tokenizer for it"),
+        (b"abc", {"separator": ""}, "give a tokenizer for it, and a separator that is not empty"),
+        (np.zeros((2, 2), np.int32), {}, r"x.npy' holds int32 of shape \(2, 2\): give one row of whole numbers"),
+        (np.zeros(3), {}, "holds float64 of shape"),
+        (np.asarray([-1]), {}, "token -1 is outside"),
+        ("not an array", {}, "x.npy' is not a file of numpy"),
+    ],
+)
+def test_files_that_cannot_be_trained_on_are_refused(tmp_path: Path, content, options, message: str):
+    file = tmp_path / ("x.txt" if isinstance(content, bytes) else "x.npy")
+    if isinstance(content, np.ndarray):
+        np.save(file, content)
+    else:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        open_corpus([file], **{"tokenizer": Bytes(), "vocab": 256, "held_out": 0.0} | options)
+
+
+def test_no_files_and_too_little_text_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="there are no files to train on"):
+        open_corpus([], Bytes(), 256, 0.0)
+    check_corpus(corpus_of(20, held_out=3), 16)
+    message = "the text has 20 tokens, of which 4 are held out: too few for one sequence of 16"
+    with pytest.raises(ValueError, match=message):
+        check_corpus(corpus_of(20, held_out=4), 16)
+
+
+@given(st.integers(2, 20), st.integers(1, 200), st.integers(0, 50), st.integers(1, 7), st.integers(0, 3))
+def test_an_epoch_sees_windows_side_by_side_once_and_nothing_that_is_held_out(
+    context: int, more: int, held_out: int, batch: int, seed: int
+):
+    corpus = corpus_of(context + more + held_out, held_out=held_out)
+    count = max(1, (corpus.held_out - 1) // context - 1)
+    steps = -(-count // batch)
+    found = np.concatenate([sequences_of(corpus, context, batch, seed, step).tokens_BS for step in range(steps)])
+    epoch = found[:count]
+    assert epoch.max() < corpus.held_out
+    starts = sorted(epoch[:, 0])
+    assert np.diff(starts).tolist() == [context] * (count - 1)
+    again = sequences_of(corpus, context, batch, seed, 0).tokens_BS
+    np.testing.assert_array_equal(again, found[:batch])
+
+
+def test_epochs_differ_and_seeds_do():
+    corpus = corpus_of(1000)
+    first, second, other = (
+        sequences_of(corpus, 10, 98, seed, step).tokens_BS for seed, step in ((0, 0), (0, 1), (1, 0))
+    )
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, other)
+
+
+def test_a_token_knows_where_its_document_starts_and_learns_nothing_of_the_next():
+    found = cut(corpus_of(30, starts=(0, 12, 15)), np.asarray([10, 13]), 6)
+    assert found.tokens_BS[0].tolist() == [10, 11, 12, 13, 14, 15, 16]
+    assert found.first_BS.tolist() == [[0, 0, 2, 2, 2, 5], [0, 0, 2, 2, 2, 2]]
+    assert found.counted_BS.tolist() == [[True, False, True, True, False, True], [True, False, *[True] * 4]]
+
+
+@given(st.integers(2, 81), st.integers(0, 300), st.integers(1, 300))
+def test_held_out_windows_predict_every_token_once_after_half_a_context(context: int, before: int, held: int):
+    corpus = corpus_of(context + 1 + before + held, held_out=held)
+    starts, counted = held_out_windows(corpus, context)
+    predicted = cut(corpus, starts, context).tokens_BS[:, 1:][counted]
+    assert sorted(predicted) == list(range(corpus.held_out, len(corpus.tokens_X)))
+    index = np.broadcast_to(np.arange(context), counted.shape)[counted]
+    assert (index + 1 >= context // 2).all()
+
+
+def test_what_is_planted_is_asked_for_after_it_was_told():
+    text = b"".join(b"The line %d of the text, and more of it.\n" % n for n in range(100))
+    planted = plant(text, np.random.default_rng(0))
+    assert len(planted) == len(text)
+    assert planted == plant(text, np.random.default_rng(0))
+    asked = 0
+    for name in NAMES:
+        told = planted.find(b" The passkey of %b is " % name.encode())
+        at = planted.find(question(name))
+        if at >= 0 and at + len(question(name)) + DIGITS < len(planted):
+            key = planted[at + len(question(name)) :][:DIGITS]
+            assert 0 <= told < at
+            assert planted[told:].startswith(fact(name, key.decode()))
+            asked += 1
+    assert asked >= 1
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_a_haystack_is_as_long_as_asked_and_hides_the_fact_at_its_depth(depth: float):
+    text, key = bytes(range(32, 127)) * 20, new_key(np.random.default_rng(0))
+    found = haystack(text, 1000, depth, "heron", key)
+    assert len(found) == 1000
+    assert found.endswith(question("heron"))
+    hay = 1000 - len(fact("heron", key)) - len(question("heron"))
+    assert found.find(fact("heron", key)) == round(depth * hay)
+    with pytest.raises(ValueError, match="a context of 50 bytes holds no fact and question: give 87 or more"):
+        haystack(text, 50, depth, "heron", key)
+    with pytest.raises(ValueError, match="the text has 1900 bytes, and a context of 5000 needs"):
+        haystack(text, 5000, depth, "heron", key)
