@@ -117,7 +117,7 @@ def _check_ids(file: Path, tokens_X: np.ndarray, vocab: int) -> None:
 
 
 def sequences_of(corpus: Corpus, context: int, batch: int, seed: int, step: int) -> Sequences:
-    """What a step trains on: from windows that lie side by side, in another order, and elsewhere cut, in every epoch."""
+    """What a step trains on. An epoch's windows lie side by side; each has another order, and is cut elsewhere."""
     starts = [_start(corpus.held_out, context, seed, index) for index in range(step * batch, (step + 1) * batch)]
     return cut(corpus, np.asarray(starts), context)
 

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from helix_jax.checkpoint import load
+from helix_jax.data import cut, held_out_windows, open_corpus
 from helix_jax.generation import Decoded, generate, stream
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import make_mesh
 from helix_jax.plan import Plan
-from helix_jax.train import LOG2_E, held_out_windows, nats_per_token
+from helix_jax.text import Bytes
+from helix_jax.train import LOG2_E, TrainConfig, Training, deal, evaluate
 from tests.conftest import ROOT
 from tests.reference import naive_logits
 
@@ -52,17 +54,16 @@ def test_the_shipped_model_is_small_and_its_log_meets_the_bar():
 @pytest.mark.parametrize("share", [0.02, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_the_shipped_weights_predict_the_held_out_text(share: float):
     """In float32, from the file that ships: the whole held-out text in the long tier, the end of it in the fast one."""
-    import jax
-    from flax import nnx
-
-    text = np.frombuffer((ROOT / "scripts" / "data" / "kjv.txt").read_bytes(), np.uint8)
-    first = len(text) - int(len(text) * 0.05 * share)
-    windows, counted = held_out_windows(text, first, 2048)
+    held_out = 0.05 * share
+    corpus = open_corpus([ROOT / "scripts" / "data" / "kjv.txt"], Bytes(), 256, held_out)
+    starts, counted = held_out_windows(corpus, 2048)
     model = load(DEMO, make_mesh(), jnp.float32)
-    nats_of = nnx.jit(nats_per_token)
+    config = TrainConfig(steps=200, batch=1, context=2048)
+    run = Training(model.config, config, make_mesh(), BlockLayout(1), jnp.dtype("float32"), documents=False)
     total = 0.0
-    for window, mine in zip(windows, counted, strict=True):
-        total += float(np.asarray(nats_of(model, jax.numpy.asarray(window[None], jnp.int32)))[0][mine].sum())
+    for at, mine in zip(starts, counted, strict=True):
+        batch = deal(run, *cut(corpus, at[None], 2048), parts=0)
+        total += float(np.asarray(evaluate(run, model.weights(), batch))[0][mine].sum())
     bits_per_byte = total * LOG2_E / counted.sum()
-    assert counted.sum() == len(text) - first
+    assert counted.sum() == int(4404412 * held_out)
     assert bits_per_byte <= 1.75

@@ -1,4 +1,4 @@
-"""Attention of whole sequences over the ranks: the same as on one device, forward and backward, and half of the work."""
+"""Attention of whole sequences over the ranks: as on one device, forward and backward, and half of the work."""
 
 from collections import Counter
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -332,13 +333,46 @@ def test_ctrl_c_says_how_to_go_on_and_the_mesh_may_change(trained: Path):
     assert max(abs(ours[step] - theirs[step]) for step in theirs) < 1e-4
 
 
-def test_a_full_disk_is_said_and_what_was_saved_stays(trained: Path):
-    (trained / "full").mkdir()
-    limited = f"ulimit -f 1; exec {' '.join(command(trained, 'full'))}"  # blocks of a file: less than the weights take
-    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "make room and run the same command again" in done.stderr.splitlines()[-1]
+def test_a_full_disk_is_said_and_what_was_saved_stays(tmp_path: Path, monkeypatch):
+    run = run_on()
+    state = start(run, tiny_model().weights())
+    states = States(tmp_path)
+    states.save(3, state)
+    states.finish()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**5))
+    message = (
+        r"cannot be written to '.*' \(it has 0.5 MB, and 0.1 MB are free\): make room and run the same command again"
+    )
+    with pytest.raises(OSError, match=message):
+        states.save(7, state)
+    assert States(tmp_path).restore(abstract_state(run))[0] == 3  # pyright: ignore[reportOptionalSubscript]
+
+
+FILES_OF_A_KILOBYTE = """
+import pathlib, resource, sys
+import jax.numpy as jnp
+from helix_jax.checkpoint.states import States
+states = States(pathlib.Path(sys.argv[1]))
+states.save(3, {"x": jnp.arange(10.0)})
+states.finish()
+resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+try:
+    states.save(7, {"x": jnp.arange(10_000) ** 2.0})
+    states.finish()
+except OSError as error:
+    print(error)
+states.close()
+print(States(pathlib.Path(sys.argv[1])).restore({"x": jnp.zeros(10)}))
+"""
+
+
+def test_a_state_that_the_system_stops_in_its_midst_is_said_and_the_one_before_stays(tmp_path: Path):
+    run = [sys.executable, "-c", FILES_OF_A_KILOBYTE, str(tmp_path)]  # orbax's threads tell of it at length on stderr
+    done = subprocess.run(run, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, check=False)
+    said, found = done.stdout.splitlines()
+    assert "cannot be written" in said
+    assert "make room and run the same command again" in said
+    assert found.startswith("(3, {'x': Array([0., 1.")
 
 
 def test_the_folder_of_another_run_is_left_alone(trained: Path, tmp_path: Path):

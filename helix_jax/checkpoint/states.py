@@ -1,10 +1,13 @@
 """The states of a training run on disk (orbax): written beside the training, read back on any mesh."""
 
 import logging
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 _log = logging.getLogger("helix_jax")
@@ -24,6 +27,10 @@ class States:
         Raises:
             OSError: this state, or the one before it, cannot be written: a full disk, say.
         """
+
+        needed, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(self._folder).free
+        if needed > free:  # before half of it is written, and orbax's threads have told at length that the rest is not
+            raise self._unwritten(f"it has {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free")
 
         def begin() -> None:
             if step in self._manager.all_steps():
@@ -47,14 +54,18 @@ class States:
         self._written(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits until all is written that can be. Says nothing of what cannot: `finish` does."""
+        with suppress(Exception):
+            self._manager.close()
 
     def _written(self, write: Callable[[], Any]) -> None:
         try:
             write()
         except Exception as error:
-            why = " ".join(str(error).split())[:300]
-            raise OSError(
-                f"a state of the run cannot be written to '{self._folder}' ({why}): make room and run the same command "
-                f"again; it goes on from the last state that was"
-            ) from None
+            raise self._unwritten(" ".join(str(error).split())[:200]) from None
+
+    def _unwritten(self, why: str) -> OSError:
+        return OSError(
+            f"a state of the run cannot be written to '{self._folder}' ({why}): make room and run the same command "
+            f"again; it goes on from the last state that was"
+        )
