@@ -33,7 +33,7 @@ def plant(text: bytes, random: np.random.Generator) -> bytes:
         inserts.append((told, fact(name, key)))
         for asked in random.integers(told, len(text) + 1, random.integers(1, 3)):
             inserts.append((int(asked), question(name) + f"{key}. ".encode()))
-    ends = [at for at, byte in enumerate(text) if byte == ord("\n")]
+    ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")).tolist()
     for _ in range(int(random.integers(0, _MOST_LINES + 1)) if len(ends) > 1 else 0):
         at = int(random.integers(0, len(ends) - 1))
         line = text[ends[at] + 1 : ends[at + 1]]

@@ -36,7 +36,18 @@ from helix_jax.mesh import DP, make_mesh
 from helix_jax.models.transformer import Transformer, Weights, assemble
 from helix_jax.recall import plant
 from helix_jax.text import Tokenizer, open_tokenizer
-from helix_jax.train import LOG2_E, TrainConfig, Training, TrainState, abstract_state, deal, evaluate, start, train_step
+from helix_jax.train import (
+    LOG2_E,
+    Batch,
+    TrainConfig,
+    Training,
+    TrainState,
+    abstract_state,
+    deal,
+    evaluate,
+    start,
+    train_step,
+)
 
 EVAL_TOKENS = 2**16  # of held-out text at once
 
@@ -142,9 +153,14 @@ def train(run: Run) -> None:
     try:
         first, state = states.restore(abstract_state(training)) or (0, start(training, first_weights(run)))
         describe(run, state, first, console)
+        batch = batch_of(run, first)
         with Log(run.out, config.steps, first, console) as log:
             for step in range(first, config.steps):
-                state = one_step(run, state, step, log)
+                began = time.perf_counter()
+                loss, state = train_step(training, state, batch)
+                batch = batch_of(run, step + 1)  # while the devices are at work
+                nats = float(loss)  # read before the next step: on a CPU never more than one is under way
+                log.step(step + 1, **figures(run, step, nats, time.perf_counter() - began, state))
                 if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
                     log.held_out(step + 1, **score(run, state.weights))
                     states.save(step + 1, state)
@@ -184,21 +200,20 @@ def describe(run: Run, state: TrainState, first: int, console: Console) -> None:
         console.print(f"going on after step {first}, of the state in '{run.out / 'states'}'")
 
 
-def one_step(run: Run, state: TrainState, step: int, log: Log) -> TrainState:
-    training, config = run.training, run.training.config
-    began = time.perf_counter()
-    batch = deal(training, *planted(run, step), parts=config.accumulate)
-    loss, state = train_step(training, state, batch)
-    nats = float(loss)  # read before the next step: on a CPU never more than one is under way
+def figures(run: Run, step: int, nats: float, seconds: float, state: TrainState) -> dict[str, float]:
+    """What is told of a step. Raises ValueError if it has led nowhere."""
     if not math.isfinite(nats):
         raise ValueError(
             f"the loss of step {step + 1} is {nats}: lower learning_rate, or raise warmup_steps; the states in "
             f"'{run.out / 'states'}' are from before"
         )
-    speed = config.batch * config.context / (time.perf_counter() - began)
-    share = mfu(training, state.weights, speed)
-    log.step(step + 1, nats=nats, **bits(run, nats), tokens_per_s=speed, **({} if share is None else {"mfu": share}))
-    return state
+    speed = run.training.config.batch * run.training.config.context / seconds
+    share = mfu(run.training, state.weights, speed)
+    return {"nats": nats, **bits(run, nats), "tokens_per_s": speed, **({} if share is None else {"mfu": share})}
+
+
+def batch_of(run: Run, step: int) -> Batch:
+    return deal(run.training, *planted(run, step), parts=run.training.config.accumulate)
 
 
 def planted(run: Run, step: int) -> Sequences:

@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+"""Bits per byte of held-out text by how far into the context it stands, sharded and on one device.
+
+python scripts/eval_perplexity.py --cp 8 --placement helix --json perplexity.json --plot perplexity.png
+
+At each position the context before it is read, and then --span bytes one by one, as if they had been decoded: so they
+lie on the ranks in turn. The numbers of every placement must be those of one device, within 1e-3 nats a byte: else
+exit 1.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from reader import Reader
+from reporting import Parser, exit_status, new_figure, write_json
+from rich.console import Console
+from rich.table import Table
+
+from helix_jax import checkpoint
+from helix_jax.cli.devices import open_mesh
+from helix_jax.layout import PLACEMENTS, BlockLayout
+from helix_jax.mesh import make_mesh
+from helix_jax.models.transformer import Transformer
+from helix_jax.plan import Plan
+from helix_jax.train import LOG2_E
+
+ROOT = Path(__file__).resolve().parents[1]
+DIFFERENT, CLOSE_NATS = 1, 1e-3
+
+
+def main() -> int:
+    different: list[str] = []
+    status = exit_status(lambda: different.extend(evaluate(parse_arguments())), "give fewer --windows")
+    for line in different:
+        print(f"eval_perplexity.py: {line}", file=sys.stderr)
+    return status or (DIFFERENT if different else 0)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add(
+        "--model",
+        type=Path,
+        default=checkpoint.DEMO_MODEL,
+        metavar="DIR",
+        help="a byte model (default: that which ships)",
+    )
+    add("--text", type=Path, default=ROOT / "scripts" / "data" / "kjv.txt", metavar="FILE", help="whose end is read")
+    add("--held-out", type=float, default=0.05, metavar="SHARE", help="of it that was not trained on (default: 0.05)")
+    add("--positions", type=int, nargs="+", metavar="BYTES", help="of contexts (default: from 64 on, times two)")
+    add("--span", type=int, default=64, metavar="BYTES", help="read one by one (default: 64)")
+    add("--windows", type=int, default=8, metavar="N", help="places in the text (default: 8)")
+    add("--tp", type=int, default=1, metavar="N", help="(default: 1)")
+    add("--cp", type=int, default=8, metavar="N", help="(default: 8)")
+    add("--block", type=int, default=16, metavar="TOKENS", help="length of a decode block (default: 16)")
+    add("--placement", action="append", choices=PLACEMENTS, help="may be repeated (default: all)")
+    add("--platform", choices=("auto", "cpu", "gpu", "tpu"), default="auto", help="cpu: tp * cp fake devices")
+    add("--json", type=Path, metavar="FILE", help="write the numbers")
+    add("--plot", type=Path, metavar="FILE.png", help="draw them")
+    return parser.parse_args()
+
+
+def evaluate(options: argparse.Namespace) -> list[str]:
+    """Prints and writes what was found. Returns a line for every placement that differs from one device."""
+    config = checkpoint.read_config(options.model)
+    if config.tokenizer != "bytes":
+        raise ValueError(f"'{options.model}' is no byte model: bits per byte are those of bytes")
+    longest = config.max_positions - options.span
+    positions = options.positions or [2**n for n in range(6, 32) if 2**n <= longest]
+    if min(options.span, options.windows) < 1 or min(positions) < 2 or max(positions) > longest:
+        raise ValueError(
+            f"positions {positions}, a span of {options.span}, {options.windows} windows: give positions from 2 to "
+            f"{longest}, as the model has {config.max_positions}, and at least 1 of the others"
+        )
+    text = np.frombuffer(options.text.read_bytes(), np.uint8)
+    text = text[len(text) - int(len(text) * options.held_out) :]
+    if len(text) < max(positions) + options.span:
+        raise ValueError(
+            f"{len(text)} bytes are held out, and a context of {max(positions)} needs more: give more text"
+        )
+    figure = new_figure("--plot", options.plot) if options.plot else None
+    mesh = open_mesh(options.platform, options.tp, options.cp)
+    plans = {"one device": Plan(make_mesh(devices=list(mesh.devices.flat)), BlockLayout(1, options.block))}
+    for name in options.placement or PLACEMENTS:
+        plans[name] = Plan(mesh, BlockLayout(options.cp, options.block, name))
+    found: dict[str, Any] = {"positions": positions, "span": options.span, "cp": options.cp, "bits_per_byte": {}}
+    alone, different = np.zeros(0), []
+    for name, plan in plans.items():
+        model = checkpoint.load(options.model, cast(Mesh, plan.mesh), jnp.float32)
+        nats = np.stack([forced_nats(model, plan, text, at, options.span, options.windows) for at in positions])
+        found["bits_per_byte"][name] = (nats.mean((1, 2)) * LOG2_E).tolist()
+        write_json(options.json, found)
+        alone = nats if name == "one device" else alone
+        gap = float(np.abs(nats - alone).max())
+        if gap > CLOSE_NATS:
+            different.append(f"under {name} a byte is {gap:.2g} nats from what it is on one device")
+    report(found)
+    if figure:
+        draw(figure, options.plot, found)
+    return different
+
+
+def forced_nats(model: Transformer, plan: Plan, text: np.ndarray, position: int, span: int, windows: int) -> np.ndarray:
+    """The surprise of each byte of a span, after `position` bytes [windows, span]."""
+    starts = np.linspace(0, len(text) - position - span, windows).astype(int)
+    rows = np.stack([text[start : start + position + span] for start in starts]).astype(np.int32)
+    reader, nats = Reader(model, plan, rows[:, : position - 1].tolist(), room=span), []
+    for at in range(position - 1, position + span - 1):
+        logits_BV = reader.read_one(rows[:, at]).astype(np.float64)
+        top_B1 = logits_BV.max(-1, keepdims=True)
+        lse_B = np.log(np.exp(logits_BV - top_B1).sum(-1)) + top_B1[:, 0]
+        nats.append(lse_B - np.take_along_axis(logits_BV, rows[:, at + 1, None], 1)[:, 0])
+    return np.stack(nats, 1)
+
+
+def report(found: dict[str, Any]) -> None:
+    table = Table("bits per byte after", *found["bits_per_byte"])
+    for row, position in enumerate(found["positions"]):
+        table.add_row(f"{position:,} bytes", *(f"{bits[row]:.4f}" for bits in found["bits_per_byte"].values()))
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def draw(figure: Any, file: Path, found: dict[str, Any]) -> None:
+    axes = figure.add_subplot(xlabel="bytes before", ylabel="bits per byte", xscale="log")
+    for name, bits in found["bits_per_byte"].items():
+        axes.plot(found["positions"], bits, "o-" if name == "one device" else "x--", label=name, markersize=4)
+    axes.legend()
+    figure.savefig(file, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

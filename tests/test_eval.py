@@ -1,0 +1,155 @@
+"""The evaluations: what is asked leaves no trace, what is lost is one rank's, and the scripts run as users run them."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from helix_jax.checkpoint import load, save
+from helix_jax.config import ModelConfig
+from helix_jax.layout import BlockLayout
+from helix_jax.mesh import make_mesh
+from helix_jax.models.transformer import Transformer
+from helix_jax.plan import Plan
+from tests.conftest import ROOT
+from tests.reference import naive_logits
+from tests.test_cli import ENVIRONMENT
+
+SHAPE = {"layers": 2, "width": 32, "heads": 8, "kv_heads": 2, "head_width": 4, "ff_width": 48, "vocab": 256}
+CONFIG = ModelConfig(**SHAPE, max_positions=512, tied_head=True, tokenizer="bytes")
+TEXT = (ROOT / "scripts" / "data" / "kjv.txt").read_bytes()[-3000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A byte model of random weights."""
+    folder = tmp_path_factory.mktemp("model")
+    save(Transformer(CONFIG, rngs=nnx.Rngs(0)), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reader_of(folder: Path):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        module = importlib.import_module("reader")
+    finally:
+        sys.path.pop(0)
+    mesh = make_mesh(1, 4)
+    model = load(folder, mesh, jnp.float32)
+
+    def make(placement: str, prompts, room: int):
+        return module.Reader(model, Plan(mesh, BlockLayout(4, 4, placement)), prompts, room)
+
+    return make
+
+
+PROMPTS = [list(TEXT[:70]), list(TEXT[100:133])]
+
+
+@pytest.mark.parametrize("placement", ["helix", "striped"])
+def test_a_reader_reads_and_says_what_a_model_without_a_cache_does(reader_of, folder: Path, placement: str):
+    model, reader = load(folder, make_mesh(), jnp.float32), reader_of(placement, PROMPTS, 60)
+    reader.read([TEXT[200:209], TEXT[300:320]])
+    texts = [[*PROMPTS[0], *TEXT[200:209]], [*PROMPTS[1], *TEXT[300:320]]]
+    for row, said in enumerate(reader.say(12).tolist()):
+        logits = naive_logits(model, [[*texts[row], *said]], 128)[0]
+        at = np.arange(len(texts[row]) - 1, len(texts[row]) + 11)
+        gap = logits[at].max(-1) - logits[at, said]
+        assert gap.max() < 1e-4
+    token_B = np.asarray([5, 6])
+    before = [list(np.asarray(reader.lengths))]
+    logits_BV = reader.read_one(token_B)
+    assert (reader.lengths == before[0] + np.ones(2)).all()
+    assert logits_BV.shape == (2, 256)
+
+
+def test_a_question_leaves_no_trace(reader_of):
+    asked, quiet = reader_of("helix", PROMPTS, 60), reader_of("helix", PROMPTS, 60)
+    first = asked.answer([b"What is this?", b"And that?"], 7)
+    again = asked.answer([b"What is this?", b"And that?"], 7)
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(asked.say(20), quiet.say(20))
+
+
+def test_what_is_lost_is_one_rank_s(reader_of):
+    reader = reader_of("helix", PROMPTS, 4)
+    before = jax.tree.map(np.asarray, reader.cache)
+    reader.lose(2)
+    for was, now in zip(jax.tree.leaves(before), jax.tree.leaves(reader.cache), strict=True):
+        was_R, now_R = (np.asarray(x).reshape(4, -1) for x in (was, now))
+        assert was_R[2].any()
+        assert not now_R[2].any()
+        np.testing.assert_array_equal(np.delete(was_R, 2, 0), np.delete(now_R, 2, 0))
+
+
+def run(script: str, *options: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "scripts" / script, *options]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+
+def test_needles_are_hidden_and_asked_for_and_every_placement_answers_alike(folder: Path, tmp_path: Path):
+    options = ("--model", folder, "--cp", 2, "--lengths", 120, 200, "--depths", 3, "--decoded", 20)
+    files = ("--json", tmp_path / "n.json", "--plot", tmp_path / "n.png")
+    done = run("eval_needle.py", *options, "--placement", "helix", "--placement", "striped", *files)
+    assert done.returncode == 0, done.stderr
+    assert "again after 20 tokens" in done.stdout
+    found = json.loads((tmp_path / "n.json").read_text())
+    assert len(found["cells"]) == 6
+    assert found["helix"]["answers"] == found["striped"]["answers"] == found["one device"]["answers"]
+    assert all(len(said) == 2 for said in found["helix"]["answers"])
+    for cell, owner in zip(found["cells"], found["helix"]["owners"], strict=True):
+        assert cell["context"][cell["place"] :].startswith(cell["key"])
+        assert owner == int(BlockLayout(2, 16).owner(cell["place"], len(cell["context"])))
+    assert (tmp_path / "n.png").stat().st_size > 1000
+
+
+def test_perplexity_is_that_of_one_pass_at_every_position(folder: Path, tmp_path: Path):
+    options = ("--model", folder, "--cp", 2, "--positions", 2, 50, "--span", 20, "--windows", 3)
+    done = run("eval_perplexity.py", *options, "--placement", "helix", "--json", tmp_path / "p.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "p.json").read_text())["bits_per_byte"]
+    text = (ROOT / "scripts" / "data" / "kjv.txt").read_bytes()
+    text = text[len(text) - int(len(text) * 0.05) :]
+    model = load(folder, make_mesh(), jnp.float32)
+    for row, position in enumerate((2, 50)):
+        nats = []
+        for start in np.linspace(0, len(text) - position - 20, 3).astype(int):
+            window = list(text[start : start + position + 20])
+            logits = naive_logits(model, [window], 80)[0].astype(np.float64)
+            logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            nats += [-logp[at - 1, window[at]] for at in range(position, position + 20)]
+        for name in ("one device", "helix"):
+            np.testing.assert_allclose(found[name][row], np.mean(nats) / np.log(2), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        (
+            "eval_needle.py",
+            ["--lengths", 500, "--decoded", 9],
+            "a context of 500 bytes, 9 decoded and 64 of a question exceed the model's 512",
+        ),
+        ("eval_needle.py", ["--lengths", 20, "--decoded", 0], "a context of 20 bytes holds no fact and question"),
+        ("eval_needle.py", ["--lose", 2], "--lose 2 is no rank of cp 2: give 0 to 1"),
+        ("eval_needle.py", ["--depths", 0], "--depths is 0: give at least 1"),
+        ("eval_needle.py", ["--held-out", 0], "--held-out is 0.0: give a share above 0"),
+        ("eval_needle.py", ["--model", GOLDEN_LLAMA := ROOT / "tests" / "golden" / "llama"], "is no byte model"),
+        ("eval_perplexity.py", ["--positions", 500], "positions [500], a span of 64"),
+        ("eval_perplexity.py", ["--model", GOLDEN_LLAMA], "is no byte model"),
+        ("eval_perplexity.py", ["--held-out", 0.00001], "44 bytes are held out, and a context of 256 needs more"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line_and_exit_2(folder: Path, script: str, options, message: str):
+    done = run(script, "--model", folder, "--cp", 2, *options)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert message in done.stderr
