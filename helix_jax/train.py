@@ -41,6 +41,7 @@ from helix_jax.models.transformer import Layer, Transformer, Weights, assemble
 from helix_jax.ring import check_length, ring_attention
 
 LOG2_E = 1.4426950408889634
+_LOGITS = 2**27  # of a device at once: half a gigabyte
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +201,15 @@ def abstract_state(run: Training) -> Any:
     return TrainState(weights, memory, cast(Any, everywhere(jax.ShapeDtypeStruct((), jnp.int32))))
 
 
+def abstract_batch(run: Training) -> Any:
+    """Shapes, types and places of a run's Batch."""
+    config = run.config
+    shape = (config.accumulate, config.batch // config.accumulate, config.context)
+    ints = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding(run.mesh, DEALT_XBS))
+    counted = jax.ShapeDtypeStruct(shape, bool, sharding=ints.sharding)
+    return Batch(*cast(Any, (ints, ints, ints, counted)))
+
+
 def start(run: Training, weights: Weights) -> TrainState:
     """A run's first state; the weights may lie anywhere."""
     wanted = abstract_state(run)
@@ -223,7 +233,30 @@ def surprise(run: Training, weights: Weights, batch: Batch, drop: Callable[[Arra
     model = assemble(run.model, ready)
     states, drop = (None,) * run.model.layers, drop or (lambda x_BSD: x_BSD)
     x_BSD, _ = model(tokens_BS, position_BS, attention, states, drop=drop, around=lambda layer: _gathered(run, layer))
-    return optax.softmax_cross_entropy_with_integer_labels(model.logits(x_BSD), targets_BS)
+    return _nats(run, model, x_BSD, targets_BS)
+
+
+def _nats(run: Training, model: Transformer, x_BSD: Array, targets_BS: Array) -> Array:
+    """Of each target, a piece of every rank's share at a time: all logits of a long sequence are too many to keep."""
+    B, S, D = x_BSD.shape
+    ranks, parts = run.layout.ranks, run.mesh.shape[DP] * run.mesh.shape[TP]
+    pieces = _pieces(S // ranks, B * run.model.vocab // parts)
+    x_XBRcD = jnp.moveaxis(x_BSD.reshape(B, ranks, pieces, -1, D), 2, 0)
+    targets_XBRc = jnp.moveaxis(targets_BS.reshape(B, ranks, pieces, -1), 2, 0)
+
+    def one_piece(given: tuple[Array, Array]) -> Array:
+        x_BRcD, targets_BRc = given
+        x_BRcD = lax.with_sharding_constraint(x_BRcD, sharding(run.mesh, DEALT_BSD))
+        return optax.softmax_cross_entropy_with_integer_labels(model.logits(x_BRcD), targets_BRc)
+
+    nats_XBRc = lax.map(jax.checkpoint(one_piece), (x_XBRcD, targets_XBRc))
+    return jnp.moveaxis(nats_XBRc, 0, 2).reshape(B, S)
+
+
+def _pieces(slots: int, logits_per_slot: int) -> int:
+    """Into how many equal pieces a rank's share is cut, so that none has more than _LOGITS, if that can be."""
+    least = min(slots, -(-slots * logits_per_slot // _LOGITS))
+    return next(pieces for pieces in range(max(1, least), slots + 1) if slots % pieces == 0)
 
 
 def _ready(run: Training, name: str, weight: Array) -> Array:

@@ -14,10 +14,8 @@ import math
 import re
 import sys
 import time
-import tomllib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache as cached
 from functools import partial
 from pathlib import Path
@@ -34,12 +32,13 @@ from jax.typing import DTypeLike
 from reporting import Parser, exit_status, new_figure, write_json
 from rich.console import Console
 from rich.table import Table
+from shapes import first_layers, read_shape
 
 from helix_jax.cache import KVCache, Rows, make_cache, per_row
 from helix_jax.checkpoint.parameters import type_of
 from helix_jax.cli.devices import open_mesh
 from helix_jax.combine import COMBINES
-from helix_jax.config import ModelConfig, from_mapping
+from helix_jax.config import ModelConfig
 from helix_jax.generation import DEFAULT_PAGE
 from helix_jax.kernels import KERNELS
 from helix_jax.layout import PLACEMENTS, BlockLayout
@@ -108,29 +107,6 @@ def tp_and_cp(text: str) -> tuple[int, int]:
     if not found:
         raise ValueError(f"--mesh '{text}' is not tp x cp: write it like 2x4")
     return int(found[1]), int(found[2])
-
-
-def read_shape(file: Path) -> ModelConfig:
-    try:
-        read = tomllib.loads(file.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{file} is not TOML: {error}") from None
-    if not isinstance(read.get("model"), dict):
-        raise ValueError(f"{file}: [model] is missing")
-    return from_mapping(ModelConfig, read["model"], f"{file} [model]")
-
-
-def first_layers(config: ModelConfig, layers: int) -> ModelConfig:
-    if not 1 <= layers <= config.layers:
-        raise ValueError(f"--layers is {layers}: give 1 to {config.layers}")
-
-    def kept(indexes: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(layer for layer in indexes if layer < layers)
-
-    windowed = kept(config.windowed_layers)
-    experts = config.experts and replace(config.experts, dense_layers=kept(config.experts.dense_layers))
-    window = config.window if windowed else None
-    return replace(config, layers=layers, windowed_layers=windowed, window=window, experts=experts)
 
 
 def bench(options: argparse.Namespace) -> None:

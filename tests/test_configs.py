@@ -9,24 +9,16 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from helix_jax.cache import KVCache, Pages, Rows
-from helix_jax.checkpoint.parameters import type_of
+from helix_jax.abstract import abstract_arguments, bytes_per_device
 from helix_jax.config import ModelConfig
 from helix_jax.layout import BlockLayout, slots_needed
 from helix_jax.mesh import (
     CP,
     DP,
-    PAGES_AKWH,
-    PAGES_LATENT_AKWH,
-    ROWS_B,
-    TABLE_RBM,
     TP,
-    sharding,
-    weight_sharding,
 )
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
-from helix_jax.sampling import make_sampling
 from helix_jax.step import step
 from tests.conftest import ROOT
 from tests.reference import shape_in
@@ -73,10 +65,6 @@ def two_of_each_kind(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, layers=2)
 
 
-def bytes_per_device(tree) -> int:
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def weights_by_arithmetic(config: ModelConfig, tp: int, flat: int) -> int:
     """Bytes per device: what is before attention is shared by tp, the rest by all, norms and routers by none."""
 
@@ -118,24 +106,10 @@ def test_a_decode_step_over_a_million_tokens_takes_what_arithmetic_says(name: st
     plan = Plan(mesh, BlockLayout(cp, 16), experts="flat")
     plan.check_model(config)
 
-    def like(shape, dtype, where) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-
-    padded = nnx.to_flat_state(nnx.state(Transformer(config, devices=tp * cp, rngs=None), nnx.Param))
-    placed = [(path, like(x.shape, type_of(path, jnp.bfloat16), weight_sharding(mesh, path[-1]))) for path, x in padded]
-    weights = nnx.to_pure_dict(nnx.from_flat_state(placed))
-    prompt = TOKENS - 1000
-    M = -(-slots_needed(plan.layout, TOKENS, prompt) // PAGE)
-    spec = sharding(mesh, PAGES_LATENT_AKWH if config.latent else PAGES_AKWH)
-    pool = like((cp * BATCH * M, config.kv_heads, PAGE, config.cache_width), jnp.bfloat16, spec)
-    cache = KVCache((Pages(pool, None if config.latent else pool),) * config.layers)
-
-    def per_row(*shape: int) -> jax.ShapeDtypeStruct:
-        return like((BATCH, *shape), jnp.int32, sharding(mesh, ROWS_B))
-
-    rows = Rows(like((cp, BATCH, M), jnp.int32, sharding(mesh, TABLE_RBM)), per_row(), per_row())
-    sampling = jax.tree.map(lambda x: like(x.shape, x.dtype, sharding(mesh, ROWS_B)), make_sampling(BATCH))
-    traced = step.trace(config, plan, weights, cache, rows, per_row(1), per_row(), sampling)
+    slots = slots_needed(plan.layout, TOKENS, TOKENS - 1000)
+    arguments = abstract_arguments(config, plan, rows=BATCH, slots=slots, page=PAGE, dtype=jnp.bfloat16)
+    weights, cache, M = arguments[2], arguments[3], -(-slots // PAGE)
+    traced = step.trace(*arguments)
     assert traced.out_info.logits_BV.shape == (BATCH, -(-config.vocab // (tp * cp)) * tp * cp)
 
     per_slot = config.cache_width if config.latent else 2 * config.kv_heads // tp * config.head_width

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "ring": {"attention", "combine", "layout", "mesh", "numerics"},
     "sampling": set(),
     "families": {"config", "families"},
+    "abstract": {"cache", "checkpoint", "config", "mesh", "models", "plan", "sampling"},
     "checkpoint": {"config", "mesh", "models", "families", "checkpoint"},
     "step": {"cache", "config", "plan", "helix", "mesh", "models", "sampling"},
     "engine": {

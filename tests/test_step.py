@@ -9,17 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from helix_jax import generation
-from helix_jax.cache import KVCache, Pages, Rows, make_cache, per_row
+from helix_jax.abstract import abstract_arguments, bytes_per_device
+from helix_jax.cache import make_cache, per_row
 from helix_jax.checkpoint import shard
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
 from helix_jax.generation import cache_shape, generate
 from helix_jax.layout import PLACEMENTS, BlockLayout
-from helix_jax.mesh import CP, PAGES_AKWH, ROWS_B, TABLE_RBM, make_mesh, sharding
-from helix_jax.models.transformer import Transformer
+from helix_jax.mesh import make_mesh
 from helix_jax.plan import Plan
 from helix_jax.sampling import make_sampling
 from helix_jax.step import _step, many_steps, step
@@ -40,24 +39,10 @@ def collectives(hlo: str) -> Counter:
     return Counter(re.findall(rf" ({kinds})(?:-start)?\(", hlo))
 
 
-def lowered_step(plan: Plan, config: ModelConfig, rows: int, slots: int, T: int, page: int = 64):
+def lowered_step(plan: Plan, config: ModelConfig, rows: int, slots: int, T: int):
     """The step on abstract arrays: nothing is allocated. Returns it with the bytes of its cache per device."""
-    flat = plan.mesh.size
-    model = shard(Transformer(config, rngs=nnx.Rngs(0)), plan.mesh)
-    weights = model.weights()
-    M = -(-slots // page)
-
-    def like(shape, dtype, spec):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(plan.mesh, spec))
-
-    pool = like((plan.mesh.shape[CP] * rows * M, config.kv_heads, page, config.head_width), jnp.float32, PAGES_AKWH)
-    cache = KVCache((Pages(pool, pool),) * config.layers)
-    per_row_B = like((rows,), jnp.int32, ROWS_B)
-    state = Rows(like((plan.layout.ranks, rows, M), jnp.int32, TABLE_RBM), per_row_B, per_row_B)
-    sampling = jax.tree.map(lambda x: like(x.shape, x.dtype, ROWS_B), make_sampling(rows))
-    tokens_BT = like((rows, T), jnp.int32, ROWS_B)
-    lowered = step.lower(model.config, plan, weights, cache, state, tokens_BT, per_row_B, sampling)
-    return lowered, sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(cache)) // flat
+    arguments = abstract_arguments(config, plan, rows=rows, slots=slots, T=T, page=64, dtype=jnp.float32)
+    return step.lower(*arguments), bytes_per_device(arguments[3])
 
 
 def compiled_step(*arguments: Any):

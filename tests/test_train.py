@@ -20,8 +20,20 @@ from helix_jax.checkpoint import load
 from helix_jax.checkpoint.states import States
 from helix_jax.config import ModelConfig
 from helix_jax.layout import BlockLayout
-from helix_jax.mesh import DEALT_XBS, make_mesh, sharding
-from helix_jax.train import Batch, TrainConfig, Training, abstract_state, deal, evaluate, start, surprise, train_step
+from helix_jax.mesh import make_mesh
+from helix_jax.train import (
+    Batch,
+    TrainConfig,
+    Training,
+    _pieces,
+    abstract_batch,
+    abstract_state,
+    deal,
+    evaluate,
+    start,
+    surprise,
+    train_step,
+)
 from tests.conftest import GOLDEN, ROOT
 from tests.reference import TINY, naive_logits, tiny_model
 from tests.test_cli import ENVIRONMENT
@@ -99,9 +111,12 @@ def test_gradients_and_losses_are_those_of_one_device(tp: int, cp: int, dp: int,
     assert alone[1][-1] < 0.5 < 4 < alone[1][0]  # it learns them by heart
 
 
-@pytest.mark.parametrize("change", [{"remat": False}, {"accumulate": 2}])
-def test_remat_and_parts_of_a_batch_change_nothing(change, alone):
-    run = run_on(1, 4, **change)
+@pytest.mark.parametrize("change", [{"remat": False}, {"accumulate": 2}, {"batch": 4}])
+def test_remat_parts_of_a_batch_and_pieces_of_logits_change_nothing(change, alone, monkeypatch):
+    if "batch" in change:
+        monkeypatch.setattr("helix_jax.train._LOGITS", 3 * 4 * TINY.vocab)
+        assert _pieces(16, 4 * TINY.vocab) == 8  # of 2 slots: 3 do not divide 16
+    run = run_on(1, 4, **change, seed=len(str(change)))  # a program of its own
     found = losses(run, tiny_model().weights(), deal(run, *packed(), parts=run.config.accumulate), 5)
     assert np.abs(np.subtract(found, alone[1][:5])).max() < 1e-5
 
@@ -136,11 +151,7 @@ def test_dropout_is_a_function_of_seed_step_and_place():
 
 
 def lowered(run: Training):
-    S = run.config.context
-    where = sharding(run.mesh, DEALT_XBS)
-    ints = jax.ShapeDtypeStruct((1, run.config.batch, S), jnp.int32, sharding=where)
-    counted = jax.ShapeDtypeStruct(ints.shape, bool, sharding=where)
-    return train_step.lower(run, abstract_state(run), Batch(ints, ints, ints, counted))
+    return train_step.lower(run, abstract_state(run), abstract_batch(run))
 
 
 def test_float32_training_asks_for_float32_products():

@@ -49,7 +49,7 @@ def _fake_devices_wanted() -> int:
 
 
 @contextmanager
-def _libtpu_silenced(found: list[Device]) -> Iterator[None]:
+def libtpu_silenced(found: list[Device]) -> Iterator[None]:
     """Without a TPU, an installed libtpu fills stderr with its search for one, from C++, past any setting of ours."""
     if importlib.util.find_spec("libtpu") is None:
         yield
@@ -71,7 +71,7 @@ def _libtpu_silenced(found: list[Device]) -> Iterator[None]:
 def _devices(platform: str) -> list[Device]:
     devices: list[Device] = []
     try:
-        with _libtpu_silenced(devices):
+        with libtpu_silenced(devices):
             devices += jax.devices()
     except (RuntimeError, AssertionError) as error:  # JAX asserts that a platform that JAX_PLATFORMS names is there
         raise ValueError(

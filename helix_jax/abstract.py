@@ -1,0 +1,66 @@
+"""What a step takes, as shapes, types and places: to trace and compile it for devices that are not there."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from helix_jax.cache import KVCache, Pages, Rows
+from helix_jax.checkpoint.parameters import type_of
+from helix_jax.config import ModelConfig
+from helix_jax.mesh import (
+    CP,
+    PAGES_AKWH,
+    PAGES_LATENT_AKWH,
+    ROWS_B,
+    TABLE_RBM,
+    AnyMesh,
+    flat_size,
+    sharding,
+    weight_sharding,
+)
+from helix_jax.models.transformer import Transformer
+from helix_jax.plan import Plan
+from helix_jax.sampling import make_sampling
+
+
+def abstract_weights(config: ModelConfig, mesh: AnyMesh, dtype: DTypeLike, experts: str = "flat") -> Any:
+    """Of a model that decodes over `mesh`; experts: as in Plan."""
+    padded = nnx.to_flat_state(nnx.state(Transformer(config, devices=flat_size(mesh), rngs=None), nnx.Param))
+
+    def placed(path: Any, shape: tuple[int, ...]) -> Any:
+        where = weight_sharding(mesh, str(path[-1]), experts)
+        return jax.ShapeDtypeStruct(shape, type_of(path, dtype), sharding=where)
+
+    return nnx.to_pure_dict(nnx.from_flat_state([(path, placed(path, x.shape)) for path, x in padded]))
+
+
+def abstract_arguments(
+    config: ModelConfig, plan: Plan, *, rows: int, slots: int, T: int = 1, page: int, dtype: DTypeLike
+) -> tuple[Any, ...]:
+    """All arguments of `step`: (config, plan, weights, cache, rows, tokens, counts, sampling).
+
+    rows: sequences. slots: of each, on each rank. T: new tokens of each. dtype: of weights and cache.
+    """
+
+    def like(shape: tuple[int, ...], dtype: DTypeLike, spec: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(plan.mesh, spec))
+
+    ranks, M = plan.mesh.shape[CP], -(-slots // page)
+    spec = PAGES_LATENT_AKWH if config.latent else PAGES_AKWH
+    pool = like((ranks * rows * M, config.kv_heads, page, config.cache_width), dtype, spec)
+    cache = KVCache((Pages(pool, None if config.latent else pool),) * config.layers)
+    ints_B = like((rows,), jnp.int32, ROWS_B)
+    state = Rows(like((ranks, rows, M), jnp.int32, TABLE_RBM), ints_B, ints_B)
+    sampling = jax.tree.map(lambda x: like(x.shape, x.dtype, ROWS_B), jax.eval_shape(lambda: make_sampling(rows)))
+    weights = abstract_weights(config, plan.mesh, dtype, plan.experts)
+    return config, plan, weights, cache, state, like((rows, T), jnp.int32, ROWS_B), ints_B, sampling
+
+
+def bytes_per_device(tree: Any) -> int:
+    """What each device holds of arrays, or of what stands for them."""
+    leaves = jax.tree.leaves(tree)
+    return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
