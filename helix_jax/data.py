@@ -76,8 +76,10 @@ def open_corpus(
 def _tokens(file: Path, end_id: int | None) -> tuple[np.ndarray, list[int]]:
     try:
         tokens_X = np.load(file, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise ValueError(f"'{file}' is not a file of numpy ({error}): write it with numpy.save") from None
+    if not isinstance(tokens_X, np.ndarray):
+        raise ValueError(f"'{file}' holds several arrays: write one row of tokens with numpy.save")
     if tokens_X.ndim != 1 or not np.issubdtype(tokens_X.dtype, np.integer):
         raise ValueError(f"'{file}' holds {tokens_X.dtype} of shape {tokens_X.shape}: give one row of whole numbers")
     return tokens_X, [] if end_id is None else (np.flatnonzero(tokens_X == end_id) + 1).tolist()
@@ -92,7 +94,10 @@ def _text(file: Path, tokenizer: Tokenizer | None, separator: str | None) -> tup
         text_X = np.memmap(file, np.uint8, "r")
         with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as text:
             return text_X, [] if separator is None else list(_ends(text, separator.encode()))
-    whole = file.read_text(encoding="utf-8")
+    try:
+        whole = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{file}' is not UTF-8 ({error.reason} at byte {error.start}): convert it") from None
     *ended, last = [whole] if separator is None else whole.split(separator)
     pieces = [*(piece + (separator or "") for piece in ended), *([last] if last else [])]
     ids = [tokenizer.encode(piece) for piece in pieces]

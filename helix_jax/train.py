@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -21,7 +22,6 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from helix_jax.attention import Partial, with_sink
 from helix_jax.config import ModelConfig
 from helix_jax.layout import BlockLayout, dealt
 from helix_jax.mesh import (
@@ -70,12 +70,15 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch", 1), ("context", 2), ("accumulate", 1), ("eval_every", 1)):
+        least_of = {"steps": 1, "batch": 1, "context": 2, "accumulate": 1, "eval_every": 1, "seed": 0}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least {least}")
         for name in ("learning_rate", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay is {self.weight_decay}: give 0 or a positive number")
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps}: give at least 0, fewer than the {self.steps} steps")
         for name in ("dropout", "held_out"):
@@ -89,7 +92,7 @@ class TrainConfig:
 class Training:
     """A run: everything that is compiled into its step. dtype: of what is computed; the weights are float32.
 
-    documents: whether a sequence may hold several. If none does and cp is 1, a GPU attends by cuDNN.
+    documents: whether a sequence may hold several. If none does and cp is 1, a GPU attends by cuDNN where it can.
 
     Raises:
         ValueError: a layout for another number of ranks than the mesh has, heads that tp does not divide, a context
@@ -124,6 +127,13 @@ class Training:
             )
 
     @property
+    def flash(self) -> bool:
+        """Whether cuDNN attends: whole sequences of one document each, in bfloat16."""
+        plain = not (self.documents or self.model.sinks or self.model.latent) and self.layout.ranks == 1
+        on_gpu = isinstance(self.mesh, Mesh) and self.mesh.devices.flat[0].platform == "gpu"
+        return plain and on_gpu and jnp.dtype(self.dtype) == jnp.bfloat16
+
+    @property
     def device_kind(self) -> str:
         """What the mesh's devices are called; nothing of a mesh whose devices are not there."""
         return self.mesh.devices.flat[0].device_kind if isinstance(self.mesh, Mesh) else ""
@@ -154,12 +164,18 @@ def deal(run: Training, tokens_BS: np.ndarray, first_BS: np.ndarray, counted_BS:
 
     parts 0: as a batch without parts, to be evaluated.
     """
-    order = np.asarray(dealt(run.layout, first_BS.shape[1]))
+    order = dealt_order(run.layout, first_BS.shape[1])
     halves = tokens_BS[:, :-1], tokens_BS[:, 1:], first_BS
     arrays = [np.asarray(x[:, order], np.int32) for x in halves] + [counted_BS[:, order]]
     where = sharding(run.mesh, DEALT_XBS if parts else DEALT_BS)
     shape = (parts, -1, len(order)) if parts else (-1, len(order))
     return Batch(*(jax.device_put(x.reshape(shape), where) for x in arrays))
+
+
+@lru_cache
+def dealt_order(layout: BlockLayout, length: int) -> np.ndarray:
+    """As `dealt`."""
+    return np.asarray(dealt(layout, length), np.int32)
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -210,25 +226,31 @@ def abstract_batch(run: Training) -> Any:
     return Batch(*cast(Any, (ints, ints, ints, counted)))
 
 
-def start(run: Training, weights: Weights) -> TrainState:
-    """A run's first state; the weights may lie anywhere."""
-    wanted = abstract_state(run)
-    places = jax.tree.map(lambda like: like.sharding, wanted)
+def start(run: Training, weights: Weights | None = None) -> TrainState:
+    """A run's first state. The weights may lie anywhere; None: random ones, made where they are kept."""
+    places = jax.tree.map(lambda like: like.sharding, abstract_state(run))
 
     def placed(x: Array, where: Any) -> Array:  # a copy: the first step takes it over
         return jax.device_put(jnp.array(x, jnp.float32), where)
 
-    weights = jax.tree.map(placed, weights, places.weights)
-    memory = jax.jit(make_optimizer(run.config).init, out_shardings=places.memory)(weights)
-    return TrainState(weights, memory, jax.device_put(jnp.zeros((), jnp.int32), places.step))
+    if weights is None:
+        make = jax.jit(partial(_random_weights, run.model, run.config.seed), out_shardings=places.weights)
+        dealt_weights = make()
+    else:
+        dealt_weights = jax.tree.map(placed, weights, places.weights)
+    memory = jax.jit(make_optimizer(run.config).init, out_shardings=places.memory)(dealt_weights)
+    return TrainState(dealt_weights, memory, jax.device_put(jnp.zeros((), jnp.int32), places.step))
+
+
+def _random_weights(model: ModelConfig, seed: int) -> Weights:
+    return Transformer(model, rngs=nnx.Rngs(seed)).weights()
 
 
 def surprise(run: Training, weights: Weights, batch: Batch, drop: Callable[[Array], Array] | None = None) -> Array:
     """Nats of each target of one part, in the order of the batch [B, S]."""
     tokens_BS, targets_BS, first_BS, _ = batch
-    position_BS = jnp.asarray(dealt(run.layout, tokens_BS.shape[1]), jnp.int32) - first_BS
-    whole = run.layout.ranks == 1 and not run.documents
-    attention = causal_attention if whole else ring_attention(run.mesh, run.layout, first_BS)
+    position_BS = jnp.asarray(dealt_order(run.layout, tokens_BS.shape[1])) - first_BS
+    attention = _flash_attention if run.flash else ring_attention(run.mesh, run.layout, first_BS)
     ready = {name: x if name == "layers" else _ready(run, name, x) for name, x in weights.items()}
     model = assemble(run.model, ready)
     states, drop = (None,) * run.model.layers, drop or (lambda x_BSD: x_BSD)
@@ -281,39 +303,34 @@ def _gathered(run: Training, layer: Layer) -> Callable[..., tuple[Array, Any]]:
     return call
 
 
-def causal_attention(
+def _flash_attention(
     q_BTNH: Array,
     k_BTKH: Array,
     v_BTKH: Array | None,
-    state: None,
+    state: Any,
     *,
     scale: float,
     window: int | None = None,
     sink_N: Array | None = None,
     v_width: int | None = None,
-) -> tuple[Array, None]:
-    """Attention within the call itself, without a cache or a mesh, in the form that a Transformer takes."""
-    plain = v_BTKH is not None and sink_N is None
-    flash = plain and jax.default_backend() == "gpu" and q_BTNH.dtype == jnp.bfloat16
-    with jax.default_matmul_precision("highest" if q_BTNH.dtype == jnp.float32 else "default"):
-        found: Any = jax.nn.dot_product_attention(
-            q_BTNH,
-            k_BTKH,
-            k_BTKH if v_BTKH is None else v_BTKH,
-            scale=scale,
-            is_causal=True,
-            local_window_size=None if window is None else (window - 1, 0),
-            implementation="cudnn" if flash else "xla",
-            return_residual=sink_N is not None,
-        )
-    if sink_N is None:
-        return found[..., :v_width], state
-    o_BTNH, lse_BTN = found
-    return with_sink(Partial(o_BTNH, lse_BTN.astype(jnp.float32)), sink_N).o_BTNH.astype(q_BTNH.dtype), state
+) -> tuple[Array, Any]:
+    """By cuDNN, in the form that a Transformer takes. No sinks, no latents: it has no gradient of the log-sum-exp."""
+    assert v_BTKH is not None
+    assert sink_N is None
+    left = None if window is None else (window - 1, 0)
+    how: dict[str, Any] = {"scale": scale, "is_causal": True, "local_window_size": left, "implementation": "cudnn"}
+    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, **how), state
 
 
-def _train_step(run: Training, state: TrainState, batch: Batch) -> tuple[Float[Array, ""], TrainState]:
-    """One step on a batch. Returns the mean surprise in nats, and the state after it."""
+class Told(NamedTuple):
+    """Of a step, before its update: the mean surprise in nats, and the norm of the gradient before it is clipped."""
+
+    nats: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+
+
+def _train_step(run: Training, state: TrainState, batch: Batch) -> tuple[Told, TrainState]:
+    """One step on a batch, and the state after it."""
     places = jax.tree.map(lambda like: like.sharding, abstract_state(run))
     counted = jnp.maximum(batch.counted_XBS.sum(), 1)
     key = jax.random.fold_in(jax.random.key(run.config.seed), state.step)
@@ -331,7 +348,8 @@ def _train_step(run: Training, state: TrainState, batch: Batch) -> tuple[Float[A
     (nats, gradients), _ = lax.scan(add, nothing, (batch, jnp.arange(len(batch.tokens_XBS))))
     updates, memory = make_optimizer(run.config).update(gradients, state.memory, state.weights)
     weights = cast(Weights, optax.apply_updates(state.weights, updates))
-    return nats, lax.with_sharding_constraint(TrainState(weights, memory, state.step + 1), places)
+    after = lax.with_sharding_constraint(TrainState(weights, memory, state.step + 1), places)
+    return Told(nats, optax.tree.norm(gradients)), after
 
 
 train_step = jax.jit(_train_step, static_argnums=0, donate_argnums=1)
@@ -339,7 +357,7 @@ evaluate = jax.jit(surprise, static_argnums=0)
 
 
 def dropout(rate: float, key: Array) -> Callable[[Array], Array] | None:
-    """A different mask at each of its places in the program."""
+    """A different mask at each of its places in the program, over positions as they are dealt: each cp has its own."""
     places = itertools.count()
 
     def drop(x: Array) -> Array:

@@ -77,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def checked(options: argparse.Namespace) -> argparse.Namespace:
-    for name, least in {"depths": 1, "trials": 1, "decoded": 0, "rows": 1}.items():
+    for name, least in {"depths": 1, "trials": 1, "decoded": 0, "rows": 1, "seed": 0, "tp": 1, "cp": 1}.items():
         if getattr(options, name) < least:
             raise ValueError(f"--{name} is {getattr(options, name)}: give at least {least}")
     if not 0 < options.held_out <= 1:
@@ -95,11 +95,11 @@ def evaluate(options: argparse.Namespace) -> list[str]:
     asked = len(question(max(NAMES, key=len))) + DIGITS
     room = asked + options.decoded
     longest = config.max_positions - room
-    lengths = options.lengths or [longest * n // 4 for n in range(1, 5)]
-    if max(lengths) > longest:
+    lengths = options.lengths or [max(1, longest * n // 4) for n in range(1, 5)]
+    if max(lengths) > longest or min(lengths) < 1:
         raise ValueError(
-            f"a context of {max(lengths)} bytes, {options.decoded} decoded and {asked} of a question exceed the "
-            f"model's {config.max_positions} positions: give shorter --lengths, or less --decoded"
+            f"contexts of {lengths} bytes, {options.decoded} decoded and {asked} of a question do not fit the model's "
+            f"{config.max_positions} positions: give other --lengths, or less --decoded"
         )
     figure = new_figure("--plot", options.plot) if options.plot else None
     mesh = open_mesh(options.platform, options.tp, options.cp)
@@ -107,10 +107,14 @@ def evaluate(options: argparse.Namespace) -> list[str]:
     plans = {"one device": Plan(make_mesh(devices=list(mesh.devices.flat)), BlockLayout(1, options.block))}
     plans |= {name: plan_of(mesh, options.block, name) for name in options.placement or PLACEMENTS}
     found: dict[str, Any] = {"cells": cells, "cp": options.cp, "decoded": options.decoded, "lost": options.lose}
+    write_json(options.json, found)  # a file that cannot be written is better known now
     for name, plan in plans.items():
         model = checkpoint.load(options.model, cast(Mesh, plan.mesh), jnp.float32)
         lose = None if name == "one device" else options.lose
-        found[name] = {"answers": ask_all(model, plan, cells, options, lose, room), "owners": owners(plan, cells)}
+        found[name] = {
+            "answers": ask_all(model, plan, cells, options, lose, max(lengths) + room),
+            "owners": owners(plan, cells),
+        }
         write_json(options.json, found)
     report(found, list(plans))
     if figure:
@@ -152,21 +156,23 @@ def ask_all(
     cells: list[dict[str, Any]],
     options: argparse.Namespace,
     lose: int | None,
-    room: int,
+    most: int,
 ) -> list[list[str]]:
     """For each cell what was said at once, and again later."""
     answers: list[list[str]] = []
     for first in range(0, len(cells), options.rows):
         some = cells[first : first + options.rows]
-        reader = Reader(model, plan, [cell["context"].encode("latin-1") for cell in some], room)
+        rows = [some[n % len(some)] for n in range(min(options.rows, len(cells)))]  # as many as ever: one compilation
+        reader = Reader(model, plan, [cell["context"].encode("latin-1") for cell in rows], most)
         if lose is not None:
             reader.lose(lose)
-        asked = [question(cell["name"]) for cell in some]
+        asked = [question(cell["name"]) for cell in rows]
         said = [reader.answer(asked, DIGITS)]
         if options.decoded:
             reader.say(options.decoded)
             said.append(reader.answer(asked, DIGITS))
-        answers += [[bytes(row.tolist()).decode("latin-1") for row in rows] for rows in zip(*said, strict=True)]
+        texts = [[bytes(row.tolist()).decode("latin-1") for row in both] for both in zip(*said, strict=True)]
+        answers += texts[: len(some)]
     return answers
 
 

@@ -71,8 +71,10 @@ def evaluate(options: argparse.Namespace) -> list[str]:
     config = checkpoint.read_config(options.model)
     if config.tokenizer != "bytes":
         raise ValueError(f"'{options.model}' is no byte model: bits per byte are those of bytes")
+    if not 0 < options.held_out <= 1:
+        raise ValueError(f"--held-out is {options.held_out}: give a share above 0, at most 1")
     longest = config.max_positions - options.span
-    positions = options.positions or [2**n for n in range(6, 32) if 2**n <= longest]
+    positions = options.positions or [2**n for n in range(6, 32) if 2**n <= longest] or [longest]
     if min(options.span, options.windows) < 1 or min(positions) < 2 or max(positions) > longest:
         raise ValueError(
             f"positions {positions}, a span of {options.span}, {options.windows} windows: give positions from 2 to "
@@ -90,10 +92,12 @@ def evaluate(options: argparse.Namespace) -> list[str]:
     for name in options.placement or PLACEMENTS:
         plans[name] = Plan(mesh, BlockLayout(options.cp, options.block, name))
     found: dict[str, Any] = {"positions": positions, "span": options.span, "cp": options.cp, "bits_per_byte": {}}
+    write_json(options.json, found)  # a file that cannot be written is better known now
     alone, different = np.zeros(0), []
     for name, plan in plans.items():
         model = checkpoint.load(options.model, cast(Mesh, plan.mesh), jnp.float32)
-        nats = np.stack([forced_nats(model, plan, text, at, options.span, options.windows) for at in positions])
+        most = max(positions) + options.span  # one shape, and one compilation, for all
+        nats = np.stack([forced_nats(model, plan, text, at, options.span, options.windows, most) for at in positions])
         found["bits_per_byte"][name] = (nats.mean((1, 2)) * LOG2_E).tolist()
         write_json(options.json, found)
         alone = nats if name == "one device" else alone
@@ -106,11 +110,13 @@ def evaluate(options: argparse.Namespace) -> list[str]:
     return different
 
 
-def forced_nats(model: Transformer, plan: Plan, text: np.ndarray, position: int, span: int, windows: int) -> np.ndarray:
-    """The surprise of each byte of a span, after `position` bytes [windows, span]."""
+def forced_nats(
+    model: Transformer, plan: Plan, text: np.ndarray, position: int, span: int, windows: int, most: int
+) -> np.ndarray:
+    """The surprise of each byte of a span, after `position` bytes [windows, span]; most: what rows have room for."""
     starts = np.linspace(0, len(text) - position - span, windows).astype(int)
     rows = np.stack([text[start : start + position + span] for start in starts]).astype(np.int32)
-    reader, nats = Reader(model, plan, rows[:, : position - 1].tolist(), room=span), []
+    reader, nats = Reader(model, plan, rows[:, : position - 1].tolist(), most), []
     for at in range(position - 1, position + span - 1):
         logits_BV = reader.read_one(rows[:, at]).astype(np.float64)
         top_B1 = logits_BV.max(-1, keepdims=True)

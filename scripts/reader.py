@@ -21,16 +21,14 @@ CHUNK, WIDTH = 512, 64  # tokens of a call: of a long text, of a question
 class Reader:
     """Greedy. The first text that is read is each row's prompt; whatever comes later counts as decoded.
 
-    room: tokens after the prompt. Every call waits for what it began: on a CPU nothing may pile up.
+    most: positions that each row has room for. Every call waits for what it began: on a CPU nothing may pile up.
     """
 
-    def __init__(self, model: Transformer, plan: Plan, prompts: Sequence[Sequence[int]], room: int):
+    def __init__(self, model: Transformer, plan: Plan, prompts: Sequence[Sequence[int]], most: int):
         check_placed(model, plan)
         self.model, self.plan, self._weights = model, plan, model.weights()
         lens = [len(prompt) for prompt in prompts]
-        self.cache, self.rows = make_cache(
-            plan, lens, [n + room for n in lens], page=DEFAULT_PAGE, **cache_shape(model)
-        )
+        self.cache, self.rows = make_cache(plan, lens, [most] * len(lens), page=DEFAULT_PAGE, **cache_shape(model))
         self._sampling = jax.device_put(make_sampling(len(prompts)), sharding(plan.mesh, ROWS_B))
         self._next_B = np.zeros(len(prompts), np.int32)
         self.read(prompts, CHUNK)

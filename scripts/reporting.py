@@ -55,4 +55,7 @@ def new_figure(option: str, file: Path) -> Any:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError(f"{option} needs matplotlib: pip install '.[plot]'") from None
-    return Figure(layout="constrained")
+    figure = Figure(layout="constrained")
+    if file.suffix[1:] not in figure.canvas.get_supported_filetypes():
+        raise ValueError(f"{option} '{file}' is of no kind that matplotlib writes: give a file like runs.png")
+    return figure

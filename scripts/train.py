@@ -9,11 +9,15 @@ stopped, however it was, goes on where its last state was saved if the same comm
 """
 
 import argparse
+import fcntl
 import json
 import math
+import shutil
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,35 +25,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from reporting import INTERRUPTED, Parser, complain, exit_status
 from rich.console import Console
 from train_log import Log, mfu
 
 from helix_jax import checkpoint
 from helix_jax.checkpoint.states import States
+from helix_jax.checkpoint.tensors import read_json
 from helix_jax.cli.devices import open_mesh
 from helix_jax.config import ModelConfig, from_mapping
 from helix_jax.data import Corpus, Sequences, check_corpus, cut, held_out_windows, open_corpus, sequences_of
-from helix_jax.layout import BlockLayout, dealt
+from helix_jax.layout import BlockLayout
 from helix_jax.mesh import DP, make_mesh
-from helix_jax.models.transformer import Transformer, Weights, assemble
+from helix_jax.models.transformer import Weights, assemble
 from helix_jax.recall import plant
 from helix_jax.text import Tokenizer, open_tokenizer
 from helix_jax.train import (
     LOG2_E,
     Batch,
+    Told,
     TrainConfig,
     Training,
     TrainState,
     abstract_state,
     deal,
+    dealt_order,
     evaluate,
     start,
     train_step,
 )
 
-EVAL_TOKENS = 2**16  # of held-out text at once
+FREE_KEYS = {"eval_every", "remat", "accumulate"}  # of [train]: they may differ when a run goes on
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +111,20 @@ def read_run(options: argparse.Namespace) -> Run:
     where = str(options.config)
     data = from_mapping(DataConfig, tables["data"], f"{where} [data]")
     config = from_mapping(TrainConfig, tables["train"], f"{where} [train]")
+    if options.init and "model" in tables:
+        raise ValueError(f"{where} has a [model], and --init brings its own: leave out one of them")
     if options.init:
         model = checkpoint.read_config(options.init)
     else:
         model = from_mapping(ModelConfig, tables["model"], f"{where} [model]")
+    checkpoint.describe(model, "bfloat16")  # what cannot be written in the end is better known now
     tokenizer = open_tokenizer(options.init or options.config.parent, model)
     if tokenizer is None and any(not file.endswith(".npy") for file in data.files):
         raise ValueError(
             f"{where}: the model has no tokenizer: set tokenizer = 'bytes', or give files of tokens (.npy)"
         )
-    if not 0 <= data.passkeys <= 1 or (data.passkeys and model.tokenizer != "bytes"):
+    of_tokens = any(file.endswith(".npy") for file in data.files)
+    if not 0 <= data.passkeys <= 1 or (data.passkeys and (model.tokenizer != "bytes" or of_tokens)):
         raise ValueError(
             f"{where}: passkeys is {data.passkeys}: give a share from 0 to 1, and 0 where tokens are no bytes"
         )
@@ -133,6 +144,9 @@ def read_tables(file: Path, needed: set[str]) -> dict[str, Any]:
         raise ValueError(f"{file}: unknown key '{key}': known are data, model, train")
     for key in sorted(needed - set(tables)):
         raise ValueError(f"{file}: [{key}] is missing: add it")
+    for key, table in tables.items():
+        if not isinstance(table, dict):
+            raise ValueError(f"{file}: '{key}' is {table!r}: give a table, [{key}]")
     return tables
 
 
@@ -147,47 +161,64 @@ def open_data(
 
 def train(run: Run) -> None:
     training, config = run.training, run.training.config
-    claim(run.out, training.model)
-    states = States(run.out / "states")
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    try:
-        first, state = states.restore(abstract_state(training)) or (0, start(training, first_weights(run)))
-        describe(run, state, first, console)
-        batch = batch_of(run, first)
-        with Log(run.out, config.steps, first, console) as log:
-            for step in range(first, config.steps):
-                began = time.perf_counter()
-                loss, state = train_step(training, state, batch)
-                batch = batch_of(run, step + 1)  # while the devices are at work
-                nats = float(loss)  # read before the next step: on a CPU never more than one is under way
-                log.step(step + 1, **figures(run, step, nats, time.perf_counter() - began, state))
-                if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-                    log.held_out(step + 1, **score(run, state.weights))
-                    states.save(step + 1, state)
-            states.finish()
-        save_model(run, state, console)
-    finally:
-        states.close()
+    began_before = (run.out / "states").exists()
+    weights = checkpoint.load(run.init, make_mesh(), jnp.float32).weights() if run.init and not began_before else None
+    with claimed(run):
+        states = States(run.out / "states")
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        try:
+            first, state = states.restore(abstract_state(training)) or (0, start(training, weights))
+            del weights
+            describe(run, state, first, console)
+            batch = batch_of(run, first)
+            with Log(run.out, config.steps, first, console) as log:
+                for step in range(first, config.steps):
+                    began = time.perf_counter()
+                    told, state = train_step(training, state, batch)
+                    batch = batch_of(run, step + 1)  # while the devices are at work
+                    # Read before the next step: on a CPU never more than one is under way.
+                    log.step(step + 1, **figures(run, step, told, began, state))
+                    if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+                        log.held_out(step + 1, **score(run, step, state.weights))
+                        states.save(step + 1, state)
+                states.finish()
+            save_model(run, state, console)
+        finally:
+            states.close()
 
 
-def claim(out: Path, model: ModelConfig) -> None:
-    """Makes the folder of a run of this model; raises ValueError if it is that of another."""
-    file, ours = out / "run.json", json.loads(json.dumps(asdict(model)))
+@contextmanager
+def claimed(run: Run) -> Iterator[None]:
+    """Makes the folder of a run, and keeps others out of it.
+
+    Raises:
+        ValueError: the folder is that of a run of something else, or another process is at it.
+    """
+    training, file = run.training, run.out / "run.json"
+    settings = {key: value for key, value in asdict(training.config).items() if key not in FREE_KEYS}
+    parts = {"model": asdict(training.model), "data": asdict(run.data), "train": settings}
+    ours = json.loads(json.dumps(parts | {"init": {"folder": str(run.init and run.init.absolute())}}))
     if file.exists():
-        theirs = json.loads(file.read_text())
-        for key in ours:
-            if ours[key] != theirs.get(key):
-                raise ValueError(
-                    f"'{out}' is of a run with {key} {theirs.get(key)!r}, not {ours[key]!r}: choose another --out"
-                )
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(ours, indent=1) + "\n")
+        _check_same(run.out, read_json(file), ours)
+    run.out.mkdir(parents=True, exist_ok=True)
+    with (run.out / "run.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process trains in '{run.out}': wait for it, or choose another --out") from None
+        if not file.exists():
+            half = file.with_suffix(".half")
+            half.write_text(json.dumps(ours, indent=1) + "\n")
+            half.replace(file)
+        yield
 
 
-def first_weights(run: Run) -> Weights:
-    if run.init:
-        return checkpoint.load(run.init, make_mesh(), jnp.float32).weights()
-    return Transformer(run.training.model, rngs=nnx.Rngs(run.training.config.seed)).weights()
+def _check_same(out: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    for part, values in ours.items():
+        for key, value in values.items():
+            was = theirs.get(part, {}).get(key)
+            if was != value:
+                raise ValueError(f"'{out}' is of a run with {part} {key} {was!r}, not {value!r}: choose another --out")
 
 
 def describe(run: Run, state: TrainState, first: int, console: Console) -> None:
@@ -200,16 +231,23 @@ def describe(run: Run, state: TrainState, first: int, console: Console) -> None:
         console.print(f"going on after step {first}, of the state in '{run.out / 'states'}'")
 
 
-def figures(run: Run, step: int, nats: float, seconds: float, state: TrainState) -> dict[str, float]:
-    """What is told of a step. Raises ValueError if it has led nowhere."""
-    if not math.isfinite(nats):
-        raise ValueError(
-            f"the loss of step {step + 1} is {nats}: lower learning_rate, or raise warmup_steps; the states in "
-            f"'{run.out / 'states'}' are from before"
-        )
-    speed = run.training.config.batch * run.training.config.context / seconds
+def figures(run: Run, step: int, told: Told, began: float, state: TrainState) -> dict[str, float]:
+    """What is told of a step, waited for. Raises ValueError if it leads nowhere."""
+    found = {"nats": float(told.nats), "gradient_norm": float(told.gradient_norm)}
+    speed = run.training.config.batch * run.training.config.context / (time.perf_counter() - began)
     share = mfu(run.training, state.weights, speed)
-    return {"nats": nats, **bits(run, nats), "tokens_per_s": speed, **({} if share is None else {"mfu": share})}
+    _check_finite(run, step, found)
+    more = {"tokens_per_s": speed, **({} if share is None else {"mfu": share})}
+    return found | bits(run, found["nats"]) | more
+
+
+def _check_finite(run: Run, step: int, found: dict[str, float]) -> None:
+    for name, value in found.items():
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{name} of step {step + 1} is {value}: lower learning_rate, or raise warmup_steps, in a new --out; the"
+                f" states in '{run.out / 'states'}' are from before"
+            )
 
 
 def batch_of(run: Run, step: int) -> Batch:
@@ -228,22 +266,25 @@ def planted(run: Run, step: int) -> Sequences:
     return found
 
 
-def score(run: Run, weights: Weights) -> dict[str, float]:
-    """Of the held-out text, every token once, each after at least half a context."""
-    training, context = run.training, run.training.config.context
-    starts, counted = held_out_windows(run.corpus, context)
+def score(run: Run, step: int, weights: Weights) -> dict[str, float]:
+    """Of the held-out text, every token once, each after at least half a context; nothing if none is held out."""
+    training, config = run.training, run.training.config
+    if run.corpus.held_out == len(run.corpus.tokens_X):
+        return {}
+    starts, counted = held_out_windows(run.corpus, config.context)
     dp = training.mesh.shape[DP]
-    rows = max(1, EVAL_TOKENS // context // dp) * dp
-    order, total, count = np.asarray(dealt(training.layout, context)), 0.0, 0
+    rows = min(config.batch // config.accumulate, -(-len(starts) // dp) * dp)  # no more than a step has at once
+    order, total, count = dealt_order(training.layout, config.context), 0.0, 0
     for i in range(0, len(starts), rows):
         some = np.resize(starts[i : i + rows], rows)  # the last batch is filled up with some of its own
-        found = cut(run.corpus, some, context)
+        found = cut(run.corpus, some, config.context)
         nats_BS = np.asarray(evaluate(training, weights, deal(training, *found, parts=0)))
         mine = (counted[i : i + rows] & found.counted_BS[: len(counted[i : i + rows])])[:, order]
         total += float(nats_BS[: len(mine)][mine].sum(dtype=np.float64))
         count += int(mine.sum())
-    nats = total / max(count, 1)
-    return {"held_out_nats": nats, **{f"held_out_{k}": v for k, v in bits(run, nats).items()}, "held_out_tokens": count}
+    scores = {"held_out_nats": total / max(count, 1), "held_out_tokens": count}
+    _check_finite(run, step, scores)
+    return scores | {f"held_out_{name}": value for name, value in bits(run, scores["held_out_nats"]).items()}
 
 
 def bits(run: Run, nats: float) -> dict[str, float]:
@@ -254,6 +295,9 @@ def bits(run: Run, nats: float) -> dict[str, float]:
 def save_model(run: Run, state: TrainState, console: Console) -> None:
     model = assemble(run.training.model, state.weights)
     checkpoint.save(model, run.out / "model", jnp.bfloat16)
+    for name in TOKENIZER_FILES:
+        if run.init and (run.init / name).exists():
+            shutil.copy(run.init / name, run.out / "model" / name)
     console.print(f"the model is in '{run.out / 'model'}'")
 
 

@@ -11,26 +11,34 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from helix_jax.mesh import EXPERT_WEIGHTS
 from helix_jax.models.transformer import Weights
 from helix_jax.train import Training
 
 LOG_FILE, CURVE_FILE = "train_log.jsonl", "curve.png"
 # Dense bfloat16 FLOP/s of one device, as its maker says.
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "v4": 275e12, "v5 lite": 197e12, "v5p": 459e12, "v6": 918e12}
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "v5 lite": 197e12, "v5p": 459e12, "v6": 918e12}
 
 
 def mfu(run: Training, weights: Weights, tokens_per_s: float) -> float | None:
     """The share of the devices' FLOP/s that the model's own come to; None of devices whose peak is not known.
 
-    Six per parameter and token, lookups left out, and six per pair of a query and a key that it sees, head and number
-    of its width: what is computed twice for want of memory does not count.
+    Six per parameter and token, without lookups and experts that were not chosen, and twelve per pair of a query and a
+    key that it sees, head and number of its width: what is computed twice for want of memory does not count.
     """
     peak = next((peak for name, peak in PEAKS.items() if name in run.device_kind), None)
     if peak is None:
         return None
     model = run.model
-    matrices = sum(x.size for x in jax.tree.leaves({k: v for k, v in weights.items() if k != "embed_VD"}))
-    matrices += weights["embed_VD"].size if model.tied_head else 0
+    chosen = model.experts.chosen / model.experts.count if model.experts else 1
+
+    def used(path: tuple[Any, ...], weight: Any) -> float:
+        name = str(path[-1].key)
+        if name == "embed_VD":
+            return weight.size * model.tied_head
+        return weight.size * (chosen if name in EXPERT_WEIGHTS["flat"] else 1)
+
+    matrices = sum(jax.tree.leaves(jax.tree.map_with_path(used, weights)))
     seen = sum(min(model.window_of(layer) or math.inf, run.config.context / 2) for layer in range(model.layers))
     return tokens_per_s * (6 * matrices + 12 * model.heads * model.head_width * seen) / (peak * run.mesh.size)
 
@@ -42,7 +50,7 @@ class Log:
         self._file, self._curve, self._entries = folder / LOG_FILE, folder / CURVE_FILE, []
         if first and self._file.exists():
             known = [json.loads(line) for line in self._file.read_text().splitlines() if line.endswith("}")]
-            self._entries = [entry for entry in known if entry["step"] <= first]
+            self._entries = [entry for entry in known if entry.get("step", math.inf) <= first]
         self._console, self._steps, self._first = console, steps, first
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -58,8 +66,10 @@ class Log:
             self._board = importlib.import_module("tensorboardX").SummaryWriter(str(folder / "tensorboard"))
 
     def __enter__(self) -> "Log":
-        self._opened = self._file.open("w")
-        self._opened.writelines(json.dumps(entry) + "\n" for entry in self._entries)
+        kept = self._file.with_suffix(".kept")  # a run may be killed at any time: the log is never cut where it lies
+        kept.write_text("".join(json.dumps(entry) + "\n" for entry in self._entries))
+        kept.replace(self._file)
+        self._opened = self._file.open("a")
         self._bar.start()
         self._task = self._bar.add_task("training", total=self._steps, completed=self._first, now="")
         return self

@@ -3,15 +3,17 @@
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
+from helix_jax.attention import Partial, with_sink
 from helix_jax.config import ModelConfig, from_mapping
 from helix_jax.models.transformer import Transformer
-from helix_jax.train import causal_attention
 
 TIE = 1e-4
 
@@ -25,6 +27,35 @@ def tiny_model(config: ModelConfig = TINY, seed: int = 0) -> Transformer:
 
 def shape_in(file: Path) -> ModelConfig:
     return from_mapping(ModelConfig, tomllib.loads(file.read_text())["model"], str(file))
+
+
+def causal_attention(
+    q_BTNH: Array,
+    k_BTKH: Array,
+    v_BTKH: Array | None,
+    state: None,
+    *,
+    scale: float,
+    window: int | None = None,
+    sink_N: Array | None = None,
+    v_width: int | None = None,
+) -> tuple[Array, None]:
+    """JAX's own, over all pairs, in the form that a Transformer takes. With sinks its gradients are wrong."""
+    with jax.default_matmul_precision("highest" if q_BTNH.dtype == jnp.float32 else "default"):
+        found: Any = jax.nn.dot_product_attention(
+            q_BTNH,
+            k_BTKH,
+            k_BTKH if v_BTKH is None else v_BTKH,
+            scale=scale,
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation="xla",
+            return_residual=sink_N is not None,
+        )
+    if sink_N is None:
+        return found[..., :v_width], state
+    o_BTNH, lse_BTN = found
+    return with_sink(Partial(o_BTNH, lse_BTN.astype(jnp.float32)), sink_N).o_BTNH.astype(q_BTNH.dtype), state
 
 
 def softmax_attention(q_TNH, k_SKH, v_SKH, seen_TS, scale: float) -> tuple[np.ndarray, np.ndarray]:

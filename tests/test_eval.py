@@ -46,7 +46,8 @@ def reader_of(folder: Path):
     model = load(folder, mesh, jnp.float32)
 
     def make(placement: str, prompts, room: int):
-        return module.Reader(model, Plan(mesh, BlockLayout(4, 4, placement)), prompts, room)
+        most = max(map(len, prompts)) + room
+        return module.Reader(model, Plan(mesh, BlockLayout(4, 4, placement)), prompts, most)
 
     return make
 
@@ -136,13 +137,19 @@ def test_perplexity_is_that_of_one_pass_at_every_position(folder: Path, tmp_path
         (
             "eval_needle.py",
             ["--lengths", 500, "--decoded", 9],
-            "a context of 500 bytes, 9 decoded and 64 of a question exceed the model's 512",
+            "contexts of [500] bytes, 9 decoded and",
         ),
         ("eval_needle.py", ["--lengths", 20, "--decoded", 0], "a context of 20 bytes holds no fact and question"),
         ("eval_needle.py", ["--lose", 2], "--lose 2 is no rank of cp 2: give 0 to 1"),
         ("eval_needle.py", ["--depths", 0], "--depths is 0: give at least 1"),
         ("eval_needle.py", ["--held-out", 0], "--held-out is 0.0: give a share above 0"),
         ("eval_needle.py", ["--model", GOLDEN_LLAMA := ROOT / "tests" / "golden" / "llama"], "is no byte model"),
+        ("eval_needle.py", ["--decoded", 100000], "100000 decoded and"),
+        ("eval_needle.py", ["--cp", 0], "--cp is 0: give at least 1"),
+        ("eval_needle.py", ["--plot", "p.foo", "--decoded", 9], "--plot 'p.foo' is of no kind that matplotlib writes"),
+        ("eval_needle.py", ["--json", "/nowhere/n.json", "--lengths", 100, "--decoded", 9], "/nowhere/n.json"),
+        ("eval_perplexity.py", ["--held-out", "inf"], "--held-out is inf"),
+        ("eval_perplexity.py", ["--span", 1000], "a span of 1000"),
         ("eval_perplexity.py", ["--positions", 500], "positions [500], a span of 64"),
         ("eval_perplexity.py", ["--model", GOLDEN_LLAMA], "is no byte model"),
         ("eval_perplexity.py", ["--held-out", 0.00001], "44 bytes are held out, and a context of 256 needs more"),

@@ -2,6 +2,6 @@
 
 from helix_jax.checkpoint.placing import shard
 from helix_jax.checkpoint.reading import DEMO_MODEL, load, read_config
-from helix_jax.checkpoint.writing import save
+from helix_jax.checkpoint.writing import describe, save
 
-__all__ = ["DEMO_MODEL", "load", "read_config", "save", "shard"]
+__all__ = ["DEMO_MODEL", "describe", "load", "read_config", "save", "shard"]

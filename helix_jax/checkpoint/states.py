@@ -40,13 +40,22 @@ class States:
         self._written(begin)
 
     def restore(self, abstract: Any) -> tuple[int, Any] | None:
-        """The newest step and state that can be read, laid out as `abstract` says; None if there is none."""
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        """The newest step and state that can be read, laid out as `abstract` says; None if nothing was ever saved.
+
+        Raises:
+            ValueError: there are states, and none can be read: nothing may be written in their place.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
             try:
                 return step, self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
             except Exception as error:  # of tensorstore, of orbax, of json: whatever a harmed file leads to
                 why = " ".join(str(error).split())[:200]
                 _log.warning("state %d in '%s' cannot be read (%s): an earlier one is taken", step, self._folder, why)
+        if steps:
+            raise ValueError(
+                f"none of the states {steps} in '{self._folder}' can be read: bring one back, or move them away"
+            )
         return None
 
     def finish(self) -> None:

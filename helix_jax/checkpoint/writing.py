@@ -31,7 +31,7 @@ def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None)
             family's config.json cannot say what this model is.
     """
     folder, dtype = Path(folder), jnp.dtype(dtype or model.embed_VD[...].dtype)
-    published = _describe(model.config, dtype.name)
+    published = describe(model.config, dtype.name)
     home_of = homes(model.config)
     files = list(_files(home_of, dtype.itemsize))
     for file in (GENERATION_FILE, *((INDEX_FILE,) if len(files) == 1 else ())):  # of several files the index is ours
@@ -51,8 +51,12 @@ def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None)
     _write_json(folder / "config.json", published)
 
 
-def _describe(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The config.json of its family, once that is known to make the same model."""
+def describe(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of its family, once that is known to make the same model.
+
+    Raises:
+        ValueError: the family's config.json cannot say what this model is.
+    """
     published = family_of(config).write_config(config, dtype)
     again = family_of(config).read_config(published)
     for name, (ours, theirs) in _differences(config, again):
