@@ -26,7 +26,6 @@ from helix_jax.train import (
     Batch,
     TrainConfig,
     Training,
-    _pieces,
     abstract_batch,
     abstract_state,
     deal,
@@ -35,6 +34,7 @@ from helix_jax.train import (
     surprise,
     train_step,
 )
+from helix_jax.train.step import _pieces
 from tests.conftest import GOLDEN, ROOT
 from tests.reference import TINY, naive_logits, tiny_model
 from tests.test_cli import ENVIRONMENT
@@ -115,7 +115,7 @@ def test_gradients_and_losses_are_those_of_one_device(tp: int, cp: int, dp: int,
 @pytest.mark.parametrize("change", [{"remat": False}, {"accumulate": 2}, {"batch": 4}])
 def test_remat_parts_of_a_batch_and_pieces_of_logits_change_nothing(change, alone, monkeypatch):
     if "batch" in change:
-        monkeypatch.setattr("helix_jax.train._LOGITS", 3 * 4 * TINY.vocab)
+        monkeypatch.setattr("helix_jax.train.step._LOGITS", 3 * 4 * TINY.vocab)
         assert _pieces(16, 4 * TINY.vocab) == 8  # of 2 slots: 3 do not divide 16
     run = run_on(1, 4, **change, seed=len(str(change)))  # a program of its own
     found = losses(run, tiny_model().weights(), deal(run, *packed(), parts=run.config.accumulate), 5)

@@ -1,0 +1,125 @@
+"""What a run keeps and is given: weights and the optimizer's memory in shares of all devices, batches as dealt."""
+
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from jaxtyping import Bool, Int
+
+from helix_jax.config import ModelConfig
+from helix_jax.layout import BlockLayout, dealt
+from helix_jax.mesh import DEALT_BS, DEALT_XBS, REPLICATED, sharding, stored_sharding
+from helix_jax.models.transformer import Transformer, Weights
+from helix_jax.train.run import TrainConfig, Training
+
+
+class TrainState(NamedTuple):
+    """Float32 master weights, what the optimizer remembers, and steps done. A step takes it over (donated)."""
+
+    weights: Weights
+    memory: optax.OptState
+    step: Int[Array, ""]
+
+
+class Batch(NamedTuple):
+    """X parts of B sequences; along S stand positions in the order of `dealt(layout, S)`.
+
+    first: where the document of each position starts. counted: whether the target is one to learn from.
+    """
+
+    tokens_XBS: Int[Array, "*X B S"]
+    targets_XBS: Int[Array, "*X B S"]
+    first_XBS: Int[Array, "*X B S"]
+    counted_XBS: Bool[Array, "*X B S"]
+
+
+def deal(run: Training, tokens_BS: np.ndarray, first_BS: np.ndarray, counted_BS: np.ndarray, parts: int = 1) -> Batch:
+    """Puts sequences on the mesh. tokens [B, S + 1]; first and counted [B, S], of the targets.
+
+    parts 0: as a batch without parts, to be evaluated.
+    """
+    order = dealt_order(run.layout, first_BS.shape[1])
+    halves = tokens_BS[:, :-1], tokens_BS[:, 1:], first_BS
+    arrays = [np.asarray(x[:, order], np.int32) for x in halves] + [counted_BS[:, order]]
+    where = sharding(run.mesh, DEALT_XBS if parts else DEALT_BS)
+    shape = (parts, -1, len(order)) if parts else (-1, len(order))
+    return Batch(*(jax.device_put(x.reshape(shape), where) for x in arrays))
+
+
+@lru_cache
+def dealt_order(layout: BlockLayout, length: int) -> np.ndarray:
+    """As `dealt`."""
+    return np.asarray(dealt(layout, length), np.int32)
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    rate = optax.warmup_cosine_decay_schedule(0, config.learning_rate, config.warmup_steps, config.steps)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(rate, b2=0.95, weight_decay=config.weight_decay, mask=_decays),
+    )
+
+
+def _decays(weights: Weights) -> Weights:
+    """The matrices."""
+    others = ("norm", "bias", "sink")
+    return jax.tree.map_with_path(lambda path, _: not any(word in _name(path) for word in others), weights)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """Of a parameter, at the end of its path."""
+    return str(path[-1].key)
+
+
+def abstract_state(run: Training) -> Any:
+    """Shapes, types and places of a run's TrainState."""
+
+    def stored(path: tuple[Any, ...], like: Any) -> jax.ShapeDtypeStruct:
+        where = stored_sharding(run.mesh, _name(path), like.shape)
+        return jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=where)
+
+    def everywhere(like: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding(run.mesh, REPLICATED))
+
+    shapes = nnx.to_pure_dict(nnx.state(Transformer(run.model, rngs=None), nnx.Param))
+    weights = jax.tree.map_with_path(stored, shapes)
+    optimizer = make_optimizer(run.config)
+    memory = jax.eval_shape(optimizer.init, weights)
+    memory = optax.tree_map_params(
+        optimizer, lambda _, weight: weight, memory, weights, transform_non_params=everywhere
+    )
+    return TrainState(weights, memory, cast(Any, everywhere(jax.ShapeDtypeStruct((), jnp.int32))))
+
+
+def abstract_batch(run: Training) -> Any:
+    """Shapes, types and places of a run's Batch."""
+    config = run.config
+    shape = (config.accumulate, config.batch // config.accumulate, config.context)
+    ints = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding(run.mesh, DEALT_XBS))
+    counted = jax.ShapeDtypeStruct(shape, bool, sharding=ints.sharding)
+    return Batch(*cast(Any, (ints, ints, ints, counted)))
+
+
+def start(run: Training, weights: Weights | None = None) -> TrainState:
+    """A run's first state. The weights may lie anywhere; None: random ones, made where they are kept."""
+    places = jax.tree.map(lambda like: like.sharding, abstract_state(run))
+
+    def placed(x: Array, where: Any) -> Array:  # a copy: the first step takes it over
+        return jax.device_put(jnp.array(x, jnp.float32), where)
+
+    if weights is None:
+        make = jax.jit(partial(_random_weights, run.model, run.config.seed), out_shardings=places.weights)
+        dealt_weights = make()
+    else:
+        dealt_weights = jax.tree.map(placed, weights, places.weights)
+    memory = jax.jit(make_optimizer(run.config).init, out_shardings=places.memory)(dealt_weights)
+    return TrainState(dealt_weights, memory, jax.device_put(jnp.zeros((), jnp.int32), places.step))
+
+
+def _random_weights(model: ModelConfig, seed: int) -> Weights:
+    return Transformer(model, rngs=nnx.Rngs(seed)).weights()
