@@ -7,8 +7,11 @@ through the same lines, and broadcast.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
+
+import numpy as np
 
 # A Python int, a NumPy or a JAX array of signed integers of 32 bits or more. Arguments broadcast.
 Integer = Any
@@ -123,9 +126,13 @@ def slots_needed(layout: BlockLayout, length: Integer, prompt_len: Integer) -> I
     return fullest
 
 
-def dealt(layout: BlockLayout, length: int) -> list[int]:
-    """The positions of a whole sequence, rank after rank, each rank's in the order of its slots."""
-    return [position for ranges in held_ranges(layout, length, length) for a, b in ranges for position in range(a, b)]
+@lru_cache
+def dealt(layout: BlockLayout, length: int) -> np.ndarray:
+    """The positions of a whole sequence, rank after rank, each rank's in the order of its slots. Read-only."""
+    ranges = [both for held in held_ranges(layout, length, length) for both in held]
+    order = np.concatenate([np.arange(start, stop, dtype=np.int32) for start, stop in ranges])
+    order.flags.writeable = False
+    return order
 
 
 def held_ranges(layout: BlockLayout, length: int, prompt_len: int) -> list[list[tuple[int, int]]]:

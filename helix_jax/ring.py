@@ -59,7 +59,7 @@ def ring_attention(mesh: AnyMesh, layout: BlockLayout, first_BS: Int[Array, "B S
             in_specs=(DEALT_BSKH, keys, keys, DEALT_BS, DEALT_S, DEALT_SINK_N),
             out_specs=DEALT_BSKH,
         )
-        position_S = jnp.asarray(dealt(layout, S), jnp.int32)
+        position_S = jnp.asarray(dealt(layout, S))
         return island(q_BSNH, k_BSKH, v_BSKH, first_BS, position_S, sink_N), state
 
     return attention
@@ -126,7 +126,7 @@ def _around(how: _How, q_BTKGH: Array, k_BTKH: Array, v_BTKH: Array, seen: _Seen
         part = _attend(how, q_BTKGH, *shares, lo_BT, hi_BT)
         return merge(Partial(*(jnp.stack(both) for both in zip(found, part, strict=True)))), shares
 
-    nothing = _empty(how, q_BTKGH, k_BTKH, v_BTKH)
+    nothing = _empty(q_BTKGH, k_BTKH, v_BTKH)
     return _ring(how, seen, attend, nothing, (k_BTKH, v_BTKH))[0]
 
 
@@ -189,7 +189,7 @@ def _attend(how: _How, q_BTKGH: Array, k_BSKH: Array, v_BSKH: Array, lo_BT: Arra
             added = einsum("btkgs,bskh->btkgh", p.astype(v.dtype), v, out=jnp.float32)
             return old_BtKG[..., None] * sum_BtKGH + added, old_BtKG * weight_BtKG + p.sum(-1), new_BtKG
 
-        nothing = _empty(how, q, k_BSKH, v_BSKH)
+        nothing = _empty(q, k_BSKH, v_BSKH)
         start = nothing.o_BTNH, jnp.zeros_like(nothing.lse_BTN), nothing.lse_BTN
         sum_BtKGH, weight_BtKG, top_BtKG = lax.fori_loop(*_span(how, lo_Bt, hi_Bt), join, start)
         return None, normalise(sum_BtKGH, weight_BtKG, finite_or_zero(top_BtKG))
@@ -239,7 +239,7 @@ def _span(how: _How, lo_Bt: Array, hi_Bt: Array) -> tuple[Array, Array]:
     return jnp.where(some_Bt, lo_Bt, np.iinfo(np.int32).max).min() // how.tile, -(-hi_Bt.max() // how.tile)
 
 
-def _empty(how: _How, q_BTKGH: Array, k_BSKH: Array, v_BSKH: Array) -> Partial:
+def _empty(q_BTKGH: Array, k_BSKH: Array, v_BSKH: Array) -> Partial:
     # Made from a product, which is never computed, for its type: what it varies over inside shard_map.
     o = einsum("btkgh,bskx->btkgx", q_BTKGH[..., :1], v_BSKH[:, :1] + k_BSKH[:, :1, :, :1], out=jnp.float32)
     return Partial(jnp.zeros_like(o), jnp.full_like(o[..., 0], -jnp.inf))

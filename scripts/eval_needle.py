@@ -11,68 +11,35 @@ of them is a failure: exit 1. --lose zeroes what one rank has cached of the cont
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from evaluating import ALONE, byte_model, held_out_text, models_of, plans_of, run, shared_parser
 from reader import Reader
-from reporting import Parser, exit_status, new_figure, write_json
+from reporting import new_figure, write_json
 from rich.console import Console
 from rich.table import Table
 
-from helix_jax import checkpoint
-from helix_jax.cli.devices import open_mesh
-from helix_jax.layout import PLACEMENTS, BlockLayout
-from helix_jax.mesh import make_mesh
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.recall import DIGITS, NAMES, fact, haystack, new_key, question
 
-ROOT = Path(__file__).resolve().parents[1]
-DIFFERENT = 1
-
 
 def main() -> int:
-    different: list[str] = []
-    status = exit_status(lambda: different.extend(evaluate(checked(parse_arguments()))), "give fewer --rows")
-    for line in different:
-        print(f"eval_needle.py: {line}", file=sys.stderr)
-    return status or (DIFFERENT if different else 0)
+    options = parse_arguments()
+    return run(lambda: evaluate(checked(options)), if_too_large="give fewer --rows")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = shared_parser(__doc__)
     add = parser.add_argument
-    add(
-        "--model",
-        type=Path,
-        default=checkpoint.DEMO_MODEL,
-        metavar="DIR",
-        help="a byte model (default: the one that ships)",
-    )
-    add("--text", type=Path, default=ROOT / "scripts" / "data" / "kjv.txt", metavar="FILE", help="whose end is the hay")
-    add(
-        "--held-out",
-        type=float,
-        default=0.05,
-        metavar="SHARE",
-        help="of the text that was not trained on (default: 0.05)",
-    )
     add("--lengths", type=int, nargs="+", metavar="BYTES", help="of contexts (default: 4, up to the model's positions)")
     add("--depths", type=int, default=9, metavar="N", help="from the first byte to the last (default: 9)")
     add("--trials", type=int, default=1, metavar="N", help="of each cell, with other text and keys (default: 1)")
     add("--decoded", type=int, default=500, metavar="TOKENS", help="before it is asked again (default: 500)")
-    add("--tp", type=int, default=1, metavar="N", help="(default: 1)")
-    add("--cp", type=int, default=8, metavar="N", help="(default: 8)")
-    add("--block", type=int, default=16, metavar="TOKENS", help="length of a decode block (default: 16)")
-    add("--placement", action="append", choices=PLACEMENTS, help="may be repeated (default: all)")
     add("--lose", type=int, metavar="RANK", help="zero what this rank has cached of the context")
     add("--seed", type=int, default=0, help="of text and keys (default: 0)")
     add("--rows", type=int, default=16, metavar="N", help="cells at once (default: 16)")
-    add("--platform", choices=("auto", "cpu", "gpu", "tpu"), default="auto", help="cpu: tp * cp fake devices")
-    add("--json", type=Path, metavar="FILE", help="write every cell")
-    add("--plot", type=Path, metavar="FILE.png", help="draw depth by length")
     return parser.parse_args()
 
 
@@ -80,8 +47,6 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
     for name, least in {"depths": 1, "trials": 1, "decoded": 0, "rows": 1, "seed": 0, "tp": 1, "cp": 1}.items():
         if getattr(options, name) < least:
             raise ValueError(f"--{name} is {getattr(options, name)}: give at least {least}")
-    if not 0 < options.held_out <= 1:
-        raise ValueError(f"--held-out is {options.held_out}: give a share above 0, at most 1")
     if options.lose is not None and not 0 <= options.lose < options.cp:
         raise ValueError(f"--lose {options.lose} is no rank of cp {options.cp}: give 0 to {options.cp - 1}")
     return options
@@ -89,9 +54,7 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
 
 def evaluate(options: argparse.Namespace) -> list[str]:
     """Prints and writes what was found. Returns a line for every placement that differs from one device."""
-    config = checkpoint.read_config(options.model)
-    if config.tokenizer != "bytes":
-        raise ValueError(f"'{options.model}' is no byte model: keys are hidden and read as bytes")
+    config, text = byte_model(options), held_out_text(options)
     asked = len(question(max(NAMES, key=len))) + DIGITS
     room = asked + options.decoded
     longest = config.max_positions - room
@@ -102,15 +65,11 @@ def evaluate(options: argparse.Namespace) -> list[str]:
             f"{config.max_positions} positions: give other --lengths, or less --decoded"
         )
     figure = new_figure("--plot", options.plot) if options.plot else None
-    mesh = open_mesh(options.platform, options.tp, options.cp)
-    cells = make_cells(options, lengths)
-    plans = {"one device": Plan(make_mesh(devices=list(mesh.devices.flat)), BlockLayout(1, options.block))}
-    plans |= {name: plan_of(mesh, options.block, name) for name in options.placement or PLACEMENTS}
+    cells, plans = make_cells(options, text, lengths), plans_of(options)
     found: dict[str, Any] = {"cells": cells, "cp": options.cp, "decoded": options.decoded, "lost": options.lose}
     write_json(options.json, found)  # a file that cannot be written is better known now
-    for name, plan in plans.items():
-        model = checkpoint.load(options.model, cast(Mesh, plan.mesh), jnp.float32)
-        lose = None if name == "one device" else options.lose
+    for name, plan, model in models_of(options, plans):
+        lose = None if name == ALONE else options.lose
         found[name] = {
             "answers": ask_all(model, plan, cells, options, lose, max(lengths) + room),
             "owners": owners(plan, cells),
@@ -119,7 +78,7 @@ def evaluate(options: argparse.Namespace) -> list[str]:
     report(found, list(plans))
     if figure:
         draw(figure, options.plot, found, list(plans)[1])
-    alone = found["one device"]["answers"]
+    alone = found[ALONE]["answers"]
     if options.lose is not None:
         return []
     return [
@@ -130,13 +89,7 @@ def evaluate(options: argparse.Namespace) -> list[str]:
     ]
 
 
-def plan_of(mesh: Mesh, block: int, placement: str) -> Plan:
-    return Plan(mesh, BlockLayout(mesh.shape["cp"], block, placement))
-
-
-def make_cells(options: argparse.Namespace, lengths: list[int]) -> list[dict[str, Any]]:
-    text = options.text.read_bytes()
-    text = text[len(text) - int(len(text) * options.held_out) :]
+def make_cells(options: argparse.Namespace, text: bytes, lengths: list[int]) -> list[dict[str, Any]]:
     random, cells = np.random.default_rng(options.seed), []
     for length in lengths:
         for depth in np.linspace(0, 1, options.depths) if options.depths > 1 else [0.5]:

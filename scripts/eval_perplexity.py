@@ -11,68 +11,39 @@ exit 1.
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from evaluating import ALONE, byte_model, held_out_text, models_of, plans_of, run, shared_parser
 from reader import Reader
-from reporting import Parser, exit_status, new_figure, write_json
+from reporting import new_figure, write_json
 from rich.console import Console
 from rich.table import Table
 
-from helix_jax import checkpoint
-from helix_jax.cli.devices import open_mesh
-from helix_jax.layout import PLACEMENTS, BlockLayout
-from helix_jax.mesh import make_mesh
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.train import LOG2_E
 
-ROOT = Path(__file__).resolve().parents[1]
-DIFFERENT, CLOSE_NATS = 1, 1e-3
+CLOSE_NATS = 1e-3
 
 
 def main() -> int:
-    different: list[str] = []
-    status = exit_status(lambda: different.extend(evaluate(parse_arguments())), "give fewer --windows")
-    for line in different:
-        print(f"eval_perplexity.py: {line}", file=sys.stderr)
-    return status or (DIFFERENT if different else 0)
+    options = parse_arguments()
+    return run(lambda: evaluate(options), if_too_large="give fewer --windows")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = shared_parser(__doc__)
     add = parser.add_argument
-    add(
-        "--model",
-        type=Path,
-        default=checkpoint.DEMO_MODEL,
-        metavar="DIR",
-        help="a byte model (default: that which ships)",
-    )
-    add("--text", type=Path, default=ROOT / "scripts" / "data" / "kjv.txt", metavar="FILE", help="whose end is read")
-    add("--held-out", type=float, default=0.05, metavar="SHARE", help="of it that was not trained on (default: 0.05)")
     add("--positions", type=int, nargs="+", metavar="BYTES", help="of contexts (default: from 64 on, times two)")
     add("--span", type=int, default=64, metavar="BYTES", help="read one by one (default: 64)")
     add("--windows", type=int, default=8, metavar="N", help="places in the text (default: 8)")
-    add("--tp", type=int, default=1, metavar="N", help="(default: 1)")
-    add("--cp", type=int, default=8, metavar="N", help="(default: 8)")
-    add("--block", type=int, default=16, metavar="TOKENS", help="length of a decode block (default: 16)")
-    add("--placement", action="append", choices=PLACEMENTS, help="may be repeated (default: all)")
-    add("--platform", choices=("auto", "cpu", "gpu", "tpu"), default="auto", help="cpu: tp * cp fake devices")
-    add("--json", type=Path, metavar="FILE", help="write the numbers")
-    add("--plot", type=Path, metavar="FILE.png", help="draw them")
     return parser.parse_args()
 
 
 def evaluate(options: argparse.Namespace) -> list[str]:
     """Prints and writes what was found. Returns a line for every placement that differs from one device."""
-    config = checkpoint.read_config(options.model)
-    if config.tokenizer != "bytes":
-        raise ValueError(f"'{options.model}' is no byte model: bits per byte are those of bytes")
-    if not 0 < options.held_out <= 1:
-        raise ValueError(f"--held-out is {options.held_out}: give a share above 0, at most 1")
+    config = byte_model(options)
     longest = config.max_positions - options.span
     positions = options.positions or [2**n for n in range(6, 32) if 2**n <= longest] or [longest]
     if min(options.span, options.windows) < 1 or min(positions) < 2 or max(positions) > longest:
@@ -80,27 +51,22 @@ def evaluate(options: argparse.Namespace) -> list[str]:
             f"positions {positions}, a span of {options.span}, {options.windows} windows: give positions from 2 to "
             f"{longest}, as the model has {config.max_positions}, and at least 1 of the others"
         )
-    text = np.frombuffer(options.text.read_bytes(), np.uint8)
-    text = text[len(text) - int(len(text) * options.held_out) :]
+    text = np.frombuffer(held_out_text(options), np.uint8)
     if len(text) < max(positions) + options.span:
         raise ValueError(
             f"{len(text)} bytes are held out, and a context of {max(positions)} needs more: give more text"
         )
     figure = new_figure("--plot", options.plot) if options.plot else None
-    mesh = open_mesh(options.platform, options.tp, options.cp)
-    plans = {"one device": Plan(make_mesh(devices=list(mesh.devices.flat)), BlockLayout(1, options.block))}
-    for name in options.placement or PLACEMENTS:
-        plans[name] = Plan(mesh, BlockLayout(options.cp, options.block, name))
+    plans = plans_of(options)
     found: dict[str, Any] = {"positions": positions, "span": options.span, "cp": options.cp, "bits_per_byte": {}}
     write_json(options.json, found)  # a file that cannot be written is better known now
     alone, different = np.zeros(0), []
-    for name, plan in plans.items():
-        model = checkpoint.load(options.model, cast(Mesh, plan.mesh), jnp.float32)
+    for name, plan, model in models_of(options, plans):
         most = max(positions) + options.span  # one shape, and one compilation, for all
         nats = np.stack([forced_nats(model, plan, text, at, options.span, options.windows, most) for at in positions])
         found["bits_per_byte"][name] = (nats.mean((1, 2)) * LOG2_E).tolist()
         write_json(options.json, found)
-        alone = nats if name == "one device" else alone
+        alone = nats if name == ALONE else alone
         gap = float(np.abs(nats - alone).max())
         if gap > CLOSE_NATS:
             different.append(f"under {name} a byte is {gap:.2g} nats from what it is on one device")
@@ -135,7 +101,7 @@ def report(found: dict[str, Any]) -> None:
 def draw(figure: Any, file: Path, found: dict[str, Any]) -> None:
     axes = figure.add_subplot(xlabel="bytes before", ylabel="bits per byte", xscale="log")
     for name, bits in found["bits_per_byte"].items():
-        axes.plot(found["positions"], bits, "o-" if name == "one device" else "x--", label=name, markersize=4)
+        axes.plot(found["positions"], bits, "o-" if name == ALONE else "x--", label=name, markersize=4)
     axes.legend()
     figure.savefig(file, dpi=150)
 

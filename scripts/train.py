@@ -35,7 +35,7 @@ from helix_jax.checkpoint.tensors import read_json
 from helix_jax.cli.devices import open_mesh
 from helix_jax.config import ModelConfig, from_mapping
 from helix_jax.data import Corpus, Sequences, check_corpus, cut, held_out_windows, open_corpus, sequences_of
-from helix_jax.layout import BlockLayout
+from helix_jax.layout import BlockLayout, dealt
 from helix_jax.mesh import DP, make_mesh
 from helix_jax.models.transformer import Weights, assemble
 from helix_jax.recall import plant
@@ -49,7 +49,6 @@ from helix_jax.train import (
     TrainState,
     abstract_state,
     deal,
-    dealt_order,
     evaluate,
     start,
     train_step,
@@ -274,7 +273,7 @@ def score(run: Run, step: int, weights: Weights) -> dict[str, float]:
     starts, counted = held_out_windows(run.corpus, config.context)
     dp = training.mesh.shape[DP]
     rows = min(config.batch // config.accumulate, -(-len(starts) // dp) * dp)  # no more than a step has at once
-    order, total, count = dealt_order(training.layout, config.context), 0.0, 0
+    order, total, count = dealt(training.layout, config.context), 0.0, 0
     for i in range(0, len(starts), rows):
         some = np.resize(starts[i : i + rows], rows)  # the last batch is filled up with some of its own
         found = cut(run.corpus, some, config.context)

@@ -51,7 +51,7 @@ class Log:
         if first and self._file.exists():
             known = [json.loads(line) for line in self._file.read_text().splitlines() if line.endswith("}")]
             self._entries = [entry for entry in known if entry.get("step", math.inf) <= first]
-        self._console, self._steps, self._first = console, steps, first
+        self._steps, self._first = steps, first
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -4,7 +4,7 @@ Of the weights, and of what the optimizer remembers, a device keeps its share ov
 """
 
 from helix_jax.train.run import TrainConfig, Training
-from helix_jax.train.state import Batch, TrainState, abstract_batch, abstract_state, deal, dealt_order, start
+from helix_jax.train.state import Batch, TrainState, abstract_batch, abstract_state, deal, start
 from helix_jax.train.step import Told, evaluate, surprise, train_step
 
 LOG2_E = 1.4426950408889634
@@ -19,7 +19,6 @@ __all__ = [
     "abstract_batch",
     "abstract_state",
     "deal",
-    "dealt_order",
     "evaluate",
     "start",
     "surprise",

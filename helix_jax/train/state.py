@@ -1,6 +1,6 @@
 """What a run keeps and is given: weights and the optimizer's memory in shares of all devices, batches as dealt."""
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Bool, Int
 
 from helix_jax.config import ModelConfig
-from helix_jax.layout import BlockLayout, dealt
+from helix_jax.layout import dealt
 from helix_jax.mesh import DEALT_BS, DEALT_XBS, REPLICATED, sharding, stored_sharding
 from helix_jax.models.transformer import Transformer, Weights
 from helix_jax.train.run import TrainConfig, Training
@@ -43,18 +43,12 @@ def deal(run: Training, tokens_BS: np.ndarray, first_BS: np.ndarray, counted_BS:
 
     parts 0: as a batch without parts, to be evaluated.
     """
-    order = dealt_order(run.layout, first_BS.shape[1])
+    order = dealt(run.layout, first_BS.shape[1])
     halves = tokens_BS[:, :-1], tokens_BS[:, 1:], first_BS
     arrays = [np.asarray(x[:, order], np.int32) for x in halves] + [counted_BS[:, order]]
     where = sharding(run.mesh, DEALT_XBS if parts else DEALT_BS)
     shape = (parts, -1, len(order)) if parts else (-1, len(order))
     return Batch(*(jax.device_put(x.reshape(shape), where) for x in arrays))
-
-
-@lru_cache
-def dealt_order(layout: BlockLayout, length: int) -> np.ndarray:
-    """As `dealt`."""
-    return np.asarray(dealt(layout, length), np.int32)
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:

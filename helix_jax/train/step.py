@@ -15,11 +15,12 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float
 
+from helix_jax.layout import dealt
 from helix_jax.mesh import DEALT_BSD, DP, TP, gathered_sharding, sharding
 from helix_jax.models.transformer import Layer, Transformer, Weights, assemble
 from helix_jax.ring import ring_attention
 from helix_jax.train.run import Training
-from helix_jax.train.state import Batch, TrainState, abstract_state, dealt_order, make_optimizer
+from helix_jax.train.state import Batch, TrainState, abstract_state, make_optimizer
 
 _LOGITS = 2**27  # of a device at once: half a gigabyte
 
@@ -27,7 +28,7 @@ _LOGITS = 2**27  # of a device at once: half a gigabyte
 def surprise(run: Training, weights: Weights, batch: Batch, drop: Callable[[Array], Array] | None = None) -> Array:
     """Nats of each target of one part, in the order of the batch [B, S]."""
     tokens_BS, targets_BS, first_BS, _ = batch
-    position_BS = jnp.asarray(dealt_order(run.layout, tokens_BS.shape[1])) - first_BS
+    position_BS = jnp.asarray(dealt(run.layout, tokens_BS.shape[1])) - first_BS
     attention = _flash_attention if run.flash else ring_attention(run.mesh, run.layout, first_BS)
     ready = {name: x if name == "layers" else _ready(run, name, x) for name, x in weights.items()}
     model = assemble(run.model, ready)
