@@ -8,8 +8,10 @@ NAMES = (
     *("pebble", "quartz", "raven", "saffron", "sorrel", "thistle", "umber", "violet", "willow"),
 )
 DIGITS = 5
-_MOST_KEYS = 8  # in one text
-_MOST_LINES = 4
+_MOST_DIGITS = 16  # to train on: the longer a key, the more there is to copy
+_MOST_KEYS = 12  # in one text
+_MOST_TIMES = 8  # that a key is asked for
+_MOST_LINES = 8
 _WORDS = 4  # of a line, by which it is asked for
 
 
@@ -21,18 +23,28 @@ def question(name: str) -> bytes:
     return f" What is the passkey of {name}? The passkey of {name} is ".encode()
 
 
-def new_key(random: np.random.Generator) -> str:
-    return "".join(map(str, random.integers(0, 10, DIGITS)))
+def new_key(random: np.random.Generator, digits: int = DIGITS) -> str:
+    return "".join(map(str, random.integers(0, 10, digits)))
 
 
 def plant(text: bytes, random: np.random.Generator) -> bytes:
-    """The text with facts and lines in it that are asked for later on, and their answers; cut to its length."""
-    inserts: list[tuple[int, bytes]] = []
+    """The text with facts and lines in it that are asked for later on, and their answers; cut to its length.
+
+    Half of the keys are asked for often and soon, which is how copying is learned; the others once, however far.
+    """
+    length, inserts = len(text), list[tuple[int, bytes]]()
+    secrets: list[tuple[bytes, bytes, int]] = []
     for name in random.choice(NAMES, random.integers(1, _MOST_KEYS + 1), replace=False):
-        key, told = new_key(random), int(random.integers(0, len(text)))
-        inserts.append((told, fact(name, key)))
-        for asked in random.integers(told, len(text) + 1, random.integers(1, 3)):
-            inserts.append((int(asked), question(name) + f"{key}. ".encode()))
+        key = new_key(random, int(random.integers(DIGITS, _MOST_DIGITS + 1)))
+        soon = int(random.integers(1, _MOST_TIMES + 1)) if random.random() < 0.5 else 0
+        secrets.append((fact(name, key), question(name) + f"{key}. ".encode(), soon))
+    added = sum(len(told) + max(1, soon) * len(answered) for told, answered, soon in secrets)
+    text = text[: max(0, length - added)]  # or the last would be cut off: those that are far from their facts
+    for told, answered, soon in secrets:
+        at = round(len(text) * random.random() ** 2)  # early, so that much can follow
+        rest = len(text) - at
+        places = at + rest ** random.random(soon) if soon else at + rest * random.random(1)
+        inserts += [(at, told), *((round(place), answered) for place in places)]
     ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")).tolist()
     for _ in range(int(random.integers(0, _MOST_LINES + 1)) if len(ends) > 1 else 0):
         at = int(random.integers(0, len(ends) - 1))
@@ -42,7 +54,7 @@ def plant(text: bytes, random: np.random.Generator) -> bytes:
     for at, added in sorted(inserts, key=lambda insert: insert[0]):
         pieces += [text[last:at], added]
         last = at
-    return b"".join([*pieces, text[last:]])[: len(text)]
+    return b"".join([*pieces, text[last:]])[:length]
 
 
 def _quoted(line: bytes) -> bytes:

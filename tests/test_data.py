@@ -1,5 +1,6 @@
 """Files to tokens to sequences: what is mapped, where documents begin, and that an epoch sees everything once."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helix_jax.data import Corpus, check_corpus, cut, held_out_windows, open_corpus, sequences_of
-from helix_jax.recall import DIGITS, NAMES, fact, haystack, new_key, plant, question
+from helix_jax.recall import NAMES, fact, haystack, new_key, plant, question
 from helix_jax.text import Bytes
 
 
@@ -134,12 +135,9 @@ def test_what_is_planted_is_asked_for_after_it_was_told():
     assert planted == plant(text, np.random.default_rng(0))
     asked = 0
     for name in NAMES:
-        told = planted.find(b" The passkey of %b is " % name.encode())
-        at = planted.find(question(name))
-        if at >= 0 and at + len(question(name)) + DIGITS < len(planted):
-            key = planted[at + len(question(name)) :][:DIGITS]
-            assert 0 <= told < at
-            assert planted[told:].startswith(fact(name, key.decode()))
+        for answer in re.finditer(re.escape(question(name)) + rb"(\d{5,})\. ", planted):
+            told = planted.find(fact(name, answer[1].decode()))
+            assert 0 <= told < answer.start()
             asked += 1
     assert asked >= 1
 
