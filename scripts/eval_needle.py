@@ -5,7 +5,8 @@ python scripts/eval_needle.py --cp 8 --placement helix --placement striped --jso
 
 Each is asked for twice: at once after the context, and again after --decoded tokens that the model has said, which lie,
 block by block, on the ranks in turn. The same cells are read on one device; a placement that answers otherwise in any
-of them is a failure: exit 1. --lose zeroes what one rank has cached of the context, before the first question.
+of them is a failure: exit 1. Beside the keys: bits per byte of held-out text that follows the longest context. --lose
+zeroes what one rank has cached of the context, before the first question.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from evaluating import ALONE, byte_model, held_out_text, models_of, plans_of, run, shared_parser
-from reader import Reader
+from reader import Reader, forced_nats
 from reporting import new_figure, write_json
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +24,7 @@ from rich.table import Table
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.recall import DIGITS, NAMES, fact, haystack, new_key, question
+from helix_jax.train import LOG2_E
 
 
 def main() -> int:
@@ -54,7 +56,7 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
 
 def evaluate(options: argparse.Namespace) -> list[str]:
     """Prints and writes what was found. Returns a line for every placement that differs from one device."""
-    config, text = byte_model(options), held_out_text(options)
+    config = byte_model(options)
     asked = len(question(max(NAMES, key=len))) + DIGITS
     room = asked + options.decoded
     longest = config.max_positions - room
@@ -64,6 +66,7 @@ def evaluate(options: argparse.Namespace) -> list[str]:
             f"contexts of {lengths} bytes, {options.decoded} decoded and {asked} of a question do not fit the model's "
             f"{config.max_positions} positions: give other --lengths, or less --decoded"
         )
+    text = held_out_text(options, least=max(lengths) + room)
     figure = new_figure("--plot", options.plot) if options.plot else None
     cells, plans = make_cells(options, text, lengths), plans_of(options)
     found: dict[str, Any] = {"cells": cells, "cp": options.cp, "decoded": options.decoded, "lost": options.lose}
@@ -74,6 +77,10 @@ def evaluate(options: argparse.Namespace) -> list[str]:
             "answers": ask_all(model, plan, cells, options, lose, max(lengths) + room),
             "owners": owners(plan, cells),
         }
+        if options.lose is None:
+            rows = min(options.rows, len(cells))
+            nats = forced_nats(model, plan, text, max(lengths), room, rows, max(lengths) + room)
+            found[name]["bits_per_byte"] = float(nats.mean()) * LOG2_E
         write_json(options.json, found)
     report(found, list(plans))
     if figure:
@@ -149,6 +156,10 @@ def report(found: dict[str, Any], names: list[str]) -> None:
             shares = [good[at == length].mean() for length in lengths]
             label = name if asked == 0 else f"  again after {found['decoded']} tokens"
             table.add_row(label, *(f"{share:.1%}" for share in shares), f"{good.mean():.1%}")
+        if "bits_per_byte" in found[name]:
+            table.add_row(
+                "  bits per byte after", *[""] * (len(lengths) - 1), f"{found[name]['bits_per_byte']:.4f}", ""
+            )
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 
 

@@ -15,13 +15,11 @@ from typing import Any
 
 import numpy as np
 from evaluating import ALONE, byte_model, held_out_text, models_of, plans_of, run, shared_parser
-from reader import Reader
+from reader import forced_nats
 from reporting import new_figure, write_json
 from rich.console import Console
 from rich.table import Table
 
-from helix_jax.models.transformer import Transformer
-from helix_jax.plan import Plan
 from helix_jax.train import LOG2_E
 
 CLOSE_NATS = 1e-3
@@ -51,11 +49,7 @@ def evaluate(options: argparse.Namespace) -> list[str]:
             f"positions {positions}, a span of {options.span}, {options.windows} windows: give positions from 2 to "
             f"{longest}, as the model has {config.max_positions}, and at least 1 of the others"
         )
-    text = np.frombuffer(held_out_text(options), np.uint8)
-    if len(text) < max(positions) + options.span:
-        raise ValueError(
-            f"{len(text)} bytes are held out, and a context of {max(positions)} needs more: give more text"
-        )
+    text = held_out_text(options, least=max(positions) + options.span)
     figure = new_figure("--plot", options.plot) if options.plot else None
     plans = plans_of(options)
     found: dict[str, Any] = {"positions": positions, "span": options.span, "cp": options.cp, "bits_per_byte": {}}
@@ -74,21 +68,6 @@ def evaluate(options: argparse.Namespace) -> list[str]:
     if figure:
         draw(figure, options.plot, found)
     return different
-
-
-def forced_nats(
-    model: Transformer, plan: Plan, text: np.ndarray, position: int, span: int, windows: int, most: int
-) -> np.ndarray:
-    """The surprise of each byte of a span, after `position` bytes [windows, span]; most: what rows have room for."""
-    starts = np.linspace(0, len(text) - position - span, windows).astype(int)
-    rows = np.stack([text[start : start + position + span] for start in starts]).astype(np.int32)
-    reader, nats = Reader(model, plan, rows[:, : position - 1].tolist(), most), []
-    for at in range(position - 1, position + span - 1):
-        logits_BV = reader.read_one(rows[:, at]).astype(np.float64)
-        top_B1 = logits_BV.max(-1, keepdims=True)
-        lse_B = np.log(np.exp(logits_BV - top_B1).sum(-1)) + top_B1[:, 0]
-        nats.append(lse_B - np.take_along_axis(logits_BV, rows[:, at + 1, None], 1)[:, 0])
-    return np.stack(nats, 1)
 
 
 def report(found: dict[str, Any]) -> None:

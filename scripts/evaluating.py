@@ -54,11 +54,15 @@ def byte_model(options: argparse.Namespace) -> ModelConfig:
     return config
 
 
-def held_out_text(options: argparse.Namespace) -> bytes:
+def held_out_text(options: argparse.Namespace, least: int) -> bytes:
+    """Raises ValueError if it has not that many bytes."""
     if not 0 < options.held_out <= 1:
         raise ValueError(f"--held-out is {options.held_out}: give a share above 0, at most 1")
     text = options.text.read_bytes()
-    return text[len(text) - int(len(text) * options.held_out) :]
+    text = text[len(text) - int(len(text) * options.held_out) :]
+    if len(text) < least:
+        raise ValueError(f"{len(text)} bytes are held out, and what is asked for needs {least}: give more text")
+    return text
 
 
 def plans_of(options: argparse.Namespace) -> dict[str, Plan]:

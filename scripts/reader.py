@@ -90,6 +90,23 @@ class Reader:
         return out
 
 
+def forced_nats(model: Transformer, plan: Plan, text: bytes, position: int, span: int, windows: int, most: int) -> Any:
+    """The surprise of each byte of a span that follows `position` bytes, read one by one, as if it had been decoded.
+
+    [windows, span]: at so many places of the text. most: positions that each row has room for.
+    """
+    starts = np.linspace(0, len(text) - position - span, windows).astype(int)
+    rows = np.stack([np.frombuffer(text[start : start + position + span], np.uint8) for start in starts])
+    rows = rows.astype(np.int32)
+    reader, nats = Reader(model, plan, rows[:, : position - 1].tolist(), most), []
+    for at in range(position - 1, position + span - 1):
+        logits_BV = reader.read_one(rows[:, at]).astype(np.float64)
+        top_B1 = logits_BV.max(-1, keepdims=True)
+        lse_B = np.log(np.exp(logits_BV - top_B1).sum(-1)) + top_B1[:, 0]
+        nats.append(lse_B - np.take_along_axis(logits_BV, rows[:, at + 1, None], 1)[:, 0])
+    return np.stack(nats, 1)
+
+
 def _without(cache: KVCache, rank: int, ranks: int) -> KVCache:
     def lost(pool_AKWH: jax.Array) -> jax.Array:
         pages = pool_AKWH.shape[0] // ranks

@@ -109,6 +109,7 @@ def test_needles_are_hidden_and_asked_for_and_every_placement_answers_alike(fold
     for cell, owner in zip(found["cells"], found["helix"]["owners"], strict=True):
         assert cell["context"][cell["place"] :].startswith(cell["key"])
         assert owner == int(BlockLayout(2, 16).owner(cell["place"], len(cell["context"])))
+    np.testing.assert_allclose(found["helix"]["bits_per_byte"], found["one device"]["bits_per_byte"], rtol=1e-5)
     assert (tmp_path / "n.png").stat().st_size > 1000
 
 
@@ -142,7 +143,11 @@ def test_perplexity_is_that_of_one_pass_at_every_position(folder: Path, tmp_path
         ("eval_needle.py", ["--lengths", 20, "--decoded", 0], "a context of 20 bytes holds no fact and question"),
         ("eval_needle.py", ["--lose", 2], "--lose 2 is no rank of cp 2: give 0 to 1"),
         ("eval_needle.py", ["--depths", 0], "--depths is 0: give at least 1"),
-        ("eval_needle.py", ["--held-out", 0], "--held-out is 0.0: give a share above 0"),
+        (
+            "eval_needle.py",
+            ["--held-out", 0, "--lengths", 100, "--decoded", 9],
+            "--held-out is 0.0: give a share above 0",
+        ),
         ("eval_needle.py", ["--model", GOLDEN_LLAMA := ROOT / "tests" / "golden" / "llama"], "is no byte model"),
         ("eval_needle.py", ["--decoded", 100000], "100000 decoded and"),
         ("eval_needle.py", ["--cp", 0], "--cp is 0: give at least 1"),
@@ -152,7 +157,11 @@ def test_perplexity_is_that_of_one_pass_at_every_position(folder: Path, tmp_path
         ("eval_perplexity.py", ["--span", 1000], "a span of 1000"),
         ("eval_perplexity.py", ["--positions", 500], "positions [500], a span of 64"),
         ("eval_perplexity.py", ["--model", GOLDEN_LLAMA], "is no byte model"),
-        ("eval_perplexity.py", ["--held-out", 0.00001], "44 bytes are held out, and a context of 256 needs more"),
+        (
+            "eval_perplexity.py",
+            ["--held-out", 0.00001],
+            "44 bytes are held out, and what is asked for needs 320: give more",
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line_and_exit_2(folder: Path, script: str, options, message: str):
