@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -11,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from helix_jax.layout import Integer, slots_needed
-from helix_jax.mesh import CP, DP, PAGES_AKWH, PAGES_LATENT_AKWH, ROWS_B, TABLE_RBM, sharding
+from helix_jax.mesh import CP, DP, PAGES_AKWH, PAGES_LATENT_AKWH, ROWS_B, TABLE_RBM, put, sharding
 from helix_jax.plan import Plan
 
 
@@ -109,7 +108,7 @@ def _start_rows(plan: Plan, prompt_lens: Sequence[int], max_lens: Sequence[int],
     table_BM = (np.arange(rows) % (rows // dp))[:, None] * pages_per_row + np.arange(pages_per_row)
     table_RBM = np.broadcast_to(table_BM.astype(np.int32), (plan.layout.ranks, *table_BM.shape))
     return Rows(
-        jax.device_put(table_RBM, sharding(plan.mesh, TABLE_RBM)),
+        put(table_RBM, plan.mesh, TABLE_RBM),
         per_row(plan, np.zeros(rows)),
         per_row(plan, prompt_lens),
     )
@@ -117,7 +116,7 @@ def _start_rows(plan: Plan, prompt_lens: Sequence[int], max_lens: Sequence[int],
 
 def per_row(plan: Plan, values: ArrayLike | Sequence[Any]) -> Array:
     """Integers, one or more per row, placed as a step wants them."""
-    return jax.device_put(np.asarray(values, np.int32), sharding(plan.mesh, ROWS_B))
+    return put(np.asarray(values, np.int32), plan.mesh, ROWS_B)
 
 
 def append(

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from helix_jax.cache import KVCache, Rows, make_cache, per_row
 from helix_jax.config import ModelConfig
-from helix_jax.mesh import EXPERT_WEIGHTS, ROWS_B, sharding, weight_sharding
+from helix_jax.mesh import EXPERT_WEIGHTS, ROWS_B, put, weight_sharding
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.sampling import Sampling, make_sampling
@@ -97,7 +97,7 @@ def stream(
     # The last token is said, not cached.
     room = [n + max_new_tokens - 1 if n else 0 for n in lens]
     cache, rows = make_cache(plan, lens, room, page=page, **cache_shape(model))
-    sampling = jax.device_put(sampling or make_sampling(len(prompts)), sharding(plan.mesh, ROWS_B))
+    sampling = put(sampling or make_sampling(len(prompts)), plan.mesh, ROWS_B)
     weights = model.weights()
 
     def run(cache: KVCache, rows: Rows, tokens_BT: np.ndarray, count_B: np.ndarray) -> StepOutput:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -133,6 +134,25 @@ def sharding(mesh: AnyMesh, spec: P) -> NamedSharding:
     while dims and dims[-1] is None:
         dims.pop()
     return NamedSharding(mesh, P(*dims))
+
+
+def put(values: Any, mesh: AnyMesh, spec: P) -> Any:
+    """Arrays of the host, or a tree of them, to where they live. Several processes give the same ones."""
+    where = sharding(mesh, spec)
+    if where.is_fully_addressable:
+        return jax.device_put(values, where)
+
+    def dealt(value: Any) -> jax.Array:  # device_put would compare the processes' values, each time
+        whole = np.asarray(value)
+        return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
+
+    return jax.tree.map(dealt, values)
+
+
+def fetched(x: jax.Array) -> np.ndarray:
+    """On the host, in every process: a collective call, where some of it lies on the devices of another."""
+    here = x.is_fully_addressable or x.is_fully_replicated
+    return np.asarray(x) if here else np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def weight_sharding(mesh: AnyMesh, name: str, experts: str = "flat") -> NamedSharding:

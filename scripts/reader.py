@@ -9,7 +9,7 @@ import numpy as np
 
 from helix_jax.cache import KVCache, make_cache, per_row
 from helix_jax.generation import DEFAULT_PAGE, cache_shape, check_placed
-from helix_jax.mesh import CP, REPLICATED, ROWS_B, sharding
+from helix_jax.mesh import CP, REPLICATED, ROWS_B, put
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.sampling import make_sampling
@@ -29,7 +29,7 @@ class Reader:
         self.model, self.plan, self._weights = model, plan, model.weights()
         lens = [len(prompt) for prompt in prompts]
         self.cache, self.rows = make_cache(plan, lens, [most] * len(lens), page=DEFAULT_PAGE, **cache_shape(model))
-        self._sampling = jax.device_put(make_sampling(len(prompts)), sharding(plan.mesh, ROWS_B))
+        self._sampling = put(make_sampling(len(prompts)), plan.mesh, ROWS_B)
         self._next_B = np.zeros(len(prompts), np.int32)
         self.read(prompts, CHUNK)
 
@@ -57,10 +57,9 @@ class Reader:
 
     def say(self, count: int) -> np.ndarray:
         """The next tokens of each row [B, count], all of which are appended."""
-        where = sharding(self.plan.mesh, REPLICATED)
         first_B = self._next_B
         given = per_row(self.plan, first_B), per_row(self.plan, np.full(len(first_B), 2**31 - 1))
-        none = jax.device_put(np.zeros(0, np.int32), where)
+        none = put(np.zeros(0, np.int32), self.plan.mesh, REPLICATED)
         shape = (self.model.config, self.plan, count, self._weights, self.cache, self.rows)
         out = jax.block_until_ready(many_steps(*shape, *given, none, self._sampling))
         self.cache, self.rows = out.cache, out.rows

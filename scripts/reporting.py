@@ -9,11 +9,16 @@ from typing import Any, NoReturn
 
 import jax
 
+from helix_jax import processes
+
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
 def complain(message: str, code: int = BAD_INPUT) -> int:
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    who = Path(sys.argv[0]).name + ("" if processes.is_first() else f", process {processes.number()}")
+    print(f"{who}: {' '.join(message.split())}", file=sys.__stderr__ if processes.count() > 1 else sys.stderr)
+    if processes.count() > 1:
+        processes.leave(code)
     return code
 
 
@@ -34,6 +39,8 @@ def exit_status(main: Callable[[], None], if_too_large: str) -> int:
     except (ValueError, OSError) as error:
         return complain(str(error))
     except jax.errors.JaxRuntimeError as error:
+        if said := processes.lost(error):
+            return complain(said, processes.LOST)
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return complain(f"out of device memory ({str(error).splitlines()[0]}): {if_too_large}")

@@ -17,7 +17,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,18 @@ import jax.numpy as jnp
 import numpy as np
 from reporting import INTERRUPTED, Parser, complain, exit_status
 from rich.console import Console
-from train_log import Log, mfu
+from train_log import mfu, open_log
 
 from helix_jax import checkpoint
 from helix_jax.checkpoint.states import States
 from helix_jax.checkpoint.tensors import read_json
-from helix_jax.cli.devices import open_mesh
+from helix_jax.cli.devices import add_process_arguments, open_mesh, processes_of
 from helix_jax.config import ModelConfig, from_mapping
 from helix_jax.data import Corpus, Sequences, check_corpus, cut, held_out_windows, open_corpus, sequences_of
 from helix_jax.layout import BlockLayout, dealt
-from helix_jax.mesh import DP, make_mesh
+from helix_jax.mesh import DP, fetched, make_mesh
 from helix_jax.models.transformer import Weights, assemble
+from helix_jax.processes import by_first
 from helix_jax.recall import plant
 from helix_jax.text import Tokenizer, open_tokenizer
 from helix_jax.train import (
@@ -101,6 +102,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--block", type=int, default=16, metavar="TOKENS", help="in which sequences are dealt (default: 16)")
     add("--dtype", choices=("float32", "bfloat16"), help="to compute in (default: bfloat16; float32 on a CPU)")
     add("--platform", choices=("auto", "cpu", "gpu", "tpu"), default="auto", help="cpu: fake devices")
+    add_process_arguments(parser)
     return parser.parse_args()
 
 
@@ -127,7 +129,7 @@ def read_run(options: argparse.Namespace) -> Run:
         raise ValueError(
             f"{where}: passkeys is {data.passkeys}: give a share from 0 to 1, and 0 where tokens are no bytes"
         )
-    mesh = open_mesh(options.platform, options.tp, options.cp, options.dp)
+    mesh = open_mesh(options.platform, options.tp, options.cp, options.dp, processes_of(options))
     corpus = open_data(options.config.parent, data, tokenizer, model, config)
     dtype = jnp.dtype(options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     layout = BlockLayout(options.cp, options.block, "striped")
@@ -160,8 +162,8 @@ def open_data(
 
 def train(run: Run) -> None:
     training, config = run.training, run.training.config
-    began_before = (run.out / "states").exists()
-    weights = checkpoint.load(run.init, make_mesh(), jnp.float32).weights() if run.init and not began_before else None
+    began_before = by_first((run.out / "states").exists)
+    weights = _weights_to_start_from(run.init) if run.init and not began_before else None
     with claimed(run):
         states = States(run.out / "states")
         console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -170,7 +172,7 @@ def train(run: Run) -> None:
             del weights
             describe(run, state, first, console)
             batch = batch_of(run, first)
-            with Log(run.out, config.steps, first, console) as log:
+            with open_log(run.out, config.steps, first, console) as log:
                 for step in range(first, config.steps):
                     began = time.perf_counter()
                     told, state = train_step(training, state, batch)
@@ -186,13 +188,21 @@ def train(run: Run) -> None:
             states.close()
 
 
+def _weights_to_start_from(folder: Path) -> Weights:
+    return checkpoint.load(folder, make_mesh(devices=jax.local_devices()), jnp.float32).weights()
+
+
 @contextmanager
 def claimed(run: Run) -> Iterator[None]:
-    """Makes the folder of a run, and keeps others out of it.
+    """The first process makes the folder of a run, and keeps others out of it. Raises as `_claimed_here`."""
+    with ExitStack() as held:
+        by_first(lambda: held.enter_context(_claimed_here(run)))
+        yield
 
-    Raises:
-        ValueError: the folder is that of a run of something else, or another process is at it.
-    """
+
+@contextmanager
+def _claimed_here(run: Run) -> Iterator[None]:
+    """Raises ValueError: the folder is that of a run of something else, or another process is at it."""
     training, file = run.training, run.out / "run.json"
     settings = {key: value for key, value in asdict(training.config).items() if key not in FREE_KEYS}
     parts = {"model": asdict(training.model), "data": asdict(run.data), "train": settings}
@@ -277,7 +287,7 @@ def score(run: Run, step: int, weights: Weights) -> dict[str, float]:
     for i in range(0, len(starts), rows):
         some = np.resize(starts[i : i + rows], rows)  # the last batch is filled up with some of its own
         found = cut(run.corpus, some, config.context)
-        nats_BS = np.asarray(evaluate(training, weights, deal(training, *found, parts=0)))
+        nats_BS = fetched(evaluate(training, weights, deal(training, *found, parts=0)))
         mine = (counted[i : i + rows] & found.counted_BS[: len(counted[i : i + rows])])[:, order]
         total += float(nats_BS[: len(mine)][mine].sum(dtype=np.float64))
         count += int(mine.sum())

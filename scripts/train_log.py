@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from helix_jax.mesh import EXPERT_WEIGHTS
 from helix_jax.models.transformer import Weights
+from helix_jax.processes import is_first
 from helix_jax.train import Training
 
 LOG_FILE, CURVE_FILE = "train_log.jsonl", "curve.png"
@@ -41,6 +44,24 @@ def mfu(run: Training, weights: Weights, tokens_per_s: float) -> float | None:
     matrices = sum(jax.tree.leaves(jax.tree.map_with_path(used, weights)))
     seen = sum(min(model.window_of(layer) or math.inf, run.config.context / 2) for layer in range(model.layers))
     return tokens_per_s * (6 * matrices + 12 * model.heads * model.head_width * seen) / (peak * run.mesh.size)
+
+
+@contextmanager
+def open_log(folder: Path, steps: int, first: int, console: Console) -> Iterator["Log | Unlogged"]:
+    """Of several processes the first one tells."""
+    if not is_first():
+        yield Unlogged()
+        return
+    with Log(folder, steps, first, console) as log:
+        yield log
+
+
+class Unlogged:
+    """Tells nothing."""
+
+    def step(self, step: int, **found: float) -> None: ...
+
+    def held_out(self, step: int, **found: float) -> None: ...
 
 
 class Log:

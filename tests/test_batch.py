@@ -207,7 +207,7 @@ def here(monkeypatch):
     def no_weights(*_: object):
         raise AssertionError("weights are read")
 
-    monkeypatch.setattr(command, "open_mesh", lambda platform, tp, cp: make_mesh(tp, cp or 1))
+    monkeypatch.setattr(command, "open_mesh", lambda platform, tp, cp, processes: make_mesh(tp, cp or 1))
     monkeypatch.setattr(command.Setup, "load", no_weights)
 
 

@@ -343,7 +343,7 @@ def test_a_difference_is_exit_1_with_its_index_and_gap(monkeypatch, capsys):
             yield event
 
     monkeypatch.setattr(command, "stream", another)
-    monkeypatch.setattr(command, "open_mesh", lambda platform, tp, cp: command.make_mesh(tp, cp))
+    monkeypatch.setattr(command, "open_mesh", lambda platform, tp, cp, processes: command.make_mesh(tp, cp))
     arguments = ["generate", "--prompt", "In the", "--cp", "2", "--max-new-tokens", "6", "--verify"]
     assert main(arguments) == 1
     assert re.search(r"not verified: new token 3 is \d+, but 65 .* lie [\d.]+ apart", capsys.readouterr().err)

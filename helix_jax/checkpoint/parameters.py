@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from helix_jax.checkpoint.merged_axes import our_part, published_shape
 from helix_jax.config import ModelConfig
 from helix_jax.families import FAMILIES, Family
+from helix_jax.mesh import fetched
 from helix_jax.models.transformer import Transformer
 
 # A parameter's place in the module tree: ("layers", 0, "ff", "up_DF"). An index into it: a slice per axis.
@@ -80,4 +81,4 @@ def without_padding(value: Any, shape: tuple[int, ...]) -> np.ndarray:
 
     Of a copy: an array that has been looked at keeps what was seen, and the whole model would end on the host.
     """
-    return np.asarray(jnp.copy(value))[tuple(map(slice, shape))]
+    return fetched(jnp.copy(value))[tuple(map(slice, shape))]

@@ -17,6 +17,7 @@ from helix_jax.checkpoint.reading import GENERATION_FILE
 from helix_jax.checkpoint.tensors import INDEX_FILE, WEIGHTS_FILE
 from helix_jax.config import ModelConfig
 from helix_jax.models.transformer import Transformer
+from helix_jax.processes import is_first
 
 _FILE_BYTES = 4 * 10**9  # of one safetensors file, unless a single layer is larger
 
@@ -24,7 +25,8 @@ _FILE_BYTES = 4 * 10**9  # of one safetensors file, unless a single layer is lar
 def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None) -> None:
     """Writes a Hugging Face folder that transformers and `load` open, in `dtype` (default: as the weights are).
 
-    One file, or several and an index for a large model: the host holds one of them at a time.
+    One file, or several and an index for a large model: the host holds one of them at a time. Of several processes the
+    first writes, and all call it.
 
     Raises:
         ValueError: the folder holds a generation config, or, beside a single file, an index of another model; the
@@ -43,12 +45,14 @@ def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None)
     for number, paths in enumerate(files, 1):
         name = WEIGHTS_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         tensors = _published(model, {path: home_of[path] for path in paths}, dtype)
-        save_file(tensors, _unfinished(folder / name), metadata={"format": "pt"})
-        _finish(folder / name)
+        if is_first():
+            save_file(tensors, _unfinished(folder / name), metadata={"format": "pt"})
+            _finish(folder / name)
         index |= dict.fromkeys(tensors, name)
-    if len(files) > 1:
-        _write_json(folder / INDEX_FILE, {"metadata": {}, "weight_map": index})
-    _write_json(folder / "config.json", published)
+    if is_first():
+        if len(files) > 1:
+            _write_json(folder / INDEX_FILE, {"metadata": {}, "weight_map": index})
+        _write_json(folder / "config.json", published)
 
 
 def describe(config: ModelConfig, dtype: str) -> dict[str, Any]:

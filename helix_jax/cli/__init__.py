@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import jax
 
-from helix_jax import __version__
+from helix_jax import __version__, processes
 from helix_jax.cli import batch, generate, layout
 
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
@@ -22,7 +22,8 @@ _GRACE_S = 1.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code.
 
-    0, 1 (--verify found a difference, a line of a batch failed), 2 (bad input) or 130 (Ctrl-C).
+    0, 1 (--verify found a difference, a line of a batch failed), 2 (bad input), 3 (another process is gone) or 130
+    (Ctrl-C).
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows text all the same
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _complain(str(error))
     except jax.errors.JaxRuntimeError as error:
+        if said := processes.lost(error):
+            _complain(said, processes.LOST)
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _complain(f"out of device memory ({str(error).splitlines()[0]}): take more devices or a shorter prompt")
@@ -74,9 +77,12 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(_complain(f"{message} (see {self.prog} --help)"))
 
 
-def _complain(message: str) -> int:
-    print(f"helix-jax: {' '.join(message.split())}", file=sys.stderr)
-    return BAD_INPUT
+def _complain(message: str, status: int = BAD_INPUT) -> int:
+    who = "helix-jax" if processes.is_first() else f"helix-jax, process {processes.number()}"
+    print(f"{who}: {' '.join(message.split())}", file=sys.__stderr__ if processes.count() > 1 else sys.stderr)
+    if processes.count() > 1:
+        processes.leave(status)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,12 +13,13 @@ from rich.live import Live
 from rich.table import Table
 
 from helix_jax.checkpoint import read_config
-from helix_jax.cli.devices import open_mesh
-from helix_jax.cli.lines import Asked, Refused, Results, read_requests
+from helix_jax.cli.devices import open_mesh, processes_of
+from helix_jax.cli.lines import Asked, Refused, Results, WrittenElsewhere, read_requests
 from helix_jax.cli.notes import Notes
 from helix_jax.cli.options import Setup, add_shared_arguments, set_up
 from helix_jax.config import ModelConfig
 from helix_jax.engine import Ended, Engine, Figures
+from helix_jax.processes import by_first
 from helix_jax.text import open_tokenizer
 
 OK, FAILED = 0, 1
@@ -56,9 +57,9 @@ def run(options: argparse.Namespace) -> int:
     notes = Notes()
     config = read_config(options.model)
     _check(options, config)
-    mesh = open_mesh(options.platform, options.tp, options.cp)
+    mesh = open_mesh(options.platform, options.tp, options.cp, processes=processes_of(options))
     setup = set_up(options, config, mesh)
-    with _open_requests(options) as lines, Results(options.out) as results:
+    with _open_requests(options) as lines, _open_results(options.out) as results:
         _say_what_stands(options.out, results, notes)
         asked = _good(read_requests(lines, results.done), results)
         first = next(asked, None)
@@ -92,6 +93,18 @@ def _open_requests(options: argparse.Namespace) -> BinaryIO:
         return options.requests.open("rb")
     except OSError as error:
         raise ValueError(f"'{options.requests}' cannot be read: {error.strerror}") from None
+
+
+def _open_results(out: Path) -> Results:
+    """The first process writes them; all know what is done."""
+    opened: list[Results] = []
+
+    def open_and_tell() -> list[str]:
+        opened.append(Results(out))
+        return sorted(opened[0].done)
+
+    done = by_first(open_and_tell)
+    return opened[0] if opened else WrittenElsewhere(done)
 
 
 def _say_what_stands(out: Path, results: Results, notes: Notes) -> None:

@@ -1,5 +1,6 @@
 """Which devices a command runs on. Called before any JAX backend starts, as the number of fake devices must be."""
 
+import argparse
 import importlib.util
 import os
 import re
@@ -7,35 +8,68 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
 from helix_jax.mesh import Device, make_mesh
+from helix_jax.processes import Processes, count, is_first, start
 
 _FAKE_DEVICES_FLAG = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 
 
-def open_mesh(platform: str, tp: int, cp: int | None, dp: int = 1) -> Mesh:
-    """The mesh of dp x tp x cp devices of `platform`; `cp` left out takes all devices there are.
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    several = parser.add_argument_group("several processes", "mostly one a host: each gets the same command line")
+    add = several.add_argument
+    add("--distributed", action="store_true", help="JAX finds the others: of Slurm, Kubernetes, Open MPI, Cloud TPU")
+    add("--coordinator", metavar="HOST:PORT", help="or: where the first process is")
+    add("--processes", type=int, metavar="N", help="how many they are")
+    add("--process", type=int, metavar="I", help="which of them this is, from 0")
+
+
+def processes_of(options: argparse.Namespace) -> Processes | None:
+    """What the options say; None if this process is alone."""
+    found = Processes(options.coordinator, options.processes, options.process)
+    return found if options.distributed or found != Processes() else None
+
+
+def open_mesh(platform: str, tp: int, cp: int | None, dp: int = 1, processes: Processes | None = None) -> Mesh:
+    """The mesh of dp x tp x cp devices of `platform`; `cp` left out takes all devices there are, of all processes.
 
     Without an accelerator, or for platform 'cpu', the CPU is split into fake devices: as many as are asked for, or,
-    when cp is left out, as many as XLA_FLAGS or JAX_NUM_CPU_DEVICES say.
+    when cp is left out, as many as XLA_FLAGS or JAX_NUM_CPU_DEVICES say; of several processes each makes its share.
 
     Raises:
-        ValueError: no device of that platform, or fewer than dp * tp * cp.
+        ValueError: no device of that platform, or fewer than dp * tp * cp; processes that do not find each other.
     """
     for name, size in (("tp", tp), ("cp", cp), ("dp", dp)):
         if size is not None and size < 1:
             raise ValueError(f"--{name} is {size}: give at least 1")
-    fake = dp * tp * cp if cp else max(dp * tp, _fake_devices_wanted())
-    jax.config.update("jax_num_cpu_devices", fake)
+    if processes:
+        start(processes)
+        _let_the_first_alone_speak()
+    fake = dp * tp * cp if cp else max(dp * tp, _fake_devices_wanted() * count())
+    jax.config.update("jax_num_cpu_devices", -(-fake // count()))
     if platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
     devices = _devices(platform)
     if cp is None and len(devices) < dp * tp:
         raise ValueError(f"--tp {tp} needs {dp * tp} devices, but there are {len(devices)}: try --platform cpu")
     return make_mesh(tp, cp or len(devices) // (dp * tp), dp, devices=devices)
+
+
+def _let_the_first_alone_speak() -> None:
+    """What they say is the same; of an error, which need not be, `sys.__stderr__` still tells.
+
+    Gloo, which connects processes on CPUs, tells so on stdout, from C++: nobody hears it.
+    """
+    sys.stdout.flush()
+    ours = os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout = os.fdopen(ours, "w", errors="replace")
+    if not is_first():
+        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - for the rest of the process
 
 
 def _fake_devices_wanted() -> int:

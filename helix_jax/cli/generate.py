@@ -14,7 +14,7 @@ from rich.table import Table
 
 from helix_jax.cache import tokens_per_rank
 from helix_jax.checkpoint import read_config
-from helix_jax.cli.devices import open_mesh
+from helix_jax.cli.devices import open_mesh, processes_of
 from helix_jax.cli.notes import Notes
 from helix_jax.cli.options import Setup, add_shared_arguments, set_up
 from helix_jax.cli.prompts import encode, read_ids, read_text
@@ -23,6 +23,7 @@ from helix_jax.layout import BlockLayout
 from helix_jax.mesh import CP, TP, make_mesh
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
+from helix_jax.processes import number
 from helix_jax.sampling import make_sampling
 from helix_jax.text import TextStream, Tokenizer, chat_ids, open_tokenizer
 
@@ -80,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     prompt = _prompt(options, tokenizer)
     shape = _request(options)
     check_request(config, [prompt], **shape)
-    mesh = open_mesh(options.platform, options.tp, options.cp)
+    mesh = open_mesh(options.platform, options.tp, options.cp, processes=processes_of(options))
     setup = set_up(options, config, mesh)
     job = Job(setup, prompt, tokenizer, {**shape, **_sampling(options)})
     done = _decode(job, setup.load(mesh, notes), notes, quiet=options.json)
@@ -159,7 +160,7 @@ def _write(piece: str) -> None:
 
 def _difference(job: Job, tokens: list[int], mesh: Mesh, notes: Notes) -> str | None:
     """Decodes again with nothing sharded; says where the tokens part, if they do."""
-    mesh = make_mesh(devices=list(mesh.devices.flat))
+    mesh = make_mesh(devices=[device for device in mesh.devices.flat if device.process_index == number()])
     plan = Plan(mesh, BlockLayout(1, job.setup.plan.layout.block))
     events = stream(job.setup.load(mesh, notes), [job.prompt], plan, **job.options)
     said = (event for event in events if isinstance(event, Decoded))

@@ -155,6 +155,22 @@ class Results:
         return "id" in found and bool(_KINDS & found.keys())
 
 
+class WrittenElsewhere(Results):
+    """Of one of several processes that is not the first: it counts as that one does, and writes nothing."""
+
+    def __init__(self, done: Iterable[str]):
+        self.done, self.mended = set(done), False
+        self.answered, self.failed = 0, 0
+        self.first_failed = None
+        self._errors = set()
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def _write(self, line: bytes) -> None:
+        pass
+
+
 def _half_written(line: bytes) -> bool:
     """Whether it is how one of our lines begins, and no more than that."""
     if line.endswith(b"\n") or line[: len(_START)] != _START[: len(line)]:

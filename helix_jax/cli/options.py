@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from helix_jax.checkpoint import DEMO_MODEL, load
+from helix_jax.cli.devices import add_process_arguments
 from helix_jax.cli.notes import Notes
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
@@ -47,6 +48,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--dtype", choices=("float32", "bfloat16"), help="of weights and cache (default: bfloat16; float32 on a CPU)")
     add("--platform", choices=("auto", "cpu", "gpu", "tpu"), default="auto", help="cpu: tp * cp fake devices")
+    add_process_arguments(parser)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from helix_jax.engine.requests import Request
 from helix_jax.engine.said import Text
 from helix_jax.engine.scheduler import Chunk, Seat, Work, seated, table_of
 from helix_jax.generation import cache_shape
-from helix_jax.mesh import REPLICATED, ROWS_B, TABLE_RBM, TP, sharding
+from helix_jax.mesh import REPLICATED, ROWS_B, TABLE_RBM, TP, put
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
+from helix_jax.processes import least
 from helix_jax.sampling import make_sampling
 
 _SHARE_OF_MEMORY = 0.9  # of what is free, for pages
@@ -46,7 +47,7 @@ class Runner:
         self.config, self.plan = model.config, plan
         self.shape: dict[str, Any] = {"page": page, **cache_shape(model)}
         self._weights = model.weights()
-        self._device = min(model.embed_VD[...].sharding.device_set, key=lambda device: device.id)
+        self._device = min(model.embed_VD[...].sharding.addressable_devices, key=lambda device: device.id)
         self._entries = _entries(plan, max_len, page)
         self._widths = sorted({chunk, *(max(1, chunk // times) for times in _SHORTER)})
         self._under_way: Any = None  # on a CPU
@@ -120,7 +121,7 @@ class Runner:
 
     def put(self, value: Any) -> Any:
         """Small arrays, on all devices."""
-        return jax.device_put(value, sharding(self.plan.mesh, REPLICATED))
+        return put(value, self.plan.mesh, REPLICATED)
 
     def call(self, program: Callable[..., Any], *given: Any) -> Any:
         """Dispatches it. On a CPU split into devices programs that pile up deadlock: the last one is waited for."""
@@ -140,20 +141,17 @@ class Runner:
         per_page = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pools)) // self.plan.mesh.size
         if self.shape["latent"]:
             per_page *= self.plan.mesh.shape[TP]
-        return max(1, min(wanted, int(_SHARE_OF_MEMORY * free) // per_page))
+        return least(max(1, min(wanted, int(_SHARE_OF_MEMORY * free) // per_page)))
 
     def _empty_state(self, rows: int, vocab: int) -> State:
         plan, ranks = self.plan, self.plan.layout.ranks
-        rows_B = sharding(plan.mesh, ROWS_B)
         cache: KVCache = make_pools(plan, ranks * self.pages, **self.shape)
         table_RBM = np.full((ranks, rows, self._entries), -1, np.int32)
         none_B = np.zeros(rows)
-        state_rows = Rows(
-            jax.device_put(table_RBM, sharding(plan.mesh, TABLE_RBM)), per_row(plan, none_B), per_row(plan, none_B)
-        )
+        state_rows = Rows(put(table_RBM, plan.mesh, TABLE_RBM), per_row(plan, none_B), per_row(plan, none_B))
         rules = Rules(make_sampling(rows), jnp.ones(rows, jnp.float32), jnp.zeros(rows, bool))
         seen_BV = jnp.zeros((rows, vocab), bool)
-        return State(cache, state_rows, per_row(plan, none_B), *jax.device_put((seen_BV, rules), rows_B))
+        return State(cache, state_rows, per_row(plan, none_B), *put((seen_BV, rules), plan.mesh, ROWS_B))
 
 
 def _entries(plan: Plan, max_len: int, page: int) -> int:

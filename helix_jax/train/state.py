@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 
 from helix_jax.config import ModelConfig
 from helix_jax.layout import dealt
-from helix_jax.mesh import DEALT_BS, DEALT_XBS, REPLICATED, sharding, stored_sharding
+from helix_jax.mesh import DEALT_BS, DEALT_XBS, REPLICATED, put, sharding, stored_sharding
 from helix_jax.models.transformer import Transformer, Weights
 from helix_jax.train.run import TrainConfig, Training
 
@@ -46,9 +46,9 @@ def deal(run: Training, tokens_BS: np.ndarray, first_BS: np.ndarray, counted_BS:
     order = dealt(run.layout, first_BS.shape[1])
     halves = tokens_BS[:, :-1], tokens_BS[:, 1:], first_BS
     arrays = [np.asarray(x[:, order], np.int32) for x in halves] + [counted_BS[:, order]]
-    where = sharding(run.mesh, DEALT_XBS if parts else DEALT_BS)
+    where = DEALT_XBS if parts else DEALT_BS
     shape = (parts, -1, len(order)) if parts else (-1, len(order))
-    return Batch(*(jax.device_put(x.reshape(shape), where) for x in arrays))
+    return Batch(*(put(x.reshape(shape), run.mesh, where) for x in arrays))
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -104,7 +104,7 @@ def start(run: Training, weights: Weights | None = None) -> TrainState:
     places = jax.tree.map(lambda like: like.sharding, abstract_state(run))
 
     def placed(x: Array, where: Any) -> Array:  # a copy: the first step takes it over
-        return jax.device_put(jnp.array(x, jnp.float32), where)
+        return put(jnp.array(x, jnp.float32), run.mesh, where.spec)
 
     if weights is None:
         make = jax.jit(partial(_random_weights, run.model, run.config.seed), out_shardings=places.weights)
@@ -112,7 +112,7 @@ def start(run: Training, weights: Weights | None = None) -> TrainState:
     else:
         dealt_weights = jax.tree.map(placed, weights, places.weights)
     memory = jax.jit(make_optimizer(run.config).init, out_shardings=places.memory)(dealt_weights)
-    return TrainState(dealt_weights, memory, jax.device_put(jnp.zeros((), jnp.int32), places.step))
+    return TrainState(dealt_weights, memory, put(np.zeros((), np.int32), run.mesh, REPLICATED))
 
 
 def _random_weights(model: ModelConfig, seed: int) -> Weights:
