@@ -1,4 +1,4 @@
-"""Several processes that run one program on all their devices, mostly one a host: how they start, and how they agree.
+"""Several processes that run one program on all their devices, on one host or many: how they start, how they agree.
 
 Every process makes the same calls in the same order; the first one alone prints and writes. What only one of them can
 know, a file that it opened, the free memory of its devices, is told to the others here.

@@ -1,7 +1,7 @@
-"""Runs Mosaic GPU kernels on a CPU: JAX's interpreter has threads, barriers and memories, and finds races.
+"""Runs Mosaic's kernels on a CPU: JAX's interpreters have threads or cores, barriers and memories, and find races.
 
-Two things it does not know are put in its words here: a matrix product whose left side lies in registers, and an
-accumulator that starts from a value.
+Two things that the one for GPUs does not know are put in its words here: a matrix product whose left side lies in
+registers, and an accumulator that starts from a value.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,13 +11,16 @@ from typing import Any
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as tpu_interpreter
 
-from helix_jax.kernels import mosaic_gpu
+from helix_jax.kernels import mosaic_gpu, tpu
 from helix_jax.kernels.mosaic_gpu import memory
+from helix_jax.kernels.tpu import work
 
-AVAILABLE = jax.__version_info__ >= (0, 12)  # before it, there is none, or one that knows too little
+AVAILABLE = jax.__version_info__ >= (0, 12)  # for GPUs: before it, there is none, or one that knows too little
 
 
 class _Sum:
@@ -70,3 +73,24 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, processors: int) -> Iterator[No
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
             yield
         mosaic_gpu.attend.clear_cache()
+
+
+@contextmanager
+def interpreted_on_tpu(monkeypatch: pytest.MonkeyPatch, cores: int) -> Iterator[None]:
+    """Kernels that are traced in here run on the CPU, as on a TPU of so many cores, in tiles and blocks that are small.
+
+    What was not written is NaN, and a race an error. All results must be looked at in here.
+    """
+    shared = {"detect_races": True, "uninitialized_memory": "nan", "random_seed": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "_QUERIES", 32)
+        patch.setattr(work, "_LEAST_SLOTS", 128)
+        patch.setattr(work, "_MOST_SLOTS", 128)
+        tpu.attend.clear_cache()
+        try:
+            with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(num_cores_or_threads=cores, **shared)):
+                yield
+            assert not tpu_interpreter.races.races_found
+        finally:
+            tpu.attend.clear_cache()
+            pltpu.reset_tpu_interpret_mode_state()

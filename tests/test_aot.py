@@ -2,12 +2,27 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from jax.sharding import SingleDeviceSharding
 
+from helix_jax.abstract import abstract_arguments
+from helix_jax.config import ModelConfig
+from helix_jax.kernels import attend_by, tpu
+from helix_jax.layout import BlockLayout
+from helix_jax.mesh import make_mesh
+from helix_jax.plan import Plan
+from helix_jax.step import step
 from tests.conftest import ROOT
 from tests.test_cli import ENVIRONMENT
 
@@ -59,3 +74,95 @@ def test_what_cannot_be_compiled_for_is_one_line_and_exit_2(options, message: st
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert message in done.stderr
+
+
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4"}
+SHAPES = {  # B, T, N, K, H, W, type
+    "decoding": (4, 1, 32, 8, 128, 64, "bfloat16"),
+    "a chunk": (2, 512, 32, 8, 128, 64, "bfloat16"),
+    "groups of 3, a few new tokens": (4, 3, 6, 2, 128, 16, "bfloat16"),
+    "wide heads, a chunk": (2, 512, 16, 2, 256, 64, "bfloat16"),
+    "shortest pages": (4, 1, 32, 32, 128, 8, "bfloat16"),
+    "longest pages, float32, a chunk": (1, 512, 16, 2, 256, 1024, "float32"),
+    "latent": (4, 1, 128, 1, 576, 64, "bfloat16"),
+    "latent, a chunk": (2, 64, 128, 1, 576, 64, "bfloat16"),
+    "latent, float32": (4, 1, 128, 1, 576, 64, "float32"),
+}
+
+
+@cache
+def chips(generation: str) -> list:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")  # else libtpu asks the network for it
+        patch.setenv("TPU_ACCELERATOR_TYPE", generation)
+        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened: others may compile too
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[generation]).devices)
+
+
+@pytest.fixture
+def uncached() -> Iterator[None]:
+    """What was compiled for chips that are not there is kept by JAX, but cannot be read again."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    reset_cache()
+
+
+def computed(text: str, shape: tuple[int, ...]) -> set[str]:
+    """The operations of a compiled program that give an array of that shape, but for views."""
+    found = re.findall(rf"= \w+\[{','.join(map(str, shape))}\]\S* ([\w-]+)\(", text)
+    return set(found) - {"parameter", "bitcast", "get-tuple-element"}
+
+
+@with_libtpu
+@pytest.mark.usefixtures("uncached")
+@pytest.mark.parametrize("generation", CHIPS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_kernel_compiles_and_reads_the_cache_in_place(name: str, generation: str):
+    pool, text = compiled_kernel(generation, *SHAPES[name])
+    assert text.count('custom_call_target="tpu_custom_call"') == 1
+    assert not computed(text, pool)
+
+
+def compiled_kernel(
+    generation: str, B: int, T: int, N: int, K: int, H: int, W: int, dtype: str
+) -> tuple[tuple[int, ...], str]:
+    """The shape of its pools, and the program."""
+    M, latent = 2**12 // W, H == 576
+    A = B * M + 41
+    like = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(chips(generation)[0]))
+    pool, ints = like((A, K, W, H), dtype), partial(like, dtype=jnp.int32)
+    run = partial(attend_by("tpu"), scale=0.1, v_width=512 if latent else None)
+    arguments = like((B, T, N, H), dtype), pool, None if latent else pool, ints((B, M)), ints((B, T)), ints((B, T))
+    return pool.shape, jax.jit(run).lower(*arguments).compile().as_text()
+
+
+@with_libtpu
+@pytest.mark.usefixtures("uncached")
+def test_narrow_heads_which_the_kernel_refuses_would_have_their_cache_copied(monkeypatch):
+    """Why it does, and what shows that the test above can fail."""
+    monkeypatch.setattr(tpu, "check_arrays", lambda *_: None)
+    pool, text = compiled_kernel("v5e", 4, 1, 32, 8, 64, 64, "bfloat16")
+    assert "copy" in computed(text, pool)
+
+
+@with_libtpu
+@pytest.mark.usefixtures("uncached")
+@pytest.mark.parametrize(("generation", "tp", "cp"), [("v5e", 2, 2), ("v6e", 2, 4)])
+@pytest.mark.parametrize("T", [1, 16])
+def test_a_step_over_a_mesh_has_the_kernel_in_every_layer_and_moves_no_cache(generation: str, tp: int, cp: int, T: int):
+    shape = {"width": 256, "heads": 16, "kv_heads": 4, "head_width": 128, "ff_width": 512, "vocab": 512}
+    config = ModelConfig(layers=2, max_positions=4096, **shape)
+    plan = Plan(make_mesh(tp, cp, devices=chips(generation)), BlockLayout(cp, 16))
+    assert plan.kernel_for_model(config, 64, jnp.bfloat16) == "tpu"
+    arguments = abstract_arguments(config, plan, rows=2, slots=2**16, T=T, page=64, dtype=jnp.bfloat16)
+    compiled = step.lower(*arguments).compile()
+    pool = arguments[3].layers[0].k_AKWH
+    share = pool.sharding.shard_shape(pool.shape)
+    cache_bytes = 2 * config.layers * 2 * share[0] * share[1] * share[2] * share[3]
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == config.layers
+    assert computed(compiled.as_text(), share) <= {"scatter", "fusion"}  # of what is appended
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache_bytes
+    assert memory.temp_size_in_bytes < cache_bytes / 50

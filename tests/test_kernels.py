@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType
+from jax.typing import DTypeLike
 
 from helix_jax.attention import Partial
 from helix_jax.cache import Pages, Rows
 from helix_jax.combine import COMBINES
 from helix_jax.helix import helix_attention
-from helix_jax.kernels import PageFormat, attend_by, check_device, check_pages, chosen
-from helix_jax.kernels.mosaic_gpu import check_arrays
+from helix_jax.kernels import KERNELS, PageFormat, attend_by, check_arrays, check_device, check_pages, chosen, tpu
+from helix_jax.kernels.mosaic_gpu import check_arrays as check_arrays_for_a_gpu
 from helix_jax.kernels.mosaic_gpu.work import Work, each_segment, parts_of, schedule
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import NEW_KEYS_BTKH, PAGES_AKWH, QUERIES_BTNH, ROWS_B, TABLE_RBM, sharding
@@ -30,14 +31,18 @@ on_hopper = pytest.mark.skipif(
     reason="needs a Hopper GPU",
 )
 
+on_tpu = pytest.mark.skipif(jax.default_backend() != "tpu", reason="needs a TPU")
+
 interpretable = pytest.mark.skipif(
     not interpreter.AVAILABLE, reason="JAX's interpreter of GPU kernels is complete enough from 0.12 on"
 )
 
 HOPPER = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
 BLACKWELL = SimpleNamespace(platform="gpu", device_kind="NVIDIA B200", compute_capability="10.0")
+TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
 CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
 GROUPED = PageFormat(width=128, page=64, dtype=jnp.bfloat16)
+TWINS = KERNELS[2:]
 
 
 # The work
@@ -123,6 +128,10 @@ def test_auto_takes_the_kernel_where_it_runs():
         assert chosen("auto", device, GROUPED) == "xla"
     for pages in (GROUPED._replace(dtype=jnp.float32), GROUPED._replace(page=48), GROUPED._replace(width=96)):
         assert chosen("auto", HOPPER, pages) == chosen("xla", HOPPER, pages) == "xla"
+    for pages in (GROUPED, GROUPED._replace(dtype=jnp.float32, page=8), PageFormat(576, 64, jnp.bfloat16, 512)):
+        assert chosen("auto", TPU, pages) == chosen("tpu", None, pages) == "tpu"
+    for pages in (GROUPED._replace(page=12), GROUPED._replace(width=64), GROUPED._replace(width=32)):
+        assert chosen("auto", TPU, pages) == "xla"
 
 
 @pytest.mark.parametrize(
@@ -139,24 +148,37 @@ def test_a_kernel_asked_for_on_another_device_is_refused(device, message: str, m
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     with pytest.raises(ValueError, match="needs JAX 0.11 or later"):
         check_device("mosaic_gpu", HOPPER)
+    with pytest.raises(ValueError, match="kernel tpu runs on TPUs, and this is a GPU: choose a TPU, or kernel auto or"):
+        check_device("tpu", HOPPER)
+    check_device("tpu", TPU)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("kernel", "change", "message"),
     [
-        ({"dtype": jnp.float32}, "reads bfloat16, and the cache is float32: choose bfloat16, or kernel auto or xla"),
-        ({"page": 100}, "or a multiple of 128 tokens, not 100: choose 64"),
-        ({"width": 96}, "knows heads of width 64, 128 and 256, not 96"),
-        ({"width": 320, "v_width": 256}, "knows latents of 576 numbers, 512 of them values, not 320 and 256"),
+        ("mosaic_gpu", {"dtype": jnp.float32}, "reads bfloat16, and the cache is float32: choose bfloat16, or kernel"),
+        ("mosaic_gpu", {"page": 100}, "or a multiple of 128 tokens, not 100: choose 64, or kernel auto or xla"),
+        ("mosaic_gpu", {"width": 96}, "knows heads of width 64, 128 and 256, not 96"),
+        ("tpu", {"dtype": jnp.float16}, "kernel tpu reads bfloat16 and float32, and the cache is float16: choose one"),
+        (
+            "tpu",
+            {"page": 2048},
+            "64 or a multiple of 128 up to 1024 tokens, not 2048: choose 64, or kernel auto or xla",
+        ),
+        ("tpu", {"width": 64}, "knows heads of width 128 and 256, not 64: choose another model"),
+        *(
+            (kernel, {"width": 320, "v_width": 256}, "knows latents of 576 numbers, 512 of them values, not 320 and")
+            for kernel in TWINS
+        ),
     ],
 )
-def test_pages_that_the_kernel_cannot_read_are_refused(change, message: str):
+def test_pages_that_the_kernel_cannot_read_are_refused(kernel: str, change, message: str):
     with pytest.raises(ValueError, match=message):
-        check_pages(GROUPED._replace(**change))
+        check_pages(GROUPED._replace(**change), kernel)
 
 
 def test_a_name_that_was_not_chosen_attends_to_nothing():
-    with pytest.raises(ValueError, match="'auto' attends to nothing: choose xla or mosaic_gpu"):
+    with pytest.raises(ValueError, match="'auto' attends to nothing: choose xla or mosaic_gpu or tpu"):
         attend_by("auto")
 
 
@@ -176,23 +198,25 @@ def test_a_name_that_was_not_chosen_attends_to_nothing():
 def test_arrays_that_do_not_go_together_are_refused(change, message: str):
     shapes = {"q": (2, 1, 4, 128), "k": (5, 2, 64, 128), "v": (5, 2, 64, 128)} | change
     q, k, v = (None if shapes[x] is None else jax.ShapeDtypeStruct(shapes[x], jnp.bfloat16) for x in "qkv")
-    with pytest.raises(ValueError, match=message):
-        jax.eval_shape(partial(check_arrays, v_width=None), q, k, v)
+    for check_them in (partial(check_arrays, "tpu"), check_arrays_for_a_gpu):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(partial(check_them, v_width=None), q, k, v)
 
 
-def test_a_derivative_is_refused():
+@pytest.mark.parametrize("kernel", TWINS)
+def test_a_derivative_is_refused(kernel: str):
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     table, ints = jax.ShapeDtypeStruct((2, 2), jnp.int32), jax.ShapeDtypeStruct((2, 1), jnp.int32)
     pool = shape((5, 2, 64, 128))
 
     def loss(q, k, v, table, lo, hi):
-        return attend_by("mosaic_gpu")(q, k, v, table, lo, hi, scale=1.0).o_BTNH.sum()
+        return attend_by(kernel)(q, k, v, table, lo, hi, scale=1.0).o_BTNH.sum()
 
-    with pytest.raises(ValueError, match="kernel mosaic_gpu has no derivative: choose kernel xla"):
+    with pytest.raises(ValueError, match=f"kernel {kernel} has no derivative: choose kernel xla"):
         jax.eval_shape(jax.grad(loss), shape((2, 1, 4, 128)), pool, pool, table, ints, ints)
 
 
-# The kernel's code, as far as it goes without a GPU: down to instructions for one
+# The kernels' code, as far as it goes without their machine: for a GPU down to instructions
 
 LOWERED = {  # name: B, T, N, K, H, W, M
     "one query per head": (2, 1, 2, 2, 128, 64, 6),
@@ -230,12 +254,13 @@ def test_it_lowers_for_a_gpu_and_reads_the_cache_in_place(name: str):
 
 
 @pytest.mark.parametrize("how", COMBINES)
-def test_the_island_lowers_for_gpus_with_the_kernel_in_it(how: str, monkeypatch):
+@pytest.mark.parametrize(("kernel", "platform"), [("mosaic_gpu", "cuda"), ("tpu", "tpu")])
+def test_the_island_lowers_with_the_kernel_in_it(kernel: str, platform: str, how: str, monkeypatch):
     monkeypatch.setattr(
         jax, "__version_info__", (0, 11, 0)
     )  # it lowers with earlier ones too; it has not been run there
     mesh = AbstractMesh((1, 2, 2), ("dp", "tp", "cp"), axis_types=(AxisType.Auto,) * 3)
-    plan = Plan(mesh, BlockLayout(2, 16), how, "mosaic_gpu")
+    plan = Plan(mesh, BlockLayout(2, 16), how, kernel)
 
     def abstract(shape, spec, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, spec))
@@ -245,13 +270,25 @@ def test_the_island_lowers_for_gpus_with_the_kernel_in_it(how: str, monkeypatch)
     rows = Rows(abstract((2, 2, 8), TABLE_RBM, jnp.int32), ints_B, ints_B)
     arguments = Pages(pool, pool), abstract((2, 1, 16, 128), QUERIES_BTNH), new, new, rows, ints_B
     traced = jax.jit(partial(helix_attention, plan, scale=0.1)).trace(*arguments)
-    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert {"mosaic_gpu": "mosaic_gpu", "tpu": "tpu_custom_call"}[kernel] in traced.lower(
+        lowering_platforms=(platform,)
+    ).as_text()
 
 
-# What it computes: interpreted on a CPU, and on a GPU
+# What they compute: interpreted on a CPU, and on their machine
 
 
-def case(seed: int, T: int, N: int, K: int, H: int, W: int, lengths: list[int], window: int | None = None):
+def case(
+    seed: int,
+    T: int,
+    N: int,
+    K: int,
+    H: int,
+    W: int,
+    lengths: list[int],
+    window: int | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
+):
     """Rows of these lengths, their last T tokens asking; all that none of them sees is NaN."""
     random = np.random.default_rng(seed)
     B, M = len(lengths), -(-max(lengths) // W) + 1
@@ -269,9 +306,7 @@ def case(seed: int, T: int, N: int, K: int, H: int, W: int, lengths: list[int], 
         pool[table_BM] = x_BSKH.reshape(B, M, W, K, H).swapaxes(2, 3)
     table_BM[:, -1] = 10**6  # nobody sees the last page
     q_BTNH = random.normal(size=(B, T, N, H))
-    q_BTNH, keys_BSKH, values_BSKH, *pools = (
-        jnp.asarray(x, jnp.bfloat16) for x in (q_BTNH, keys_BSKH, values_BSKH, *pools)
-    )
+    q_BTNH, keys_BSKH, values_BSKH, *pools = (jnp.asarray(x, dtype) for x in (q_BTNH, keys_BSKH, values_BSKH, *pools))
     rows = [
         softmax_attention(q, k, k[..., :512] if latent else v, seen, H**-0.5)
         for q, k, v, seen in zip(q_BTNH, keys_BSKH, values_BSKH, seen_BTS, strict=True)
@@ -322,6 +357,58 @@ def test_a_query_that_sees_nothing_may_be_nan(monkeypatch):
         check(attend_by("mosaic_gpu")(q, *arguments, hi_BT, **options), o_BTNH, lse_BTN)
 
 
+ON_TPU = {  # the same, for a TPU of so many cores
+    "grouped": (2, 1, 6, 2, 128, 64, [200, 0, 77]),
+    "groups of 16, short pages": (1, 1, 16, 1, 128, 16, [300, 5]),
+    "one query per head, many blocks": (1, 1, 4, 4, 128, 64, [700, 0, 0, 130]),
+    "a chunk of a prompt": (2, 40, 4, 2, 128, 32, [300, 57]),
+    "wide heads and a window": (1, 2, 4, 2, 256, 64, [600, 57], 70),
+    "shortest pages": (1, 1, 2, 2, 128, 8, [140]),
+    "long pages": (1, 3, 2, 1, 128, 256, [300, 1]),
+    "float32": (1, 1, 4, 2, 128, 64, [300, 9], None, jnp.float32),
+    "latent": (1, 2, 10, 1, 576, 64, [400, 0, 77]),
+    "latent, more queries than a tile takes": (1, 1, 80, 1, 576, 32, [200, 77]),
+    "latent, a window": (1, 1, 16, 1, 576, 128, [700, 3], 150),
+}
+
+
+@pytest.mark.parametrize("name", ON_TPU)
+def test_the_kernel_for_tpus_interpreted_equals_float64_softmax_without_a_race(name: str, monkeypatch):
+    cores, *shape = ON_TPU[name]
+    arguments, options, expected = case(0, *shape)
+    with interpreter.interpreted_on_tpu(monkeypatch, cores):
+        found = attend_by("tpu")(*arguments, **options)
+        check(found, *expected)
+    if name == "float32":
+        assert relative_error(found.o_BTNH, expected[0]) <= 1e-6
+
+
+def test_on_a_tpu_rows_that_are_all_idle_give_empty_partials_and_may_be_nan(monkeypatch):
+    """Entries of the table that lead nowhere are not followed; an idle token beside one that asks leaves it alone."""
+    (q, *pools, table_BM, lo_BT, hi_BT), options, (o_BTNH, lse_BTN) = case(0, 2, 4, 2, 128, 64, [200, 77])
+    idle_BT = np.array([[False, True], [True, True]])
+    q, hi_BT = jnp.where(idle_BT[..., None, None], jnp.nan, q), jnp.where(idle_BT, 0, hi_BT)
+    table_BM = table_BM.at[1].set(-(10**6))
+    o_BTNH[idle_BT], lse_BTN[idle_BT] = 0, -np.inf
+    with interpreter.interpreted_on_tpu(monkeypatch, cores=1):
+        check(attend_by("tpu")(q, *pools, table_BM, lo_BT, hi_BT, **options), o_BTNH, lse_BTN)
+
+
+def test_on_a_tpu_a_slot_that_is_seen_may_not_be_nan(monkeypatch):
+    """What shows that the tests above can fail."""
+    (q, k, *arguments), options, _ = case(0, 1, 2, 1, 128, 64, [140])
+    k = k.at[arguments[1][0, 1], :, 7].set(jnp.nan)
+    with interpreter.interpreted_on_tpu(monkeypatch, cores=1):
+        assert np.isnan(attend_by("tpu")(q, k, *arguments, **options).o_BTNH).all()
+
+
+def test_a_table_larger_than_a_tpus_scalar_memory_is_taken_in_parts(monkeypatch):
+    arguments, options, expected = case(0, 1, 2, 1, 128, 64, [100, 7, 0])
+    monkeypatch.setattr(tpu, "_TABLE", 4)
+    with interpreter.interpreted_on_tpu(monkeypatch, cores=1):
+        check(attend_by("tpu")(*arguments, **options), *expected)
+
+
 CASES = {
     "one query per head": (1, 2, 2, 128, 64, [1000, 77]),
     "groups of 3": (1, 6, 2, 128, 64, [2500, 1, 130]),
@@ -355,13 +442,23 @@ def check(found: Partial, o_BTNH, lse_BTN):
     np.testing.assert_allclose(np.asarray(found.lse_BTN)[~empty], lse_BTN[~empty], rtol=0, atol=1e-5)
 
 
-@pytest.mark.gpu
-@on_hopper
-@pytest.mark.parametrize("name", CASES)
-def test_the_kernel_equals_float64_softmax(name: str):
+def on_its_machine(names: list[str]) -> list:
+    """Each kernel with the cases that it can read."""
+    there = {"mosaic_gpu": (pytest.mark.gpu, on_hopper), "tpu": on_tpu}
+    narrow = [name for name in names if CASES[name][3] == 64]
+    return [
+        pytest.param(kernel, name, marks=there[kernel])
+        for kernel in TWINS
+        for name in names
+        if kernel != "tpu" or name not in narrow
+    ]
+
+
+@pytest.mark.parametrize(("kernel", "name"), on_its_machine(list(CASES)))
+def test_the_kernel_equals_float64_softmax(kernel: str, name: str):
     """Twice the same bits; NaN wherever nothing is seen."""
     arguments, options, expected = case(0, *CASES[name])
-    run = jax.jit(partial(attend_by("mosaic_gpu"), **options))
+    run = jax.jit(partial(attend_by(kernel), **options))
     found, again = run(*arguments), run(*arguments)
     check(found, *expected)
     assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
@@ -369,11 +466,9 @@ def test_the_kernel_equals_float64_softmax(name: str):
     assert relative_error(found.o_BTNH, reference.o_BTNH) <= 4e-3
 
 
-@pytest.mark.gpu
-@on_hopper
-@pytest.mark.parametrize("name", ["groups of 3", "latent"])
-def test_a_slot_that_is_seen_may_not_be_nan(name: str):
+@pytest.mark.parametrize(("kernel", "name"), on_its_machine(["groups of 3", "latent"]))
+def test_a_slot_that_is_seen_may_not_be_nan(kernel: str, name: str):
     """What shows that the test above can fail."""
     (q, k, v, table_BM, lo_BT, hi_BT), options, _ = case(0, *CASES[name])
     k = k.at[table_BM[0, 5], :, 7].set(jnp.nan)
-    assert np.isnan(attend_by("mosaic_gpu")(q, k, v, table_BM, lo_BT, hi_BT, **options).o_BTNH).any()
+    assert np.isnan(attend_by(kernel)(q, k, v, table_BM, lo_BT, hi_BT, **options).o_BTNH).any()

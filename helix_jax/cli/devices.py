@@ -20,7 +20,7 @@ _FAKE_DEVICES_FLAG = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
-    several = parser.add_argument_group("several processes", "mostly one a host: each gets the same command line")
+    several = parser.add_argument_group("several processes", "each gets the same command line; see scripts/HOSTS.md")
     add = several.add_argument
     add("--distributed", action="store_true", help="JAX finds the others: of Slurm, Kubernetes, Open MPI, Cloud TPU")
     add("--coordinator", metavar="HOST:PORT", help="or: where the first process is")

@@ -8,12 +8,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.typing import DTypeLike
 
 from helix_jax.attention import Partial, attend
 from helix_jax.mesh import Device
 
-KERNELS = ("auto", "xla", "mosaic_gpu")
+_SHORT_PAGES = (8, 16, 32, 64)
+_SHORT = ", ".join(map(str, _SHORT_PAGES))
 _HOPPER = "9"  # major number of the compute capability
 _MOSAIC_GPU_SINCE = (0, 11)
 
@@ -27,49 +29,81 @@ class PageFormat(NamedTuple):
     v_width: int | None = None
 
 
+class Twin(NamedTuple):
+    """What a kernel has against a device or pages: what it wants, what it found, and the cure; None if nothing."""
+
+    against_device: Callable[[Device | None], str | None]
+    against_pages: Callable[[PageFormat], str | None]
+
+
 def chosen(kernel: str, device: Device | None, pages: PageFormat) -> str:
     """What attends to such pages on such a device; `auto` takes the fastest that can. device None: an abstract one.
 
     Raises:
         ValueError: a kernel asked for by name that cannot.
     """
-    if kernel == "xla":
-        return kernel
     if kernel == "auto":
-        return "xla" if device is None or _objection_to_device(device) or _objection_to_pages(pages) else "mosaic_gpu"
+        fitting = [name for name, twin in _TWINS.items() if device and not _objection(twin, device, pages)]
+        return fitting[0] if fitting else "xla"
     check_device(kernel, device)
-    check_pages(pages)
+    check_pages(pages, kernel)
     return kernel
 
 
 def check_device(kernel: str, device: Device | None) -> None:
     """Raises ValueError if a kernel asked for by name does not run there."""
-    if kernel == "mosaic_gpu":
-        _refuse(_objection_to_device(device))
+    if kernel in _TWINS:
+        _refuse(kernel, _TWINS[kernel].against_device(device))
 
 
-def check_pages(pages: PageFormat) -> None:
-    """Raises ValueError if the kernel mosaic_gpu cannot read them."""
-    _refuse(_objection_to_pages(pages))
+def check_pages(pages: PageFormat, kernel: str = "mosaic_gpu") -> None:
+    """Raises ValueError if the kernel cannot read them."""
+    if kernel in _TWINS:
+        _refuse(kernel, _TWINS[kernel].against_pages(pages))
 
 
-def _refuse(objection: str | None) -> None:
-    if objection:
-        raise ValueError(f"kernel mosaic_gpu {objection}, or kernel auto or xla")
+def check_arrays(kernel: str, q_BTNH: Array, k_AKWH: Array, v_AKWH: Array | None, v_width: int | None) -> None:
+    """Raises ValueError if they do not go together, or the kernel cannot read them."""
+    (*_, N, H), (_, K, W, width) = q_BTNH.shape, k_AKWH.shape
+    v_width = (v_width or H) if v_AKWH is None else None
+    check_pages(PageFormat(width, W, k_AKWH.dtype, v_width), kernel)
+    if v_AKWH is None and K != 1:
+        raise ValueError(f"latents of {K} heads: give pages of 1, which serves all")
+    if v_AKWH is not None and (v_AKWH.shape, v_AKWH.dtype) != (k_AKWH.shape, k_AKWH.dtype):
+        raise ValueError(
+            f"keys are {k_AKWH.dtype}{list(k_AKWH.shape)}, values {v_AKWH.dtype}{list(v_AKWH.shape)}: make them alike"
+        )
+    if width != H or N % K:
+        raise ValueError(
+            f"{N} queries of width {H} do not go with {K} heads of width {width}: give groups of that width"
+        )
 
 
 def attend_by(kernel: str) -> Callable[..., Partial]:
     """`attend`, or the twin that was `chosen`. Raises ValueError for any other name."""
     if kernel == "xla":
         return attend
-    if kernel != "mosaic_gpu":
-        raise ValueError(f"'{kernel}' attends to nothing: choose xla or mosaic_gpu")
-    from helix_jax.kernels import mosaic_gpu
+    if kernel == "mosaic_gpu":
+        from helix_jax.kernels import mosaic_gpu
 
-    return mosaic_gpu.attend
+        return mosaic_gpu.attend
+    if kernel == "tpu":
+        from helix_jax.kernels import tpu
+
+        return tpu.attend
+    raise ValueError(f"'{kernel}' attends to nothing: choose xla or {' or '.join(_TWINS)}")
 
 
-def _objection_to_device(device: Device | None) -> str | None:
+def _objection(twin: Twin, device: Device, pages: PageFormat) -> str | None:
+    return twin.against_device(device) or twin.against_pages(pages)
+
+
+def _refuse(kernel: str, objection: str | None) -> None:
+    if objection:
+        raise ValueError(f"kernel {kernel} {objection}, or kernel auto or xla")
+
+
+def _not_a_hopper(device: Device | None) -> str | None:
     if jax.__version_info__ < _MOSAIC_GPU_SINCE:
         wanted = ".".join(map(str, _MOSAIC_GPU_SINCE))
         return f"needs JAX {wanted} or later, and this is {jax.__version__}: choose a later one"
@@ -84,14 +118,39 @@ def _objection_to_device(device: Device | None) -> str | None:
     return None
 
 
-def _objection_to_pages(pages: PageFormat) -> str | None:
+def _not_a_tpu(device: Device | None) -> str | None:
+    if device is None or device.platform == "tpu":
+        return None
+    return f"runs on TPUs, and this is a {device.platform.upper()}: choose a TPU"
+
+
+def _not_for_hopper(pages: PageFormat) -> str | None:
     if jnp.dtype(pages.dtype) != jnp.bfloat16:
         return f"reads bfloat16, and the cache is {jnp.dtype(pages.dtype)}: choose bfloat16"
-    if pages.page not in (8, 16, 32, 64) and (pages.page < 1 or pages.page % 128):
-        return f"reads pages of 8, 16, 32, 64 or a multiple of 128 tokens, not {pages.page}: choose 64"
-    if pages.v_width is None and pages.width not in (64, 128, 256):
-        return f"knows heads of width 64, 128 and 256, not {pages.width}: choose another model"
+    if pages.page not in _SHORT_PAGES and (pages.page < 1 or pages.page % 128):
+        return f"reads pages of {_SHORT} or a multiple of 128 tokens, not {pages.page}: choose 64"
+    return _of_another_width(pages, (64, 128, 256))
+
+
+def _not_for_a_tpu(pages: PageFormat) -> str | None:
+    if jnp.dtype(pages.dtype) not in (jnp.bfloat16, jnp.float32):
+        return f"reads bfloat16 and float32, and the cache is {jnp.dtype(pages.dtype)}: choose one of these"
+    if pages.page not in _SHORT_PAGES and pages.page not in range(128, 1025, 128):
+        return f"reads pages of {_SHORT} or a multiple of 128 up to 1024 tokens, not {pages.page}: choose 64"
+    # XLA lays out pages of width 64 with neighbouring pages side by side, half as large as the kernel reads them:
+    # every layer would have its whole cache copied.
+    return _of_another_width(pages, (128, 256))
+
+
+def _of_another_width(pages: PageFormat, widths: tuple[int, ...]) -> str | None:
+    if pages.v_width is None and pages.width not in widths:
+        known = f"{', '.join(map(str, widths[:-1]))} and {widths[-1]}"
+        return f"knows heads of width {known}, not {pages.width}: choose another model"
     if pages.v_width is not None and (pages.v_width, pages.width) != (512, 576):
         found = f"{pages.width} and {pages.v_width}"
         return f"knows latents of 576 numbers, 512 of them values, not {found}: choose another model"
     return None
+
+
+_TWINS = {"mosaic_gpu": Twin(_not_a_hopper, _not_for_hopper), "tpu": Twin(_not_a_tpu, _not_for_a_tpu)}
+KERNELS = ("auto", "xla", *_TWINS)

@@ -1,0 +1,126 @@
+"""Attention on TPUs by Pallas' Mosaic, a twin of `attend`: pages are read where they lie, a block ahead of their use.
+
+work    how queries, heads and pages are cut into tiles and blocks; what each tile sees
+tile    its pages are fetched while those before them are attended to
+"""
+
+from functools import partial
+from typing import Any, NoReturn
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.tpu as pltpu
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import ManualAxisType
+from jaxtyping import Float, Int
+
+from helix_jax.attention import Partial
+from helix_jax.kernels import check_arrays
+from helix_jax.kernels.tpu.tile import attend_to_tile
+from helix_jax.kernels.tpu.work import Shape, shape_of, walk_of
+
+_VMEM_BYTES = 2**24  # all that there is before v5
+_TABLE = 2**17  # entries: half of the memory for scalars
+
+
+# Traced and lowered once for all layers that call it alike.
+@partial(jax.jit, static_argnames=("scale", "v_width"))
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_AKWH: Float[Array, "A K W H"],
+    v_AKWH: Float[Array, "A K W H"] | None,
+    table_BM: Int[Array, "B M"],
+    lo_BT: Int[Array, "B T"],
+    hi_BT: Int[Array, "B T"],
+    *,
+    scale: float,
+    v_width: int | None = None,
+) -> Partial:
+    """As `helix_jax.attend`, with queries and weights rounded to the type of the pages; no derivative.
+
+    What no query of a tile sees before the least `lo` and from the greatest `hi` on may be anything; between the two it
+    must be finite.
+
+    Raises:
+        ValueError: pages that the kernel cannot read, keys and values of different shapes, heads that are no groups;
+            a derivative asked for.
+    """
+    check_arrays("tpu", q_BTNH, k_AKWH, v_AKWH, v_width)
+    (B, T, N, H), (_, K, W, _) = q_BTNH.shape, k_AKWH.shape
+    hi_BT = jnp.minimum(hi_BT, table_BM.shape[1] * W)
+    q_BKTGH = q_BTNH.astype(k_AKWH.dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4)
+    run = partial(_attend, scale, H if v_AKWH is not None else v_width or H)
+    o_BKQH, lse_BKQ = run(q_BKTGH.reshape(B, K, -1, H), k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT)
+    o_BTKGH = o_BKQH.reshape(B, K, T, N // K, -1).transpose(0, 2, 1, 3, 4)
+    lse_BTKG = lse_BKQ.reshape(B, K, T, N // K).transpose(0, 2, 1, 3)
+    return Partial(o_BTKGH.reshape(B, T, N, -1), lse_BTKG.reshape(B, T, N))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _attend(
+    scale: float,
+    v_width: int,
+    q_BKQH: Array,
+    k_AKWH: Array,
+    v_AKWH: Array | None,
+    table_BM: Array,
+    lo_BT: Array,
+    hi_BT: Array,
+) -> tuple[Array, Array]:
+    """Outputs [B, K, T G, width of values] and log-sum-exps; Q is new token and head of a group."""
+    (B, K, Q, _), M = q_BKQH.shape, table_BM.shape[1]
+    if B > 1 and B * M > _TABLE:
+        halves = (slice(B // 2), slice(B // 2, B))
+        rows = [(q_BKQH[b], k_AKWH, v_AKWH, table_BM[b], lo_BT[b], hi_BT[b]) for b in halves]
+        o, lse = zip(*(_attend(scale, v_width, *arguments) for arguments in rows), strict=True)
+        return jnp.concat(o), jnp.concat(lse)
+    pools = (k_AKWH,) if v_AKWH is None else (k_AKWH, v_AKWH)
+    shape = shape_of(K, Q, M, pools, v_width, scale)
+    rest = -Q % (shape.tiles * shape.queries)
+    q_BKQH = jnp.pad(q_BKQH, ((0, 0), (0, 0), (0, rest), (0, 0)))
+    spans_BQ2 = jnp.repeat(jnp.stack([lo_BT, hi_BT], -1), Q // lo_BT.shape[1], axis=1)
+    spans_BQ2 = jnp.pad(spans_BQ2, ((0, 0), (0, rest), (0, 0))).astype(jnp.int32)
+    o_BKQH, lse_BKQ1 = _call(shape, q_BKQH, spans_BQ2, pools, table_BM.astype(jnp.int32))
+    return o_BKQH[:, :, :Q], lse_BKQ1[:, :, :Q, 0]
+
+
+@_attend.defjvp
+def _refuse_derivative(scale: float, v_width: int, primals: Any, tangents: Any) -> NoReturn:
+    raise ValueError("kernel tpu has no derivative: choose kernel xla")
+
+
+def _call(
+    shape: Shape, q_BKQH: Array, spans_BQ2: Array, pools: tuple[Array, ...], table_BM: Array
+) -> tuple[Array, Array]:
+    (B, K, Q, H), tiles, widths = q_BKQH.shape, shape.tiles, (shape.v_width, 1)
+    walk, block = walk_of(shape, spans_BQ2), (shape.heads, shape.queries)
+    # Else XLA copies a pool that fits into the vector memory whole, to have it near.
+    pools = tuple(pltpu.with_memory_space_constraint(pool, pltpu.HBM) for pool in pools)
+    arguments = table_BM.reshape(-1), *walk, q_BKQH, spans_BQ2, *pools
+    varying = ManualAxisType(varying=frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arguments)))
+
+    def tile(width: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, *block, width), lambda h, x, *_: (lax.div(x, tiles), h, lax.rem(x, tiles), 0))
+
+    spans = pl.BlockSpec((1, shape.queries, 2), lambda h, x, *_: (lax.div(x, tiles), lax.rem(x, tiles), 0))
+    return pl.pallas_call(
+        partial(attend_to_tile, shape, len(pools)),
+        out_shape=[jax.ShapeDtypeStruct((B, K, Q, width), jnp.float32, manual_axis_type=varying) for width in widths],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1 + len(walk),
+            grid=(K // shape.heads, B * tiles),
+            in_specs=[tile(H), spans, *(pl.BlockSpec(memory_space=pltpu.HBM) for _ in pools)],
+            out_specs=[tile(width) for width in widths],
+            scratch_shapes=[
+                [pltpu.VMEM((2, shape.heads, shape.slots, H), pool.dtype) for pool in pools],
+                *(pltpu.VMEM((*block, width), jnp.float32) for width in (1, 1, shape.v_width)),
+                pltpu.SMEM((1,), jnp.int32),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
+        ),
+        name="attend",
+    )(*arguments)
