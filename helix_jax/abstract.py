@@ -51,7 +51,7 @@ def abstract_arguments(
 
     ranks, M = plan.mesh.shape[CP], -(-slots // page)
     spec = PAGES_LATENT_AKWH if config.latent else PAGES_AKWH
-    pool = like((ranks * rows * M, config.kv_heads, page, config.cache_width), dtype, spec)
+    pool = like((ranks * rows * M, config.kv_heads, page, plan.stored_width(config.cache_width)), dtype, spec)
     cache = KVCache((Pages(pool, None if config.latent else pool),) * config.layers)
     ints_B = like((rows,), jnp.int32, ROWS_B)
     state = Rows(like((ranks, rows, M), jnp.int32, TABLE_RBM), ints_B, ints_B)

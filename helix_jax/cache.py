@@ -82,11 +82,14 @@ def make_pools(
     dtype: DTypeLike,
     latent: bool = False,
 ) -> KVCache:
-    """Empty pages, so many over all ranks, sharded from the start; the rest as `make_cache`."""
+    """Empty pages, so many over all ranks, sharded from the start, as wide as the plan stores them.
+
+    The rest is as in `make_cache`.
+    """
     spec = sharding(plan.mesh, PAGES_LATENT_AKWH if latent else PAGES_AKWH)
 
     def pool() -> Array:
-        return jnp.zeros((pages, kv_heads, page, head_width), dtype, device=spec)
+        return jnp.zeros((pages, kv_heads, page, plan.stored_width(head_width)), dtype, device=spec)
 
     return KVCache(tuple(Pages(pool(), None if latent else pool()) for _ in range(layers)))
 
@@ -130,7 +133,7 @@ def append(
     """Writes the tokens that this rank owns at their slots; the others fall out of bounds and are dropped.
 
     In place when `pages` is donated. A slot past the table is dropped too, and so is one whose entry in the table is
-    negative: neither is ever clamped or wrapped onto another's page.
+    negative: neither is ever clamped or wrapped onto another's page. Tokens narrower than the pages are filled up.
     """
     A, K, W, _ = pages.k_AKWH.shape
     page_BT = jnp.take_along_axis(table_BM, slot_BT // W, axis=1, mode="fill", fill_value=A)
@@ -140,10 +143,16 @@ def append(
     at = (page_BT[..., None], jnp.arange(K), (slot_BT % W)[..., None])
 
     def write(pool_AKWH: Array, new_BTKH: Any) -> Array:
-        return pool_AKWH.at[at].set(new_BTKH.astype(pool_AKWH.dtype), mode="drop")
+        return pool_AKWH.at[at].set(widened(new_BTKH, pool_AKWH).astype(pool_AKWH.dtype), mode="drop")
 
     k_AKWH = write(pages.k_AKWH, k_BTKH)
     return Pages(k_AKWH, None if pages.v_AKWH is None else write(pages.v_AKWH, v_BTKH))
+
+
+def widened(x_BTNH: Array, pool_AKWH: Array) -> Array:
+    """With zeros at the end of each vector, as far as the pages keep more."""
+    rest = pool_AKWH.shape[-1] - x_BTNH.shape[-1]
+    return jnp.pad(x_BTNH, ((0, 0),) * 3 + ((0, rest),)) if rest else x_BTNH
 
 
 def tokens_per_rank(plan: Plan, length: Integer, prompt_len: Integer) -> list[int]:

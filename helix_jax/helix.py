@@ -12,7 +12,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from helix_jax.attention import with_sink
-from helix_jax.cache import Pages, Rows, append
+from helix_jax.cache import Pages, Rows, append, widened
 from helix_jax.combine import combine
 from helix_jax.kernels import PageFormat, attend_by
 from helix_jax.mesh import (
@@ -107,8 +107,9 @@ def _island(
 
     lo_BT = held(position_BT + 1 - window) if window else jnp.zeros_like(hi_BT)
     hi_BT = jnp.where(live_BT, hi_BT, 0)
-    part = attend(q_BTNH, *pages, table_BM, lo_BT, hi_BT, scale=scale, v_width=v_width)
-    whole = combine(part, plan.combine)
+    q_wide, narrow = widened(q_BTNH, pages.k_AKWH), v_width or q_BTNH.shape[-1]
+    part = attend(q_wide, *pages, table_BM, lo_BT, hi_BT, scale=scale, v_width=v_width)
+    whole = combine(part._replace(o_BTNH=part.o_BTNH[..., :narrow]), plan.combine)
     if sink_n is not None:
         whole = with_sink(whole, sink_n)
     return whole.o_BTNH.astype(q_BTNH.dtype), pages

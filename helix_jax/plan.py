@@ -12,6 +12,7 @@ from helix_jax.layout import BlockLayout
 from helix_jax.mesh import CP, DP, EXPERT_WEIGHTS, TP, AnyMesh, Device, flat_size
 
 EXPERTS = tuple(EXPERT_WEIGHTS)
+_TPU_LANES = 128
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ class Plan:
         """One of the mesh's, which are all of a kind; None if they are abstract."""
         return self.mesh.devices.flat[0] if isinstance(self.mesh, Mesh) else None
 
+    def stored_width(self, width: int) -> int:
+        """Of what a page keeps for a token and head of this width: on TPUs a multiple of 128, filled up with zeros.
+
+        There XLA lays an array of another width out with the pages innermost, where nothing is filled up: no kernel can
+        read it, and a step copied the whole cache of a layer in and out. In rows it would take up as much as this.
+        """
+        on_tpu = self._device is not None and self._device.platform == "tpu"
+        return -(-width // _TPU_LANES) * _TPU_LANES if on_tpu else width
+
     def kernel_for(self, pages: PageFormat) -> str:
         """What attends to such pages here: what `auto` comes to. Raises ValueError if the kernel asked for cannot."""
         return chosen(self.kernel, self._device, pages)
@@ -56,7 +66,7 @@ class Plan:
     def kernel_for_model(self, config: ModelConfig, page: int, dtype: DTypeLike) -> str:
         """What attends in this model, over pages of `page` tokens. Raises as `kernel_for`."""
         v_width = config.latent.width if config.latent else None
-        return self.kernel_for(PageFormat(config.cache_width, page, dtype, v_width))
+        return self.kernel_for(PageFormat(self.stored_width(config.cache_width), page, dtype, v_width))
 
     def check_kv_heads(self, kv_heads: int) -> None:
         """Raises ValueError, with the nearest sizes that fit, if tp cannot share these heads evenly."""

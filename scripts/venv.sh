@@ -1,8 +1,8 @@
-# Sourced by the other scripts: makes .venv beside the code, if there is none, and installs helix_jax[$1] into it, unless
-# that is done. Leaves the repository's folder in $root and puts the environment first on the path.
+# Sourced by the other scripts: makes .venv beside the code (or $VENV), if there is none, and installs helix_jax[$1] into
+# it, unless that is done. Leaves the repository's folder in $root and puts the environment first on the path.
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-venv=$root/.venv
+venv=${VENV:-$root/.venv}
 
 suitable_python() {
     local python

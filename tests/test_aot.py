@@ -16,8 +16,8 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import SingleDeviceSharding
 
-from helix_jax.abstract import abstract_arguments
-from helix_jax.config import ModelConfig
+from helix_jax.abstract import abstract_arguments, bytes_per_device
+from helix_jax.config import Latent, ModelConfig
 from helix_jax.kernels import attend_by, tpu
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import make_mesh
@@ -84,9 +84,9 @@ SHAPES = {  # B, T, N, K, H, W, type
     "wide heads, a chunk": (2, 512, 16, 2, 256, 64, "bfloat16"),
     "shortest pages": (4, 1, 32, 32, 128, 8, "bfloat16"),
     "longest pages, float32, a chunk": (1, 512, 16, 2, 256, 1024, "float32"),
-    "latent": (4, 1, 128, 1, 576, 64, "bfloat16"),
-    "latent, a chunk": (2, 64, 128, 1, 576, 64, "bfloat16"),
-    "latent, float32": (4, 1, 128, 1, 576, 64, "float32"),
+    "latent": (4, 1, 128, 1, 640, 64, "bfloat16"),
+    "latent, a chunk": (2, 64, 128, 1, 640, 64, "bfloat16"),
+    "latent, float32": (4, 1, 128, 1, 640, 64, "float32"),
 }
 
 
@@ -129,7 +129,7 @@ def compiled_kernel(
     generation: str, B: int, T: int, N: int, K: int, H: int, W: int, dtype: str
 ) -> tuple[tuple[int, ...], str]:
     """The shape of its pools, and the program."""
-    M, latent = 2**12 // W, H == 576
+    M, latent = 2**12 // W, H == 640
     A = B * M + 41
     like = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(chips(generation)[0]))
     pool, ints = like((A, K, W, H), dtype), partial(like, dtype=jnp.int32)
@@ -147,20 +147,32 @@ def test_narrow_heads_which_the_kernel_refuses_would_have_their_cache_copied(mon
     assert "copy" in computed(text, pool)
 
 
+def stepping(kind: str) -> ModelConfig:
+    shape = {"layers": 2, "width": 256, "heads": 16, "ff_width": 512, "vocab": 512, "max_positions": 4096}
+    if kind == "latent":
+        latent = Latent(width=512, rope_width=64, nope_width=128, value_width=128)
+        return ModelConfig(**shape, family="deepseek_v3", kv_heads=1, head_width=192, latent=latent)
+    return ModelConfig(**shape, kv_heads=4, head_width=int(kind))
+
+
 @with_libtpu
 @pytest.mark.usefixtures("uncached")
-@pytest.mark.parametrize(("generation", "tp", "cp"), [("v5e", 2, 2), ("v6e", 2, 4)])
-@pytest.mark.parametrize("T", [1, 16])
-def test_a_step_over_a_mesh_has_the_kernel_in_every_layer_and_moves_no_cache(generation: str, tp: int, cp: int, T: int):
-    shape = {"width": 256, "heads": 16, "kv_heads": 4, "head_width": 128, "ff_width": 512, "vocab": 512}
-    config = ModelConfig(layers=2, max_positions=4096, **shape)
+@pytest.mark.parametrize(
+    ("kind", "T", "generation", "tp", "cp"),
+    [("128", 1, "v5e", 2, 2), ("128", 16, "v6e", 2, 4), ("64", 1, "v6e", 4, 2), ("latent", 1, "v6e", 2, 4)],
+)
+def test_a_step_over_a_mesh_has_the_kernel_in_every_layer_and_moves_no_cache(
+    kind: str, T: int, generation: str, tp: int, cp: int
+):
+    config = stepping(kind)
     plan = Plan(make_mesh(tp, cp, devices=chips(generation)), BlockLayout(cp, 16))
     assert plan.kernel_for_model(config, 64, jnp.bfloat16) == "tpu"
     arguments = abstract_arguments(config, plan, rows=2, slots=2**16, T=T, page=64, dtype=jnp.bfloat16)
     compiled = step.lower(*arguments).compile()
     pool = arguments[3].layers[0].k_AKWH
     share = pool.sharding.shard_shape(pool.shape)
-    cache_bytes = 2 * config.layers * 2 * share[0] * share[1] * share[2] * share[3]
+    assert share[-1] % 128 == 0
+    cache_bytes = bytes_per_device(arguments[3])
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == config.layers
     assert computed(compiled.as_text(), share) <= {"scatter", "fusion"}  # of what is appended
     memory = compiled.memory_analysis()

@@ -124,6 +124,16 @@ def test_latent_attention_equals_float64(tp: int, cp: int, how: str):
     assert pages.v_AKWH is None
 
 
+@pytest.mark.parametrize("v_width", [None, 5])
+def test_pages_that_are_stored_wider_than_heads_give_the_same(v_width: int | None, monkeypatch):
+    """As they are on TPUs, in lanes of 128."""
+    monkeypatch.setattr(Plan, "stored_width", lambda self, width: -(-width // 128) * 128)
+    kv_heads = 1 if v_width else 2
+    ours, theirs, pages = decode_all(plan_of(2, 4), 8, kv_heads, 7, jnp.float32, v_width=v_width, fill=np.nan)
+    assert pages.k_AKWH.shape[-1] == 128
+    assert relative_error(ours, theirs) <= 2e-6
+
+
 def numbers_held(cache) -> int:
     """By all devices together, copies included."""
     return sum(shard.data.size for pool in jax.tree.leaves(cache) for shard in pool.addressable_shards)

@@ -18,7 +18,6 @@ from helix_jax.cache import Pages, Rows
 from helix_jax.combine import COMBINES
 from helix_jax.helix import helix_attention
 from helix_jax.kernels import KERNELS, PageFormat, attend_by, check_arrays, check_device, check_pages, chosen, tpu
-from helix_jax.kernels.mosaic_gpu import check_arrays as check_arrays_for_a_gpu
 from helix_jax.kernels.mosaic_gpu.work import Work, each_segment, parts_of, schedule
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import NEW_KEYS_BTKH, PAGES_AKWH, QUERIES_BTNH, ROWS_B, TABLE_RBM, sharding
@@ -128,7 +127,7 @@ def test_auto_takes_the_kernel_where_it_runs():
         assert chosen("auto", device, GROUPED) == "xla"
     for pages in (GROUPED._replace(dtype=jnp.float32), GROUPED._replace(page=48), GROUPED._replace(width=96)):
         assert chosen("auto", HOPPER, pages) == chosen("xla", HOPPER, pages) == "xla"
-    for pages in (GROUPED, GROUPED._replace(dtype=jnp.float32, page=8), PageFormat(576, 64, jnp.bfloat16, 512)):
+    for pages in (GROUPED, GROUPED._replace(dtype=jnp.float32, page=8), PageFormat(640, 64, jnp.bfloat16, 512)):
         assert chosen("auto", TPU, pages) == chosen("tpu", None, pages) == "tpu"
     for pages in (GROUPED._replace(page=12), GROUPED._replace(width=64), GROUPED._replace(width=32)):
         assert chosen("auto", TPU, pages) == "xla"
@@ -166,10 +165,8 @@ def test_a_kernel_asked_for_on_another_device_is_refused(device, message: str, m
             "64 or a multiple of 128 up to 1024 tokens, not 2048: choose 64, or kernel auto or xla",
         ),
         ("tpu", {"width": 64}, "knows heads of width 128 and 256, not 64: choose another model"),
-        *(
-            (kernel, {"width": 320, "v_width": 256}, "knows latents of 576 numbers, 512 of them values, not 320 and")
-            for kernel in TWINS
-        ),
+        ("mosaic_gpu", {"width": 320, "v_width": 256}, "knows latents of 576 numbers, 512 of them values, not 320 and"),
+        ("tpu", {"width": 384, "v_width": 256}, "knows latents of 640 numbers, 512 of them values, not 384 and 256"),
     ],
 )
 def test_pages_that_the_kernel_cannot_read_are_refused(kernel: str, change, message: str):
@@ -191,14 +188,14 @@ def test_a_name_that_was_not_chosen_attends_to_nothing():
         ),
         ({"q": (2, 1, 5, 128)}, "5 queries of width 128 do not go with 2 heads of width 128"),
         ({"q": (2, 1, 4, 64)}, "4 queries of width 64 do not go with 2 heads of width 128"),
-        ({"k": (5, 2, 64, 576), "q": (2, 1, 4, 576), "v": None}, "knows latents of 576 numbers, 512 of them values"),
+        ({"k": (5, 2, 64, 576), "q": (2, 1, 4, 576), "v": None}, "numbers, 512 of them values, not 576 and 576"),
         ({"k": (5, 2, 48, 128), "v": (5, 2, 48, 128)}, "not 48: choose 64"),
     ],
 )
 def test_arrays_that_do_not_go_together_are_refused(change, message: str):
     shapes = {"q": (2, 1, 4, 128), "k": (5, 2, 64, 128), "v": (5, 2, 64, 128)} | change
     q, k, v = (None if shapes[x] is None else jax.ShapeDtypeStruct(shapes[x], jnp.bfloat16) for x in "qkv")
-    for check_them in (partial(check_arrays, "tpu"), check_arrays_for_a_gpu):
+    for check_them in (partial(check_arrays, "tpu"), partial(check_arrays, "mosaic_gpu")):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(partial(check_them, v_width=None), q, k, v)
 
@@ -292,7 +289,7 @@ def case(
     """Rows of these lengths, their last T tokens asking; all that none of them sees is NaN."""
     random = np.random.default_rng(seed)
     B, M = len(lengths), -(-max(lengths) // W) + 1
-    A, latent = B * M + 3, H == 576
+    A, latent = B * M + 3, H in (576, 640)
     table_BM = random.permutation(A)[: B * M].reshape(B, M).astype(np.int32)
     hi_BT = np.maximum(np.array(lengths)[:, None] - T + 1 + np.arange(T), 0) * (np.array(lengths)[:, None] > 0)
     lo_BT = np.maximum(hi_BT - window, 0) if window else np.zeros_like(hi_BT)
@@ -366,9 +363,9 @@ ON_TPU = {  # the same, for a TPU of so many cores
     "shortest pages": (1, 1, 2, 2, 128, 8, [140]),
     "long pages": (1, 3, 2, 1, 128, 256, [300, 1]),
     "float32": (1, 1, 4, 2, 128, 64, [300, 9], None, jnp.float32),
-    "latent": (1, 2, 10, 1, 576, 64, [400, 0, 77]),
-    "latent, more queries than a tile takes": (1, 1, 80, 1, 576, 32, [200, 77]),
-    "latent, a window": (1, 1, 16, 1, 576, 128, [700, 3], 150),
+    "latent": (1, 2, 10, 1, 640, 64, [400, 0, 77]),
+    "latent, more queries than a tile takes": (1, 1, 80, 1, 640, 32, [200, 77]),
+    "latent, a window": (1, 1, 16, 1, 640, 128, [700, 3], 150),
 }
 
 

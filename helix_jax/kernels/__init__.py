@@ -21,7 +21,7 @@ _MOSAIC_GPU_SINCE = (0, 11)
 
 
 class PageFormat(NamedTuple):
-    """What a kernel has to cope with. v_width None: values lie beside the keys, not in them."""
+    """What a kernel has to cope with: widths as they are stored. v_width None: values lie beside the keys."""
 
     width: int
     page: int
@@ -56,7 +56,7 @@ def check_device(kernel: str, device: Device | None) -> None:
         _refuse(kernel, _TWINS[kernel].against_device(device))
 
 
-def check_pages(pages: PageFormat, kernel: str = "mosaic_gpu") -> None:
+def check_pages(pages: PageFormat, kernel: str) -> None:
     """Raises ValueError if the kernel cannot read them."""
     if kernel in _TWINS:
         _refuse(kernel, _TWINS[kernel].against_pages(pages))
@@ -129,7 +129,7 @@ def _not_for_hopper(pages: PageFormat) -> str | None:
         return f"reads bfloat16, and the cache is {jnp.dtype(pages.dtype)}: choose bfloat16"
     if pages.page not in _SHORT_PAGES and (pages.page < 1 or pages.page % 128):
         return f"reads pages of {_SHORT} or a multiple of 128 tokens, not {pages.page}: choose 64"
-    return _of_another_width(pages, (64, 128, 256))
+    return _of_another_width(pages, (64, 128, 256), latent=576)
 
 
 def _not_for_a_tpu(pages: PageFormat) -> str | None:
@@ -137,18 +137,16 @@ def _not_for_a_tpu(pages: PageFormat) -> str | None:
         return f"reads bfloat16 and float32, and the cache is {jnp.dtype(pages.dtype)}: choose one of these"
     if pages.page not in _SHORT_PAGES and pages.page not in range(128, 1025, 128):
         return f"reads pages of {_SHORT} or a multiple of 128 up to 1024 tokens, not {pages.page}: choose 64"
-    # XLA lays out pages of width 64 with neighbouring pages side by side, half as large as the kernel reads them:
-    # every layer would have its whole cache copied.
-    return _of_another_width(pages, (128, 256))
+    return _of_another_width(pages, (128, 256), latent=640)  # what Plan.stored_width makes of 64 and of 576
 
 
-def _of_another_width(pages: PageFormat, widths: tuple[int, ...]) -> str | None:
+def _of_another_width(pages: PageFormat, widths: tuple[int, ...], latent: int) -> str | None:
     if pages.v_width is None and pages.width not in widths:
         known = f"{', '.join(map(str, widths[:-1]))} and {widths[-1]}"
         return f"knows heads of width {known}, not {pages.width}: choose another model"
-    if pages.v_width is not None and (pages.v_width, pages.width) != (512, 576):
+    if pages.v_width is not None and (pages.v_width, pages.width) != (512, latent):
         found = f"{pages.width} and {pages.v_width}"
-        return f"knows latents of 576 numbers, 512 of them values, not {found}: choose another model"
+        return f"knows latents of {latent} numbers, 512 of them values, not {found}: choose another model"
     return None
 
 

@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from helix_jax.attention import Partial
-from helix_jax.kernels import PageFormat, check_pages
+from helix_jax.kernels import check_arrays
 from helix_jax.kernels.mosaic_gpu import grouped as _grouped
 from helix_jax.kernels.mosaic_gpu import latent as _latent
 from helix_jax.kernels.mosaic_gpu.merging import merged
@@ -48,7 +48,7 @@ def attend(
             a derivative asked for.
     """
     latent = v_AKWH is None
-    check_arrays(q_BTNH, k_AKWH, v_AKWH, v_width)
+    check_arrays("mosaic_gpu", q_BTNH, k_AKWH, v_AKWH, v_width)
     (B, T, N, H), K = q_BTNH.shape, k_AKWH.shape[1]
     hi_BT = jnp.minimum(hi_BT, table_BM.shape[1] * k_AKWH.shape[2])
     q_BKTGH = q_BTNH.astype(k_AKWH.dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4)
@@ -87,23 +87,6 @@ def _attend(
 @_attend.defjvp
 def _refuse_derivative(scale: float, v_width: int | None, primals: Any, tangents: Any) -> NoReturn:
     raise ValueError("kernel mosaic_gpu has no derivative: choose kernel xla")
-
-
-def check_arrays(q_BTNH: Array, k_AKWH: Array, v_AKWH: Array | None, v_width: int | None) -> None:
-    """Raises ValueError if they do not go together, or the kernel cannot read them."""
-    (*_, N, H), (_, K, W, width) = q_BTNH.shape, k_AKWH.shape
-    v_width = (v_width or H) if v_AKWH is None else None
-    check_pages(PageFormat(width, W, k_AKWH.dtype, v_width))
-    if v_AKWH is None and K != 1:
-        raise ValueError(f"latents of {K} heads: give pages of 1, which serves all")
-    if v_AKWH is not None and (v_AKWH.shape, v_AKWH.dtype) != (k_AKWH.shape, k_AKWH.dtype):
-        raise ValueError(
-            f"keys are {k_AKWH.dtype}{list(k_AKWH.shape)}, values {v_AKWH.dtype}{list(v_AKWH.shape)}: make them alike"
-        )
-    if width != H or N % K:
-        raise ValueError(
-            f"{N} queries of width {H} do not go with {K} heads of width {width}: give groups of that width"
-        )
 
 
 def processors() -> int:
