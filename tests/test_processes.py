@@ -170,12 +170,19 @@ def test_processes_that_cannot_meet_are_one_line_and_exit_2(options: list[object
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_what_fails_in_the_first_fails_in_all(folder: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("mesh", "out", "message"),
+    [
+        (MESH, "no/out", "cannot be written"),  # which the first alone tries
+        (["--cp", 5, "--platform", "cpu"], "out", "tp 1 x cp 5 takes 5 of the 6 devices of 2 processes: take all"),
+    ],
+)
+def test_what_fails_in_the_first_fails_in_all(mesh: list[object], out: str, message: str, folder: Path, tmp_path: Path):
     (tmp_path / "in").write_text('{"prompt": "And"}\n')
-    command = [*HELIX, "batch", tmp_path / "in", "--out", tmp_path / "no" / "out", "--model", folder, *MESH]
+    command = [*HELIX, "batch", tmp_path / "in", "--out", tmp_path / out, "--model", folder, *mesh]
     run(TWO, command, tmp_path, expected=2)
     for number in range(TWO):
-        assert "cannot be written" in (tmp_path / f"err{number}").read_text()
+        assert message in (tmp_path / f"err{number}").read_text()
 
 
 def test_a_process_alone_agrees_with_itself():

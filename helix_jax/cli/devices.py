@@ -41,7 +41,8 @@ def open_mesh(platform: str, tp: int, cp: int | None, dp: int = 1, processes: Pr
     when cp is left out, as many as XLA_FLAGS or JAX_NUM_CPU_DEVICES say; of several processes each makes its share.
 
     Raises:
-        ValueError: no device of that platform, or fewer than dp * tp * cp; processes that do not find each other.
+        ValueError: no device of that platform, or fewer than dp * tp * cp; processes that do not find each other, or
+            more devices than that in them.
     """
     for name, size in (("tp", tp), ("cp", cp), ("dp", dp)):
         if size is not None and size < 1:
@@ -56,7 +57,14 @@ def open_mesh(platform: str, tp: int, cp: int | None, dp: int = 1, processes: Pr
     devices = _devices(platform)
     if cp is None and len(devices) < dp * tp:
         raise ValueError(f"--tp {tp} needs {dp * tp} devices, but there are {len(devices)}: try --platform cpu")
-    return make_mesh(tp, cp or len(devices) // (dp * tp), dp, devices=devices)
+    cp = cp or len(devices) // (dp * tp)
+    if count() > 1 and dp * tp * cp < len(devices):
+        sizes = f"tp {tp} x cp {cp}" + (f" x dp {dp}" if dp > 1 else "")
+        raise ValueError(
+            f"{sizes} takes {dp * tp * cp} of the {len(devices)} devices of {count()} processes: take all of them, or "
+            f"start fewer processes"
+        )
+    return make_mesh(tp, cp, dp, devices=devices)
 
 
 def _let_the_first_alone_speak() -> None:
