@@ -39,8 +39,8 @@ class Engine:
     share_prefixes: requests that begin alike read the same pages, where places do not depend on the prompt's length:
     `sharing` says whether and why not.
 
-    Of several processes (`helix_jax.processes`) each has an engine over the same mesh, and `submit`, `cancel` and `step`
-    are collective calls: all make the same ones in the same order. Nothing is decided by a clock, so they agree.
+    Of several processes (`helix_jax.processes`) each has an engine over the same mesh, and `submit`, `cancel` and
+    `step` are collective calls: all make the same ones, in one order. Nothing is decided by a clock, so they agree.
 
     Raises:
         ValueError: weights on another mesh than the plan's, dp, heads that the mesh does not divide, a number below 1,
