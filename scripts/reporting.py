@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,6 +49,27 @@ def exit_status(main: Callable[[], None], if_too_large: str) -> int:
     except KeyboardInterrupt:
         return complain("interrupted", INTERRUPTED)
     return 0
+
+
+@contextmanager
+def interrupts_noticed() -> Iterator[Callable[[], None]]:
+    """Gives what raises KeyboardInterrupt if one came: Python swallows what is raised while an object is destroyed."""
+    came = False
+
+    def interrupted(*_: object) -> NoReturn:
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    def notice() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield notice
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def write_json(file: Path | None, found: Any) -> None:

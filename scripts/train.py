@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from reporting import INTERRUPTED, Parser, complain, exit_status
+from reporting import INTERRUPTED, Parser, complain, exit_status, interrupts_noticed
 from rich.console import Console
 from train_log import mfu, open_log
 
@@ -172,8 +172,9 @@ def train(run: Run) -> None:
             del weights
             describe(run, state, first, console)
             batch = batch_of(run, first)
-            with open_log(run.out, config.steps, first, console) as log:
+            with open_log(run.out, config.steps, first, console) as log, interrupts_noticed() as notice_interrupt:
                 for step in range(first, config.steps):
+                    notice_interrupt()
                     began = time.perf_counter()
                     told, state = train_step(training, state, batch)
                     batch = batch_of(run, step + 1)  # while the devices are at work

@@ -257,7 +257,7 @@ def test_a_long_prompt_does_not_hold_up_the_others(engine_of):
     [
         ({"tp": 2, "cp": 1}, {"tp": 1, "cp": 4, "page": 8}),
         ({"tp": 2, "cp": 1, "placement": "striped"}, {"tp": 1, "cp": 4, "placement": "striped"}),
-        ({"tp": 1, "cp": 4}, {"tp": 1, "cp": 2, "page": 2}),
+        pytest.param({"tp": 1, "cp": 4}, {"tp": 1, "cp": 2, "page": 2}, marks=pytest.mark.slow),
         ({"tp": 1, "cp": 4, "placement": "striped"}, {"tp": 1, "cp": 2, "placement": "helix"}),
     ],
 )
