@@ -50,11 +50,11 @@ def start(processes: Processes) -> None:
     Raises:
         ValueError: nothing tells where the others are, or they do not come.
     """
+    told = (processes.coordinator, processes.count, processes.number)
     try:
         jax.distributed.initialize(
-            processes.coordinator,
-            processes.count,
-            processes.number,
+            *told,
+            cluster_detection_method=None if None in told else "deactivate",  # it would give a process one GPU of all
             heartbeat_timeout_seconds=_LOST_AFTER_S,
             shutdown_timeout_seconds=_LOST_AFTER_S,
         )
