@@ -158,7 +158,7 @@ def report(found: dict[str, Any], names: list[str]) -> None:
             table.add_row(label, *(f"{share:.1%}" for share in shares), f"{good.mean():.1%}")
         if "bits_per_byte" in found[name]:
             table.add_row(
-                "  bits per byte after", *[""] * (len(lengths) - 1), f"{found[name]['bits_per_byte']:.4f}", ""
+                "  bits per byte after it", *[""] * (len(lengths) - 1), f"{found[name]['bits_per_byte']:.4f}", ""
             )
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 

@@ -96,15 +96,15 @@ def run(script: str, *options: object) -> subprocess.CompletedProcess:
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, check=False)
 
 
-def test_needles_are_hidden_and_asked_for_and_answered_as_on_one_device(folder: Path, tmp_path: Path):
+def test_needles_are_hidden_and_asked_for_and_every_placement_answers_alike(folder: Path, tmp_path: Path):
     options = ("--model", folder, "--cp", 2, "--lengths", 120, 200, "--depths", 3, "--decoded", 20)
     files = ("--json", tmp_path / "n.json", "--plot", tmp_path / "n.png")
-    done = run("eval_needle.py", *options, "--placement", "helix", *files)
+    done = run("eval_needle.py", *options, "--placement", "helix", "--placement", "striped", *files)
     assert done.returncode == 0, done.stderr
     assert "again after 20 tokens" in done.stdout
     found = json.loads((tmp_path / "n.json").read_text())
     assert len(found["cells"]) == 6
-    assert found["helix"]["answers"] == found["one device"]["answers"]
+    assert found["helix"]["answers"] == found["striped"]["answers"] == found["one device"]["answers"]
     assert all(len(said) == 2 for said in found["helix"]["answers"])
     for cell, owner in zip(found["cells"], found["helix"]["owners"], strict=True):
         assert cell["context"][cell["place"] :].startswith(cell["key"])
