@@ -171,7 +171,7 @@ def test_a_kernel_asked_for_on_another_device_is_refused(device, message: str, m
 )
 def test_pages_that_the_kernel_cannot_read_are_refused(kernel: str, change, message: str):
     with pytest.raises(ValueError, match=message):
-        check_pages(GROUPED._replace(**change), kernel)
+        check_pages(kernel, GROUPED._replace(**change))
 
 
 def test_a_name_that_was_not_chosen_attends_to_nothing():

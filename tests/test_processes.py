@@ -1,7 +1,6 @@
 """Several processes on one machine, joined by gloo, do what one process with as many devices does."""
 
 import json
-import os
 import re
 import signal
 import socket
@@ -192,4 +191,3 @@ def test_a_process_alone_agrees_with_itself():
     assert Processes("host:80", 2, 1).count == 2
     with pytest.raises(OSError, match="no"):
         by_first(lambda: (_ for _ in ()).throw(OSError("no")))
-    assert os.environ.get("JAX_COORDINATOR_ADDRESS") is None

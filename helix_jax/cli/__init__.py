@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error))
     except jax.errors.JaxRuntimeError as error:
         if said := processes.lost(error):
-            _complain(said, processes.LOST)
+            return _complain(said, processes.LOST)
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _complain(f"out of device memory ({str(error).splitlines()[0]}): take more devices or a shorter prompt")

@@ -46,7 +46,7 @@ def chosen(kernel: str, device: Device | None, pages: PageFormat) -> str:
         fitting = [name for name, twin in _TWINS.items() if device and not _objection(twin, device, pages)]
         return fitting[0] if fitting else "xla"
     check_device(kernel, device)
-    check_pages(pages, kernel)
+    check_pages(kernel, pages)
     return kernel
 
 
@@ -56,7 +56,7 @@ def check_device(kernel: str, device: Device | None) -> None:
         _refuse(kernel, _TWINS[kernel].against_device(device))
 
 
-def check_pages(pages: PageFormat, kernel: str) -> None:
+def check_pages(kernel: str, pages: PageFormat) -> None:
     """Raises ValueError if the kernel cannot read them."""
     if kernel in _TWINS:
         _refuse(kernel, _TWINS[kernel].against_pages(pages))
@@ -66,7 +66,7 @@ def check_arrays(kernel: str, q_BTNH: Array, k_AKWH: Array, v_AKWH: Array | None
     """Raises ValueError if they do not go together, or the kernel cannot read them."""
     (*_, N, H), (_, K, W, width) = q_BTNH.shape, k_AKWH.shape
     v_width = (v_width or H) if v_AKWH is None else None
-    check_pages(PageFormat(width, W, k_AKWH.dtype, v_width), kernel)
+    check_pages(kernel, PageFormat(width, W, k_AKWH.dtype, v_width))
     if v_AKWH is None and K != 1:
         raise ValueError(f"latents of {K} heads: give pages of 1, which serves all")
     if v_AKWH is not None and (v_AKWH.shape, v_AKWH.dtype) != (k_AKWH.shape, k_AKWH.dtype):
