@@ -98,7 +98,7 @@ def make_mesh(tp: int = 1, cp: int = 1, dp: int = 1, devices: Sequence[Device] |
     """A mesh of axes ("dp", "tp", "cp"), cp minor, over the first dp * tp * cp of `devices` (default: all of JAX's).
 
     Raises:
-        ValueError: an axis below 1, or more devices wanted than there are.
+        ValueError: an axis below 1, more devices wanted than there are, TPUs of several slices.
     """
     sizes = {DP: dp, TP: tp, CP: cp}
     for axis, size in sizes.items():
@@ -112,6 +112,9 @@ def make_mesh(tp: int = 1, cp: int = 1, dp: int = 1, devices: Sequence[Device] |
             f"of platform '{devices[0].platform}': choose a smaller mesh, or fake devices: --platform cpu (in Python, "
             f"jax.config.update('jax_num_cpu_devices', {wanted}) before JAX starts)"
         )
+    slices = {getattr(device, "slice_index", 0) for device in devices[:wanted] if device.platform == "tpu"}
+    if len(slices) > 1:
+        raise ValueError(f"the devices are of {len(slices)} slices of TPUs: give those of one slice as devices")
     # As jax.make_mesh does, but for v5p and v6e too: there tp 8 x cp 2 of 4 x 4 chips needs a physical axis cut in two.
     placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices[:wanted], allow_split_physical_axes=True)
     return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * 3)

@@ -38,7 +38,7 @@ from helix_jax.data import Corpus, Sequences, check_corpus, cut, held_out_window
 from helix_jax.layout import BlockLayout, dealt
 from helix_jax.mesh import DP, fetched, make_mesh
 from helix_jax.models.transformer import Weights, assemble
-from helix_jax.processes import by_first
+from helix_jax.processes import by_first, is_first
 from helix_jax.recall import plant
 from helix_jax.text import Tokenizer, open_tokenizer
 from helix_jax.train import (
@@ -305,7 +305,7 @@ def bits(run: Run, nats: float) -> dict[str, float]:
 def save_model(run: Run, state: TrainState, console: Console) -> None:
     model = assemble(run.training.model, state.weights)
     checkpoint.save(model, run.out / "model", jnp.bfloat16)
-    for name in TOKENIZER_FILES:
+    for name in TOKENIZER_FILES if is_first() else ():
         if run.init and (run.init / name).exists():
             shutil.copy(run.init / name, run.out / "model" / name)
     console.print(f"the model is in '{run.out / 'model'}'")

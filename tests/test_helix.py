@@ -1,6 +1,7 @@
 """The island on plain arrays: append, attend and combine on every rank, against float64 attention on one."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -284,6 +285,12 @@ def test_heads_that_do_not_divide_are_refused_with_the_nearest_that_do():
         helix_attention(plan_of(4, 2), pages, q, k, k, rows, count, scale=1.0)
     with pytest.raises(ValueError, match="tp 1 x cp 8 = 8 does not divide the 12 query heads: choose cp 6 or 12"):
         helix_attention(plan_of(1, 8), pages, q, k, k, rows, count, scale=1.0)
+
+
+def test_a_mesh_over_slices_of_tpus_is_refused():
+    chips = [SimpleNamespace(platform="tpu", slice_index=number // 2) for number in range(4)]
+    with pytest.raises(ValueError, match="the devices are of 2 slices of TPUs: give those of one slice"):
+        make_mesh(1, 4, devices=chips)
 
 
 def test_a_plan_that_cannot_be_is_refused():
