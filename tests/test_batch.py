@@ -219,7 +219,7 @@ def test_bad_settings_are_one_line_and_exit_2_before_weights_are_read(here, caps
         (["--rows", "0"], "--rows is 0: give at least 1"),
         (["--pages", "0"], "--pages is 0: give at least 1"),
         (["--max-len", "-1"], "--max-len is -1: give at least 1"),
-        (["--max-len", "4096"], "--max-len is 4096: the model has 2048 positions"),
+        (["--max-len", "9000"], "--max-len is 9000: the model has 8192 positions"),
         (["--page", "0"], "--page is 0"),
         (["--prefill-chunk", "0"], "--prefill-chunk is 0"),
         (["--block", "0"], "block is 0"),

@@ -184,7 +184,7 @@ def test_bad_prompts_are_one_line_and_exit_2(tmp_path: Path):
     bad(["--prompt-ids", tmp_path / "empty.txt"], "is not JSON")
     bad(["--prompt-ids", tmp_path / "outside.json", "--cp", 8], "token id 300 is outside of the vocabulary of 256")
     bad(["--prompt", ""], "--prompt is empty")
-    bad(["--prompt", "x" * 2000, "--cp", 8], "2000 tokens and 128 new ones exceed the model's 2048 positions")
+    bad(["--prompt", "x" * 8100, "--cp", 8], "8100 tokens and 128 new ones exceed the model's 8192 positions")
     bad(["--prompt-file", tmp_path], "cannot be read: Is a directory")
     bad([], "one of the arguments --prompt --prompt-file --prompt-ids is required")
 

@@ -113,6 +113,29 @@ def test_needles_are_hidden_and_asked_for_and_every_placement_answers_alike(fold
     assert (tmp_path / "n.png").stat().st_size > 1000
 
 
+def test_the_keys_of_a_rank_are_lost_with_it_and_no_others(tmp_path: Path):
+    """By the model that ships: one device finds all of them, and four find all but those of the rank that is zeroed."""
+    options = ("--cp", 4, "--lengths", 1000, "--depths", 9, "--decoded", 0, "--placement", "helix")
+    done = run("eval_needle.py", *options, "--lose", 1, "--json", tmp_path / "n.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "n.json").read_text())
+    keys = [cell["key"] for cell in found["cells"]]
+    assert found["one device"]["answers"] == [[key] for key in keys]
+    owners = found["helix"]["owners"]
+    assert set(owners) == {0, 1, 2, 3}
+    for key, [said], owner in zip(keys, found["helix"]["answers"], owners, strict=True):
+        assert (said == key) == (owner != 1)
+
+
+@pytest.mark.slow
+def test_the_shipped_model_finds_keys_at_every_depth_of_its_whole_context_under_every_placement(tmp_path: Path):
+    done = run("eval_needle.py", "--cp", 8, "--lengths", 7600, "--depths", 12, "--rows", 12, "--json", tmp_path / "n.json")
+    assert done.returncode == 0, done.stderr  # every placement answers every cell as one device does
+    found = json.loads((tmp_path / "n.json").read_text())
+    assert len(found["one device"]["answers"]) == 12
+    assert all(said == [cell["key"]] * 2 for said, cell in zip(found["helix"]["answers"], found["cells"], strict=True))
+
+
 def test_perplexity_is_that_of_one_pass_at_every_position(folder: Path, tmp_path: Path):
     options = ("--model", folder, "--cp", 2, "--positions", 2, 50, "--span", 20, "--windows", 3)
     done = run("eval_perplexity.py", *options, "--placement", "helix", "--json", tmp_path / "p.json")

@@ -19,6 +19,7 @@ from tests.conftest import ROOT
 from tests.reference import naive_logits
 
 DEMO = ROOT / "helix_jax" / "demo"
+CONTEXT = 8192
 
 
 @pytest.fixture(scope="module")
@@ -46,24 +47,24 @@ def test_sharded_logits_and_greedy_tokens_are_those_of_transformers(tp: int, cp:
 
 
 def test_the_shipped_model_is_small_and_its_log_meets_the_bar():
-    assert (DEMO / "model.safetensors").stat().st_size <= 8_000_000
+    assert (DEMO / "model.safetensors").stat().st_size <= 16_000_000
     last = json.loads((DEMO / "train_log.jsonl").read_text().splitlines()[-1])
-    assert last["held_out_bits_per_byte"] <= 1.75
+    assert last["held_out_bits_per_byte"] <= 1.65
 
 
-@pytest.mark.parametrize("share", [0.02, pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [0.01, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_the_shipped_weights_predict_the_held_out_text(share: float):
     """In float32, from the file that ships: the whole held-out text in the long tier, the end of it in the fast one."""
     held_out = 0.05 * share
     corpus = open_corpus([ROOT / "scripts" / "data" / "kjv.txt"], Bytes(), 256, held_out)
-    starts, counted = held_out_windows(corpus, 2048)
+    starts, counted = held_out_windows(corpus, CONTEXT)
     model = load(DEMO, make_mesh(), jnp.float32)
-    config = TrainConfig(steps=200, batch=1, context=2048)
+    config = TrainConfig(steps=200, batch=1, context=CONTEXT)
     run = Training(model.config, config, make_mesh(), BlockLayout(1), jnp.dtype("float32"), documents=False)
     total = 0.0
     for at, mine in zip(starts, counted, strict=True):
-        batch = deal(run, *cut(corpus, at[None], 2048), parts=0)
+        batch = deal(run, *cut(corpus, at[None], CONTEXT), parts=0)
         total += float(np.asarray(evaluate(run, model.weights(), batch))[0][mine].sum())
     bits_per_byte = total * LOG2_E / counted.sum()
     assert counted.sum() == int(4404412 * held_out)
-    assert bits_per_byte <= 1.75
+    assert bits_per_byte <= 1.65
