@@ -4,7 +4,9 @@ passes through, and so is what runs the experts."""
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
@@ -90,7 +92,7 @@ class Transformer(nnx.Module):
         In training `drop` is applied to what each layer adds to the residual stream, dropout, and `around` gives what
         is called in a layer's place.
         """
-        x_BTD = jnp.take(self.embed_VD[...], tokens_BT, axis=0, mode="clip")
+        x_BTD = lookup(self.embed_VD[...], tokens_BT)
         x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
         after = []
         # Unrolled: under a scan over layers the cache is copied, and a decode step took 1.2 to 1.5 times as long.
@@ -99,15 +101,41 @@ class Transformer(nnx.Module):
             after.append(state)
         return rms_norm(x_BTD, self.norm_D, self.config), tuple(after)
 
+    def head(self) -> Float[Array, "V D"]:
+        return self.embed_VD[...] if self.config.tied_head else self.head_VD[...]
+
     def logits(self, x_BTD: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The next token's logits, in float32; -inf where the vocabulary is padding."""
-        head_VD = self.embed_VD[...] if self.config.tied_head else self.head_VD[...]
-        logits_BTV = einsum("...d,vd->...v", x_BTD, head_VD, out=jnp.float32)
-        return jnp.where(jnp.arange(head_VD.shape[0]) < self.config.vocab, logits_BTV, -jnp.inf)
+        return logits_of(self.config, self.head(), x_BTD)
 
     def weights(self) -> Weights:
         """Its parameters, as a step takes them. `assemble` is the inverse."""
         return nnx.to_pure_dict(nnx.state(self, nnx.Param))
+
+
+def logits_of(config: ModelConfig, head_VD: Float[Array, "V D"], x_BTD: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """As `Transformer.logits`."""
+    logits_BTV = einsum("...d,vd->...v", x_BTD, head_VD, out=jnp.float32)
+    return jnp.where(jnp.arange(head_VD.shape[0]) < config.vocab, logits_BTV, -jnp.inf)
+
+
+@jax.custom_vjp
+def lookup(table_VD: Float[Array, "V D"], index_BT: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+    """Rows of a table. Its gradient is summed in float32: in bfloat16 a sum stops growing after 256 equal lookups."""
+    return jnp.take(table_VD, index_BT, axis=0, mode="clip")
+
+
+def _looked_up(table_VD: Array, index_BT: Array) -> tuple[Array, tuple[Array, Array]]:
+    return lookup(table_VD, index_BT), (table_VD, index_BT)
+
+
+def _summed(given: tuple[Array, Array], found_BTD: Array) -> tuple[Array, np.ndarray]:
+    table_VD, index_BT = given
+    summed_VD = jnp.zeros(table_VD.shape, jnp.float32).at[index_BT].add(found_BTD.astype(jnp.float32), mode="clip")
+    return summed_VD.astype(table_VD.dtype), np.zeros(index_BT.shape, jax.dtypes.float0)
+
+
+lookup.defvjp(_looked_up, _summed)
 
 
 def assemble(config: ModelConfig, weights: Weights) -> Transformer:

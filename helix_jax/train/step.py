@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from helix_jax.layout import dealt
 from helix_jax.mesh import DEALT_BSD, DP, TP, gathered_sharding, sharding
-from helix_jax.models.transformer import Layer, Transformer, Weights, assemble
+from helix_jax.models.transformer import Layer, Transformer, Weights, assemble, logits_of
 from helix_jax.ring import ring_attention
 from helix_jax.train.run import Training
 from helix_jax.train.state import Batch, TrainState, abstract_state, make_optimizer
@@ -44,11 +44,13 @@ def _nats(run: Training, model: Transformer, x_BSD: Array, targets_BS: Array) ->
     pieces = _pieces(S // ranks, B * run.model.vocab // parts)
     x_XBRcD = jnp.moveaxis(x_BSD.reshape(B, ranks, pieces, -1, D), 2, 0)
     targets_XBRc = jnp.moveaxis(targets_BS.reshape(B, ranks, pieces, -1), 2, 0)
+    head_VD = model.head().astype(jnp.float32)  # in which its gradient is summed over the pieces
 
     def one_piece(given: tuple[Array, Array]) -> Array:
         x_BRcD, targets_BRc = given
         x_BRcD = lax.with_sharding_constraint(x_BRcD, sharding(run.mesh, DEALT_BSD))
-        return optax.softmax_cross_entropy_with_integer_labels(model.logits(x_BRcD), targets_BRc)
+        logits = logits_of(run.model, head_VD.astype(run.dtype), x_BRcD)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets_BRc)
 
     nats_XBRc = lax.map(jax.checkpoint(one_piece), (x_XBRcD, targets_XBRc))
     return jnp.moveaxis(nats_XBRc, 0, 2).reshape(B, S)
