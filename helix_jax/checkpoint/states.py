@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 _log = logging.getLogger("helix_jax")
@@ -35,7 +37,8 @@ class States:
         def begin() -> None:
             if step in self._manager.all_steps():
                 self._manager.delete(step)
-            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+            held = {"state": state, "sums": _sums(state)}
+            self._manager.save(step, args=ocp.args.StandardSave(held), force=True)
 
         self._written(begin)
 
@@ -48,8 +51,10 @@ class States:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
-                return step, self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+                return step, self._read(step, abstract)
             except Exception as error:  # of tensorstore, of orbax, of json: whatever a harmed file leads to
+                if "RESOURCE_EXHAUSTED" in str(error):
+                    raise
                 why = " ".join(str(error).split())[:200]
                 _log.warning("state %d in '%s' cannot be read (%s): an earlier one is taken", step, self._folder, why)
         if steps:
@@ -57,6 +62,13 @@ class States:
                 f"none of the states {steps} in '{self._folder}' can be read: bring one back, or move them away"
             )
         return None
+
+    def _read(self, step: int, abstract: Any) -> Any:
+        held = {"state": abstract, "sums": np.zeros(len(jax.tree.leaves(abstract)), np.uint32)}
+        found = self._manager.restore(step, args=ocp.args.StandardRestore(held))
+        if (found["sums"] != _sums(found["state"])).any():
+            raise ValueError("its numbers are not those that were written")
+        return found["state"]
 
     def finish(self) -> None:
         """Waits until all is written. Raises as `save`."""
@@ -78,3 +90,14 @@ class States:
             f"a state of the run cannot be written to '{self._folder}' ({why}): make room and run the same command "
             f"again; it goes on from the last state that was"
         )
+
+
+def _sums(state: Any) -> np.ndarray:
+    """Of the bits of each array, modulo 2^32: by them it is known again, on whatever mesh it is."""
+    return np.asarray(_sums_of(jax.tree.leaves(state)))
+
+
+@jax.jit
+def _sums_of(arrays: list[jax.Array]) -> jax.Array:
+    bits = [jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")) for x in arrays]
+    return jnp.stack([x.sum(dtype=jnp.uint32) for x in bits])
