@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from helix_jax.checkpoint.parameters import Index, ParameterPath, shapes, type_of, without_padding
 from helix_jax.config import ModelConfig
-from helix_jax.mesh import flat_size, weight_sharding
+from helix_jax.mesh import flat_size, stored_sharding, weight_sharding
 from helix_jax.models.transformer import Transformer
 
 # The part of a parameter that an index leaves, on the host.
@@ -41,17 +41,18 @@ def place(
     mesh: Mesh,
     read: Read,
     dtype: DTypeLike,
-    experts: str,
+    experts: str | None,
     placed: Callable[[ParameterPath], None] = lambda path: None,
 ) -> Transformer:
-    """A Transformer over `mesh`, one parameter at a time; `placed` is told of each."""
+    """A Transformer over `mesh`, one parameter at a time; `placed` is told of each. experts None: to train it."""
     own = shapes(config)
-    graph, state = nnx.split(Transformer(config, devices=flat_size(mesh), rngs=None))
+    graph, state = nnx.split(Transformer(config, devices=flat_size(mesh) if experts else 1, rngs=None))
     values = []
     for path, parameter in nnx.to_flat_state(state):
-        spec = weight_sharding(mesh, str(path[-1]), experts)
-        part = _padded_part(path, parameter.shape, own[path], read, type_of(path, dtype))
-        values.append((path, parameter.replace(jax.make_array_from_callback(parameter.shape, spec, part))))
+        name, shape = str(path[-1]), parameter.shape
+        where = weight_sharding(mesh, name, experts) if experts else stored_sharding(mesh, name, shape)
+        part = _padded_part(path, shape, own[path], read, type_of(path, dtype))
+        values.append((path, parameter.replace(jax.make_array_from_callback(shape, where, part))))
         placed(path)
     return nnx.merge(graph, nnx.from_flat_state(values))
 

@@ -41,13 +41,14 @@ def load(
     mesh: Mesh,
     dtype: DTypeLike = jnp.bfloat16,
     *,
-    experts: str = "flat",
+    experts: str | None = "flat",
     on_read: Callable[[int, int], None] = lambda done, total: None,
 ) -> Transformer:
     """The model in a Hugging Face folder, its weights in `dtype`, each part put from the file onto the devices that
     need it. Quantised weights are dequantised on the way. What is left out is named in a warning of the log.
 
-    experts: how experts are spread, as in Plan. on_read: is told the bytes of the files that are done, and all of them.
+    experts: how experts are spread, as in Plan; None: weights to train, in shares of all devices. on_read: is told the
+    bytes of the files that are done, and all of them.
 
     Raises:
         ValueError: as `read_config`; no weights, a tensor missing, surplus, of a wrong shape or of another type than

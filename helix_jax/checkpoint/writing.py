@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from helix_jax.checkpoint.parameters import Home, ParameterPath, family_of, homes, type_of, without_padding
@@ -31,6 +32,7 @@ def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None)
     Raises:
         ValueError: the folder holds a generation config, or, beside a single file, an index of another model; the
             family's config.json cannot say what this model is.
+        OSError: a file cannot be written: a full disk, say.
     """
     folder, dtype = Path(folder), jnp.dtype(dtype or model.embed_VD[...].dtype)
     published = describe(model.config, dtype.name)
@@ -46,8 +48,7 @@ def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None)
         name = WEIGHTS_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         tensors = _published(model, {path: home_of[path] for path in paths}, dtype)
         if is_first():
-            save_file(tensors, _unfinished(folder / name), metadata={"format": "pt"})
-            _finish(folder / name)
+            _write_tensors(folder / name, tensors)
         index |= dict.fromkeys(tensors, name)
     if is_first():
         if len(files) > 1:
@@ -103,6 +104,14 @@ def _published(model: Transformer, home_of: dict[ParameterPath, Home], dtype: np
             whole = tensors.setdefault(name, np.zeros(home.published_shape, type_of(path, dtype)))
             home.part(whole)[...] = value[number] if home.per_expert else value
     return tensors
+
+
+def _write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    try:
+        save_file(tensors, _unfinished(file), metadata={"format": "pt"})
+    except SafetensorError as error:  # is no OSError, whatever the system said
+        raise OSError(f"'{file}' cannot be written ({error}): make room, and save again") from None
+    _finish(file)
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

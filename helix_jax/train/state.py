@@ -103,8 +103,9 @@ def start(run: Training, weights: Weights | None = None) -> TrainState:
     """A run's first state. The weights may lie anywhere; None: random ones, made where they are kept."""
     places = jax.tree.map(lambda like: like.sharding, abstract_state(run))
 
-    def placed(x: Array, where: Any) -> Array:  # a copy: the first step takes it over
-        return put(jnp.array(x, jnp.float32), run.mesh, where.spec)
+    def placed(x: Array, where: Any) -> Array:
+        x = jnp.array(x, jnp.float32)  # a copy: the first step takes it over
+        return put(x, run.mesh, where.spec) if x.is_fully_addressable else jax.device_put(x, where)
 
     if weights is None:
         make = jax.jit(partial(_random_weights, run.model, run.config.seed), out_shardings=places.weights)
