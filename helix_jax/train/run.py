@@ -97,10 +97,18 @@ class Training:
 
     @property
     def flash(self) -> bool:
-        """Whether cuDNN attends: whole sequences of one document each, in bfloat16."""
+        """Whether cuDNN attends: whole sequences of one document each, in bfloat16, of heads that the GPU takes."""
         plain = not (self.documents or self.model.sinks or self.model.latent) and self.layout.ranks == 1
-        on_gpu = isinstance(self.mesh, Mesh) and self.mesh.devices.flat[0].platform == "gpu"
-        return plain and on_gpu and jnp.dtype(self.dtype) == jnp.bfloat16
+        width, generation = self.model.head_width, self._cuda_generation
+        takes = generation >= 8 and width % 8 == 0 and width <= (256 if generation >= 9 else 128)
+        return plain and takes and jnp.dtype(self.dtype) == jnp.bfloat16
+
+    @property
+    def _cuda_generation(self) -> int:
+        """8 is Ampere, 9 is Hopper; 0 of anything but NVIDIA's GPUs."""
+        device = self.mesh.devices.flat[0] if isinstance(self.mesh, Mesh) else None
+        generation = str(getattr(device, "compute_capability", "")).split(".")[0]
+        return int(generation) if generation.isdigit() else 0
 
     @property
     def device_kind(self) -> str:
