@@ -15,38 +15,35 @@ import math
 import shutil
 import sys
 import time
-import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from reporting import INTERRUPTED, Parser, complain, exit_status, interrupts_noticed
 from rich.console import Console
 from train_log import mfu, open_log
+from train_run import Run, read_run
 
 from helix_jax import checkpoint
 from helix_jax.checkpoint.states import States
 from helix_jax.checkpoint.tensors import read_json
-from helix_jax.cli.devices import add_process_arguments, open_mesh, processes_of
-from helix_jax.config import ModelConfig, from_mapping
-from helix_jax.data import Corpus, Sequences, check_corpus, cut, held_out_windows, open_corpus, sequences_of
-from helix_jax.layout import BlockLayout, dealt
-from helix_jax.mesh import DP, fetched, make_mesh
+from helix_jax.cli.devices import add_process_arguments
+from helix_jax.data import Sequences, cut, held_out_windows, sequences_of
+from helix_jax.layout import dealt
+from helix_jax.mesh import DP, fetched
 from helix_jax.models.transformer import Weights, assemble
 from helix_jax.processes import by_first, is_first
 from helix_jax.recall import plant
-from helix_jax.text import Tokenizer, open_tokenizer
 from helix_jax.train import (
     LOG2_E,
     Batch,
     Told,
-    TrainConfig,
-    Training,
     TrainState,
     abstract_state,
     deal,
@@ -57,29 +54,6 @@ from helix_jax.train import (
 
 FREE_KEYS = {"eval_every", "remat", "accumulate"}  # of [train]: they may differ when a run goes on
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """files: of text, or of tokens (.npy), beside the config. separator: of documents in text; end_id: the token that
-    ends one. passkeys: in this share of the sequences things to remember are hidden (bytes only).
-    """
-
-    files: tuple[str, ...]
-    separator: str | None = None
-    end_id: int | None = None
-    passkeys: float = 0.0
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a command line comes to."""
-
-    training: Training
-    data: DataConfig
-    corpus: Corpus
-    out: Path
-    init: Path | None
 
 
 def main() -> int:
@@ -106,70 +80,13 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_run(options: argparse.Namespace) -> Run:
-    """Everything that can be refused before a step is compiled."""
-    tables = read_tables(options.config, needed={"data", "train"} | (set() if options.init else {"model"}))
-    where = str(options.config)
-    data = from_mapping(DataConfig, tables["data"], f"{where} [data]")
-    config = from_mapping(TrainConfig, tables["train"], f"{where} [train]")
-    if options.init and "model" in tables:
-        raise ValueError(f"{where} has a [model], and --init brings its own: leave out one of them")
-    if options.init:
-        model = checkpoint.read_config(options.init)
-    else:
-        model = from_mapping(ModelConfig, tables["model"], f"{where} [model]")
-    checkpoint.describe(model, "bfloat16")  # what cannot be written in the end is better known now
-    tokenizer = open_tokenizer(options.init or options.config.parent, model)
-    if tokenizer is None and any(not file.endswith(".npy") for file in data.files):
-        raise ValueError(
-            f"{where}: the model has no tokenizer: set tokenizer = 'bytes', or give files of tokens (.npy)"
-        )
-    of_tokens = any(file.endswith(".npy") for file in data.files)
-    if not 0 <= data.passkeys <= 1 or (data.passkeys and (model.tokenizer != "bytes" or of_tokens)):
-        raise ValueError(
-            f"{where}: passkeys is {data.passkeys}: give a share from 0 to 1, and 0 where tokens are no bytes"
-        )
-    mesh = open_mesh(options.platform, options.tp, options.cp, options.dp, processes_of(options))
-    corpus = open_data(options.config.parent, data, tokenizer, model, config)
-    dtype = jnp.dtype(options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-    layout = BlockLayout(options.cp, options.block, "striped")
-    return Run(Training(model, config, mesh, layout, dtype, corpus.documents), data, corpus, options.out, options.init)
-
-
-def read_tables(file: Path, needed: set[str]) -> dict[str, Any]:
-    try:
-        tables = tomllib.loads(file.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{file} is not TOML: {error}") from None
-    for key in sorted(set(tables) - {"data", "model", "train"}):
-        raise ValueError(f"{file}: unknown key '{key}': known are data, model, train")
-    for key in sorted(needed - set(tables)):
-        raise ValueError(f"{file}: [{key}] is missing: add it")
-    for key, table in tables.items():
-        if not isinstance(table, dict):
-            raise ValueError(f"{file}: '{key}' is {table!r}: give a table, [{key}]")
-    return tables
-
-
-def open_data(
-    folder: Path, data: DataConfig, tokenizer: Tokenizer | None, model: ModelConfig, config: TrainConfig
-) -> Corpus:
-    files = [folder / file for file in data.files]
-    corpus = open_corpus(files, tokenizer, model.vocab, config.held_out, data.separator, data.end_id)
-    check_corpus(corpus, config.context)
-    return corpus
-
-
 def train(run: Run) -> None:
     training, config = run.training, run.training.config
-    began_before = by_first((run.out / "states").exists)
-    weights = _weights_to_start_from(run.init) if run.init and not began_before else None
     with claimed(run):
         states = States(run.out / "states")
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         try:
-            first, state = states.restore(abstract_state(training)) or (0, start(training, weights))
-            del weights
+            first, state = states.restore(abstract_state(training)) or (0, first_state(run))
             describe(run, state, first, console)
             batch = batch_of(run, first)
             with open_log(run.out, config.steps, first, console) as log, interrupts_noticed() as notice_interrupt:
@@ -181,7 +98,8 @@ def train(run: Run) -> None:
                     # Read before the next step: on a CPU never more than one is under way.
                     log.step(step + 1, **figures(run, step, told, began, state))
                     if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-                        log.held_out(step + 1, **score(run, step, state.weights))
+                        if found := score(run, step, state.weights):
+                            log.held_out(step + 1, **found)
                         states.save(step + 1, state)
                 states.finish()
             save_model(run, state, console)
@@ -189,8 +107,11 @@ def train(run: Run) -> None:
             states.close()
 
 
-def _weights_to_start_from(folder: Path) -> Weights:
-    return checkpoint.load(folder, make_mesh(devices=jax.local_devices()), jnp.float32).weights()
+def first_state(run: Run) -> TrainState:
+    if run.init is None:
+        return start(run.training)
+    mesh = cast(Mesh, run.training.mesh)  # of devices that are there
+    return start(run.training, checkpoint.load(run.init, mesh, jnp.float32, experts=None).weights())
 
 
 @contextmanager
@@ -206,7 +127,8 @@ def _claimed_here(run: Run) -> Iterator[None]:
     """Raises ValueError: the folder is that of a run of something else, or another process is at it."""
     training, file = run.training, run.out / "run.json"
     settings = {key: value for key, value in asdict(training.config).items() if key not in FREE_KEYS}
-    parts = {"model": asdict(training.model), "data": asdict(run.data), "train": settings}
+    data = asdict(run.data) | {"tokens": len(run.corpus.tokens_X)}
+    parts = {"model": asdict(training.model), "data": data, "train": settings}
     ours = json.loads(json.dumps(parts | {"init": {"folder": str(run.init and run.init.absolute())}}))
     if file.exists():
         _check_same(run.out, read_json(file), ours)
@@ -306,8 +228,8 @@ def save_model(run: Run, state: TrainState, console: Console) -> None:
     model = assemble(run.training.model, state.weights)
     checkpoint.save(model, run.out / "model", jnp.bfloat16)
     for name in TOKENIZER_FILES if is_first() else ():
-        if run.init and (run.init / name).exists():
-            shutil.copy(run.init / name, run.out / "model" / name)
+        if run.tokenizer and (run.tokenizer / name).exists():
+            shutil.copy(run.tokenizer / name, run.out / "model" / name)
     console.print(f"the model is in '{run.out / 'model'}'")
 
 

@@ -1,4 +1,4 @@
-"""What a training run tells: a bar, a line of JSON for each step, a curve, and TensorBoard where that is installed."""
+"""What a training run tells: a bar, a line of JSON for each step, a curve, and TensorBoard if tensorboardX is there."""
 
 import importlib.util
 import json
@@ -84,7 +84,8 @@ class Log:
         )
         self._board: Any = None
         if importlib.util.find_spec("tensorboardX"):
-            self._board = importlib.import_module("tensorboardX").SummaryWriter(str(folder / "tensorboard"))
+            board = importlib.import_module("tensorboardX").SummaryWriter
+            self._board = board(str(folder / "tensorboard"), purge_step=first + 1)
 
     def __enter__(self) -> "Log":
         kept = self._file.with_suffix(".kept")  # a run may be killed at any time: the log is never cut where it lies
@@ -130,6 +131,7 @@ class Log:
         axes = figure.add_subplot(xlabel="step", ylabel="nats per token")
         for name, style in (("nats", "-"), ("held_out_nats", "o-")):
             points = [(entry["step"], entry[name]) for entry in self._entries if name in entry]
-            axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "), linewidth=1, markersize=3)
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "), linewidth=1, markersize=3)
         axes.legend()
         figure.savefig(self._curve, dpi=150)

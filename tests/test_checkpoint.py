@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from helix_jax.checkpoint import load, read_config, save, shard
@@ -73,6 +74,15 @@ def test_another_models_index_is_not_left_to_go_before_what_is_saved(folder: Pat
         load(folder, make_mesh())
     with pytest.raises(ValueError, match="holds another model's model.safetensors.index.json"):
         save(tiny_model(), folder)
+
+
+def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path: Path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("helix_jax.checkpoint.writing.save_file", full)
+    with pytest.raises(OSError, match=r"model.safetensors' cannot be written \(No space left .*\): make room"):
+        save(tiny_model(), tmp_path)
 
 
 def test_stop_ids_of_the_generation_config_come_first(folder: Path):

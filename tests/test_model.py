@@ -52,6 +52,7 @@ def test_the_shipped_model_is_small_and_its_log_meets_the_bar():
     assert last["held_out_bits_per_byte"] <= 1.65
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("share", [0.01, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_the_shipped_weights_predict_the_held_out_text(share: float):
     """In float32, from the file that ships: the whole held-out text in the long tier, the end of it in the fast one."""

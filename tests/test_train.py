@@ -132,6 +132,20 @@ def test_windows_sinks_latents_experts_and_norms_have_the_same_gradients(family:
     assert largest_error(found[1], found[0]) < 1e-5
 
 
+def test_gradients_in_bfloat16_are_summed_in_float32(monkeypatch):
+    """Over 512 lookups of each id, and 512 pieces of logits; in bfloat16 a sum stops growing at 256."""
+    model = dataclasses.replace(TINY, vocab=16)
+    tokens = np.random.default_rng(0).integers(0, 16, (4, 2049))
+    everything = tokens, np.zeros((4, 2048), int), np.ones((4, 2048), bool)
+    weights, found = tiny_model(model).weights(), []
+    for dtype in ("float32", "bfloat16"):
+        monkeypatch.setattr("helix_jax.train.step._LOGITS", 256)
+        run = run_on(model=model, dtype=dtype, context=2048, documents=False)
+        found.append(gradients(run, weights, deal(run, *everything)))
+    for name in ("embed_VD", "head_VD"):
+        assert largest_error(found[1][name], found[0][name]) < 0.02
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 def test_without_documents_a_gpu_attends_by_cudnn_and_has_the_same_gradients():
@@ -237,6 +251,22 @@ def test_a_state_comes_back_on_another_mesh_and_a_harmed_one_is_passed_over(tmp_
         States(tmp_path / "states").restore(abstract_state(run))
 
 
+def test_a_state_in_which_anything_was_changed_is_passed_over(tmp_path: Path, caplog):
+    kept = {"x": jnp.arange(10_000.0)}
+    states = States(tmp_path)
+    states.save(3, kept)
+    states.save(7, kept)
+    states.finish()
+    file = max((path for path in (tmp_path / "7").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    whole = file.read_bytes()
+    for at in np.linspace(0, len(whole) - 1, 12).astype(int):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        step, found = States(tmp_path).restore(kept)  # pyright: ignore[reportGeneralTypeIssues]
+        assert step in (3, 7)  # there are bytes that say nothing
+        np.testing.assert_array_equal(found["x"], kept["x"])
+    assert "its numbers are not those that were written" in caplog.text
+
+
 # the script -----------------------------------------------------------------------------------------------------------
 
 SMALL_RUN = """
@@ -307,6 +337,7 @@ def test_the_script_trains_a_folder_that_loads(trained: Path):
 def test_a_model_that_was_trained_is_read_by_transformers_and_trained_on(trained: Path, tmp_path: Path):
     pytest.importorskip("transformers")
     folder = folder_of(tmp_path, SMALL_RUN.split("[model]")[0] + "[train]" + SMALL_RUN.split("[train]")[1])
+    (folder / "more" / "states").mkdir(parents=True)  # of a run that was stopped before its first state
     done = train(folder, "more", "--init", trained / "whole" / "model")
     assert done.returncode == 0, done.stderr
     assert curve(folder / "more")[2] < curve(trained / "whole")[2] - 1
@@ -329,6 +360,8 @@ def test_a_run_that_is_killed_again_and_again_comes_to_the_same_bits(trained: Pa
     done = train(trained, out, "--cp", 2)
     assert done.returncode == 0, done.stderr
     assert curve(trained / out) == curve(trained / "whole")
+    ours, theirs = (trained / name / "model" / "model.safetensors" for name in (out, "whole"))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_ctrl_c_says_how_to_go_on_and_the_mesh_may_change(trained: Path):
@@ -402,6 +435,27 @@ def test_the_folder_of_another_run_is_left_alone(trained: Path, tmp_path: Path):
     with (trained / "whole" / "run.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another process trains in" in train(trained, "whole", "--cp", 2).stderr
+
+
+def test_nothing_need_be_held_out_a_tokenizer_comes_along_and_a_text_that_grew_is_another(tmp_path: Path):
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"in": 0, "the": 1, "?": 2}, unk_token="?"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "words.txt").write_text("in the beginning " * 100)
+    changes = {"kjv.txt": "words.txt", "passkeys = 0.5": "", 'tokenizer = "bytes"': "", "0.0002": "0.0", "= 80": "= 6"}
+    run = SMALL_RUN
+    for was, now in changes.items():
+        run = run.replace(was, now)
+    folder = folder_of(tmp_path, run)
+    done = train(folder)
+    assert done.returncode == 0, done.stderr
+    assert "step 6 of 6" not in done.stderr
+    assert sorted(curve(folder / "out")) == list(range(1, 7))
+    assert (folder / "out" / "curve.png").stat().st_size > 1000
+    assert (folder / "out" / "model" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    (folder / "words.txt").write_text("in the beginning " * 101)
+    assert "is of a run with data tokens 300, not 303" in train(folder).stderr
 
 
 @pytest.mark.parametrize(
