@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from helix_jax.checkpoint import load
@@ -34,6 +35,7 @@ from helix_jax.train import (
     surprise,
     train_step,
 )
+from helix_jax.train.state import make_optimizer
 from helix_jax.train.step import _pieces
 from tests.conftest import GOLDEN, ROOT
 from tests.reference import TINY, naive_logits, tiny_model
@@ -166,6 +168,22 @@ def test_dropout_is_a_function_of_seed_step_and_place():
     assert found == losses(run, weights, batch, 3)
     assert found != losses(run_on(1, 2, dropout=0.5, seed=1), weights, batch, 3)
     assert abs(found[0] - found[1]) > 1e-3  # the rate is 0 at first: other masks
+
+
+def test_the_rate_warms_up_and_falls_matrices_alone_decay_and_gradients_are_clipped():
+    optimizer = make_optimizer(CONFIG)
+    weights = {name: jnp.ones((2, 2)) for name in ("embed_VD", "attention_norm_D", "q_bias_NH", "sink_N")}
+    memory, rates = optimizer.init(weights), []
+    for _ in range(CONFIG.steps):
+        updates, memory = optimizer.update(jax.tree.map(jnp.zeros_like, weights), memory, weights)
+        rates.append(-float(updates.pop("embed_VD")[0, 0]) / CONFIG.weight_decay)
+        assert not any(update.any() for update in updates.values())
+    np.testing.assert_allclose(rates[:6], np.linspace(0, CONFIG.learning_rate, 6), rtol=1e-5)
+    turned = np.pi * np.arange(45) / 45
+    np.testing.assert_allclose(rates[5:], CONFIG.learning_rate * (1 + np.cos(turned)) / 2, rtol=1e-4)
+    _, memory = optimizer.update(jax.tree.map(lambda x: 100 * x, weights), optimizer.init(weights), weights)
+    clipped = optax.tree.norm(optax.tree.get(memory, "mu")) / 0.1  # of the gradient a tenth is remembered
+    np.testing.assert_allclose(clipped, CONFIG.clip_norm, rtol=1e-5)
 
 
 def lowered(run: Training):
