@@ -111,7 +111,7 @@ def first_state(run: Run) -> TrainState:
     if run.init is None:
         return start(run.training)
     mesh = cast(Mesh, run.training.mesh)  # of devices that are there
-    return start(run.training, checkpoint.load(run.init, mesh, jnp.float32, experts=None).weights())
+    return start(run.training, checkpoint.load(run.init, mesh, jnp.float32, to_train=True).weights())
 
 
 @contextmanager

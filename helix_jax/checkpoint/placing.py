@@ -44,7 +44,7 @@ def place(
     experts: str | None,
     placed: Callable[[ParameterPath], None] = lambda path: None,
 ) -> Transformer:
-    """A Transformer over `mesh`, one parameter at a time; `placed` is told of each. experts None: to train it."""
+    """A Transformer over `mesh`, one parameter at a time, told to `placed`. experts None: as training keeps it."""
     own = shapes(config)
     graph, state = nnx.split(Transformer(config, devices=flat_size(mesh) if experts else 1, rngs=None))
     values = []

@@ -41,14 +41,15 @@ def load(
     mesh: Mesh,
     dtype: DTypeLike = jnp.bfloat16,
     *,
-    experts: str | None = "flat",
+    experts: str = "flat",
+    to_train: bool = False,
     on_read: Callable[[int, int], None] = lambda done, total: None,
 ) -> Transformer:
     """The model in a Hugging Face folder, its weights in `dtype`, each part put from the file onto the devices that
     need it. Quantised weights are dequantised on the way. What is left out is named in a warning of the log.
 
-    experts: how experts are spread, as in Plan; None: weights to train, in shares of all devices. on_read: is told the
-    bytes of the files that are done, and all of them.
+    experts: how experts are spread, as in Plan. to_train: weights in shares of all devices, as training keeps them, and
+    not as a step of decoding reads them. on_read: is told the bytes of the files that are done, and all of them.
 
     Raises:
         ValueError: as `read_config`; no weights, a tensor missing, surplus, of a wrong shape or of another type than
@@ -78,7 +79,7 @@ def load(
     def read(path: ParameterPath, index: Index) -> np.ndarray:
         return _read_part(home_of[path], tensors, whole, index)
 
-    return place(config, mesh, read, dtype, experts, placed)
+    return place(config, mesh, read, dtype, None if to_train else experts, placed)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
