@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jax
 import numpy as np
@@ -67,6 +67,12 @@ def start(processes: Processes) -> None:
         raise ValueError(
             f"the processes did not meet ({_short(error)}): start all of them, with one address and count"
         ) from None
+
+
+def meet() -> None:
+    """Waits until all are here: what one refuses after this, none takes for its loss while it still connects."""
+    if count() > 1:
+        cast(Any, distributed.global_state.client).wait_at_barrier("helix_jax", timeout_in_ms=1000 * _LOST_AFTER_S)
 
 
 def count() -> int:

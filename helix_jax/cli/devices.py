@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from helix_jax.mesh import Device, make_mesh
-from helix_jax.processes import Processes, count, is_first, start
+from helix_jax.processes import Processes, count, is_first, meet, start
 
 _FAKE_DEVICES_FLAG = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 
@@ -55,6 +55,7 @@ def open_mesh(platform: str, tp: int, cp: int | None, dp: int = 1, processes: Pr
     if platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
     devices = _devices(platform)
+    meet()
     if cp is None and len(devices) < dp * tp:
         raise ValueError(f"--tp {tp} needs {dp * tp} devices, but there are {len(devices)}: try --platform cpu")
     cp = cp or len(devices) // (dp * tp)
