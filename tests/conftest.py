@@ -24,6 +24,17 @@ if importlib.util.find_spec("beartype"):
     install_import_hook("helix_jax", "beartype.beartype")
 
 
+@pytest.fixture(scope="session")
+def byte_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The folder of a byte model of random weights, which compiles faster than the one that ships."""
+    from helix_jax.checkpoint import save
+    from tests.reference import BYTES, tiny_model
+
+    folder = tmp_path_factory.mktemp("byte_model")
+    save(tiny_model(BYTES), folder)
+    return folder
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="also run the tests marked slow")
 

@@ -20,6 +20,9 @@ TIE = 1e-4
 # 16 query heads in 8 groups: every tp x cp <= 8 of powers of two fits. Vocabulary and feed-forward need padding.
 TINY = ModelConfig(layers=2, width=32, heads=16, kv_heads=8, head_width=8, ff_width=52, vocab=61, max_positions=4096)
 
+BYTES_SHAPE = {"layers": 2, "width": 32, "heads": 8, "kv_heads": 2, "head_width": 4, "ff_width": 48, "vocab": 256}
+BYTES = ModelConfig(**BYTES_SHAPE, max_positions=512, tied_head=True, tokenizer="bytes")
+
 
 def tiny_model(config: ModelConfig = TINY, seed: int = 0) -> Transformer:
     return Transformer(config, rngs=nnx.Rngs(seed))

@@ -10,40 +10,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from helix_jax.checkpoint import load, save
-from helix_jax.config import ModelConfig
+from helix_jax.checkpoint import load
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import make_mesh
-from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from tests.conftest import ROOT
 from tests.reference import naive_logits
 from tests.test_cli import ENVIRONMENT
 
-SHAPE = {"layers": 2, "width": 32, "heads": 8, "kv_heads": 2, "head_width": 4, "ff_width": 48, "vocab": 256}
-CONFIG = ModelConfig(**SHAPE, max_positions=512, tied_head=True, tokenizer="bytes")
 TEXT = (ROOT / "scripts" / "data" / "kjv.txt").read_bytes()[-3000:]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A byte model of random weights."""
-    folder = tmp_path_factory.mktemp("model")
-    save(Transformer(CONFIG, rngs=nnx.Rngs(0)), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reader_of(folder: Path):
+def reader_of(byte_model: Path):
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
         module = importlib.import_module("reader")
     finally:
         sys.path.pop(0)
     mesh = make_mesh(1, 4)
-    model = load(folder, mesh, jnp.float32)
+    model = load(byte_model, mesh, jnp.float32)
 
     def make(placement: str, prompts, room: int):
         most = max(map(len, prompts)) + room
@@ -56,8 +43,8 @@ PROMPTS = [list(TEXT[:70]), list(TEXT[100:133])]
 
 
 @pytest.mark.parametrize("placement", ["helix", "striped"])
-def test_a_reader_reads_and_says_what_a_model_without_a_cache_does(reader_of, folder: Path, placement: str):
-    model, reader = load(folder, make_mesh(), jnp.float32), reader_of(placement, PROMPTS, 60)
+def test_a_reader_reads_and_says_what_a_model_without_a_cache_does(reader_of, byte_model: Path, placement: str):
+    model, reader = load(byte_model, make_mesh(), jnp.float32), reader_of(placement, PROMPTS, 60)
     reader.read([TEXT[200:209], TEXT[300:320]])
     texts = [[*PROMPTS[0], *TEXT[200:209]], [*PROMPTS[1], *TEXT[300:320]]]
     for row, said in enumerate(reader.say(12).tolist()):
@@ -96,8 +83,8 @@ def run(script: str, *options: object) -> subprocess.CompletedProcess:
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, check=False)
 
 
-def test_needles_are_hidden_and_asked_for_and_every_placement_answers_alike(folder: Path, tmp_path: Path):
-    options = ("--model", folder, "--cp", 2, "--lengths", 120, 200, "--depths", 3, "--decoded", 20)
+def test_needles_are_hidden_and_asked_for_and_every_placement_answers_alike(byte_model: Path, tmp_path: Path):
+    options = ("--model", byte_model, "--cp", 2, "--lengths", 120, 200, "--depths", 3, "--decoded", 20)
     files = ("--json", tmp_path / "n.json", "--plot", tmp_path / "n.png")
     done = run("eval_needle.py", *options, "--placement", "helix", "--placement", "striped", *files)
     assert done.returncode == 0, done.stderr
@@ -138,14 +125,14 @@ def test_the_shipped_model_finds_keys_at_every_depth_of_its_whole_context_under_
     assert all(said == [cell["key"]] * 2 for said, cell in zip(found["helix"]["answers"], found["cells"], strict=True))
 
 
-def test_perplexity_is_that_of_one_pass_at_every_position(folder: Path, tmp_path: Path):
-    options = ("--model", folder, "--cp", 2, "--positions", 2, 50, "--span", 20, "--windows", 3)
+def test_perplexity_is_that_of_one_pass_at_every_position(byte_model: Path, tmp_path: Path):
+    options = ("--model", byte_model, "--cp", 2, "--positions", 2, 50, "--span", 20, "--windows", 3)
     done = run("eval_perplexity.py", *options, "--placement", "helix", "--json", tmp_path / "p.json")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "p.json").read_text())["bits_per_byte"]
     text = (ROOT / "scripts" / "data" / "kjv.txt").read_bytes()
     text = text[len(text) - int(len(text) * 0.05) :]
-    model = load(folder, make_mesh(), jnp.float32)
+    model = load(byte_model, make_mesh(), jnp.float32)
     for row, position in enumerate((2, 50)):
         nats = []
         for start in np.linspace(0, len(text) - position - 20, 3).astype(int):
@@ -189,8 +176,8 @@ def test_perplexity_is_that_of_one_pass_at_every_position(folder: Path, tmp_path
         ),
     ],
 )
-def test_what_cannot_be_evaluated_is_one_line_and_exit_2(folder: Path, script: str, options, message: str):
-    done = run(script, "--model", folder, "--cp", 2, *options)
+def test_what_cannot_be_evaluated_is_one_line_and_exit_2(byte_model: Path, script: str, options, message: str):
+    done = run(script, "--model", byte_model, "--cp", 2, *options)
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert message in done.stderr

@@ -10,15 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from flax import nnx
 
 from helix_jax import processes
-from helix_jax.checkpoint import save
-from helix_jax.models.transformer import Transformer
 from helix_jax.processes import Processes, by_first, least, lost
 from tests.conftest import ROOT
+from tests.reference import BYTES_SHAPE
 from tests.test_cli import ENVIRONMENT
-from tests.test_eval import CONFIG, SHAPE
 
 HELIX = [sys.executable, "-m", "helix_jax"]
 TRAIN = [sys.executable, ROOT / "scripts" / "train.py"]
@@ -56,16 +53,19 @@ def run(count: int, command: list[object], tmp_path: Path, expected: int = 0, un
     return (tmp_path / "out0").read_text()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    save(Transformer(CONFIG, rngs=nnx.Rngs(0)), folder)
-    return folder
-
-
 @pytest.mark.parametrize("count", COUNTS)
-def test_generate_says_the_same_tokens_and_only_once(count: int, folder: Path, tmp_path: Path):
-    command = [*HELIX, "generate", "--model", folder, "--prompt", "And it came to pass", "--max-new-tokens", 30, *MESH]
+def test_generate_says_the_same_tokens_and_only_once(count: int, byte_model: Path, tmp_path: Path):
+    command = [
+        *HELIX,
+        "generate",
+        "--model",
+        byte_model,
+        "--prompt",
+        "And it came to pass",
+        "--max-new-tokens",
+        30,
+        *MESH,
+    ]
     told = json.loads(run(count, [*command, "--json", "--verify"], tmp_path, under_slurm=True))
     alone = json.loads(run(1, [*command, "--json"], tmp_path))
     assert told["tokens"] == alone["tokens"]
@@ -75,7 +75,7 @@ def test_generate_says_the_same_tokens_and_only_once(count: int, folder: Path, t
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_a_batch_has_the_same_results_and_goes_on_where_it_was(count: int, folder: Path, tmp_path: Path):
+def test_a_batch_has_the_same_results_and_goes_on_where_it_was(count: int, byte_model: Path, tmp_path: Path):
     asked = [
         {"id": f"r{i}", "prompt": f"Line {i} of it, " * (i + 1), "max_new_tokens": 4 + i, "temperature": 0.8 * (i % 2)}
         for i in range(6)
@@ -83,7 +83,7 @@ def test_a_batch_has_the_same_results_and_goes_on_where_it_was(count: int, folde
     (tmp_path / "in").write_text("".join(json.dumps(one) + "\n" for one in asked) + "nonsense\n")
 
     def answered(count: int, out: Path) -> dict[str, object]:
-        command = [*HELIX, "batch", tmp_path / "in", "--out", out, "--model", folder, "--rows", 4, *MESH]
+        command = [*HELIX, "batch", tmp_path / "in", "--out", out, "--model", byte_model, "--rows", 4, *MESH]
         run(count, command, tmp_path, expected=1)  # the line that is none
         found = [json.loads(line) for line in out.read_text().splitlines()]
         assert len({one["id"] for one in found}) == len(found) == len(asked) + 1
@@ -98,7 +98,7 @@ def test_a_batch_has_the_same_results_and_goes_on_where_it_was(count: int, folde
 def config_of(steps: int, tmp_path: Path) -> Path:
     tables = {
         "data": {"files": [str(ROOT / "scripts" / "data" / "kjv.txt")], "passkeys": 0.5},
-        "model": SHAPE | {"max_positions": 128, "tied_head": True, "tokenizer": "bytes"},
+        "model": BYTES_SHAPE | {"max_positions": 128, "tied_head": True, "tokenizer": "bytes"},
         "train": {"steps": steps, "batch": 2, "context": 128, "warmup_steps": 5, "eval_every": 5, "held_out": 0.0},
     }
     lines = []
@@ -176,9 +176,11 @@ def test_processes_that_cannot_meet_are_one_line_and_exit_2(options: list[object
         (["--cp", 5, "--platform", "cpu"], "out", "tp 1 x cp 5 takes 5 of the 6 devices of 2 processes: take all"),
     ],
 )
-def test_what_fails_in_the_first_fails_in_all(mesh: list[object], out: str, message: str, folder: Path, tmp_path: Path):
+def test_what_fails_in_the_first_fails_in_all(
+    mesh: list[object], out: str, message: str, byte_model: Path, tmp_path: Path
+):
     (tmp_path / "in").write_text('{"prompt": "And"}\n')
-    command = [*HELIX, "batch", tmp_path / "in", "--out", tmp_path / out, "--model", folder, *mesh]
+    command = [*HELIX, "batch", tmp_path / "in", "--out", tmp_path / out, "--model", byte_model, *mesh]
     run(TWO, command, tmp_path, expected=2)
     for number in range(TWO):
         assert message in (tmp_path / f"err{number}").read_text()
