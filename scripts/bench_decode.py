@@ -14,43 +14,36 @@ import math
 import re
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable
-from functools import cache as cached
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax import Array, lax
-from jax.sharding import Mesh, Sharding
-from jax.typing import DTypeLike
+from jax.sharding import Mesh
+from random_weights import filled, random_weights
 from reporting import Parser, exit_status, new_figure, write_json
 from rich.console import Console
 from rich.table import Table
+from roofline import bytes_per_device, kv_bytes_read, measure_bandwidth, weight_bytes_read
 from shapes import first_layers, read_shape
 
 from helix_jax.cache import KVCache, Rows, make_cache, per_row
-from helix_jax.checkpoint.parameters import type_of
 from helix_jax.cli.devices import open_mesh
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
 from helix_jax.generation import DEFAULT_PAGE
 from helix_jax.kernels import KERNELS
 from helix_jax.layout import PLACEMENTS, BlockLayout
-from helix_jax.mesh import CP, EXPERT_WEIGHTS, REPLICATED, ROWS_B, TP, make_mesh, sharding, weight_sharding
-from helix_jax.models.transformer import Transformer, Weights
+from helix_jax.mesh import CP, REPLICATED, ROWS_B, TP, make_mesh, sharding
+from helix_jax.models.transformer import Weights
 from helix_jax.plan import Plan
 from helix_jax.sampling import make_sampling
 from helix_jax.step import ManyOutput, StepOutput, many_steps, step
 
 WARM_UP = 2
 LEAST_CALLS = 3  # of many tokens, for a median
-WEIGHT_SCALE = 0.02
 WAYS = {"awaited_ms": "awaited", "queued_ms": "queued", "many_ms": "many"}
 
 # A step, or many in one call: all is given but the cache and the rows.
@@ -152,20 +145,6 @@ def describe(job: Job, device: str) -> dict[str, Any]:
     return found
 
 
-def measure_bandwidth(device: Any, calls: int = 10, repeats: int = 5) -> float:
-    """Bytes per second that one device reads: the largest of many numbers, found several times for one wait."""
-    size = 2**27 if device.platform == "cpu" else 2**32
-    x_X = jnp.zeros(size // 2, jnp.bfloat16, device=device)
-    largest = jax.jit(jnp.max)
-    jax.block_until_ready(largest(x_X))
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready([largest(x_X) for _ in range(calls)])
-        seconds.append(time.perf_counter() - began)
-    return calls * size / min(seconds)
-
-
 def measure(job: Job, plan: Plan, weights: Weights) -> dict[str, Any]:
     """One run, as it stands in the JSON. Bytes are per device."""
     options = job.options
@@ -191,8 +170,8 @@ def measure(job: Job, plan: Plan, weights: Weights) -> dict[str, Any]:
 
 def verdict(job: Job, plan: Plan, weights: Weights, best_ms: float) -> dict[str, float]:
     """Against the roofline of a cache that lies evenly on all ranks, as in the paper; that of the fullest is told."""
-    read = weight_bytes_read(job, weights)
-    even_ms, fullest_ms = (1e3 * (kv + read) / job.bandwidth for kv in kv_bytes_read(job, plan))
+    read, kvs = weight_bytes_read(job.config, job.options.rows, weights), kv_bytes_read(job.options, job.config, plan)
+    even_ms, fullest_ms = (1e3 * (kv + read) / job.bandwidth for kv in kvs)
     speed = 1e3 * job.options.rows / best_ms / plan.mesh.size
     rooflines = {"roofline_ms": even_ms, "roofline_of_fullest_ms": fullest_ms, "times_roofline": best_ms / even_ms}
     return {"best_ms": best_ms, "tokens_per_s_per_device": speed, **rooflines}
@@ -208,49 +187,6 @@ def cache_after_decoding(job: Job, plan: Plan, room: int) -> tuple[KVCache, Rows
     pools, nest = jax.tree.flatten(cache)
     pools = [filled(pool_AKWH, seed) for seed, pool_AKWH in enumerate(pools)]
     return jax.tree.unflatten(nest, pools), rows._replace(length_B=per_row(plan, [length] * options.rows))
-
-
-def random_weights(config: ModelConfig, mesh: Mesh, dtype: DTypeLike) -> Weights:
-    """Made where they lie, one by one. The padding is random too, which takes no other time."""
-    padded = nnx.to_flat_state(nnx.state(Transformer(config, devices=mesh.size, rngs=None), nnx.Param))
-    made = []
-    for seed, (path, parameter) in enumerate(padded):
-        make = maker(str(path[-1]), parameter.shape, type_of(path, dtype), weight_sharding(mesh, str(path[-1])))
-        made.append((path, make(seed)))
-    return nnx.to_pure_dict(nnx.from_flat_state(made))
-
-
-@cached  # of all layers one compilation
-def maker(name: str, shape: tuple[int, ...], dtype: DTypeLike, where: Sharding) -> Callable[[int], Array]:
-    def make(seed: Array) -> Array:
-        return jnp.ones(shape, dtype) if "norm" in name else noise(shape, dtype, seed, WEIGHT_SCALE)
-
-    return jax.jit(make, out_shardings=where)
-
-
-@partial(jax.jit, donate_argnums=0)
-def filled(zeros_AKWH: Array, seed: Array | int) -> Array:
-    return zeros_AKWH + noise(zeros_AKWH.shape, zeros_AKWH.dtype, seed)
-
-
-def noise(shape: tuple[int, ...], dtype: DTypeLike, seed: Array | int, scale: float = 1.0) -> Array:
-    """Numbers of mean 0 and standard deviation `scale`, each a hash of where it stands.
-
-    It is all one loop: each device writes its part and needs no room beside it. The bits of jax.random are arrays.
-    """
-    bits = jnp.asarray(seed, jnp.uint32)
-    for axis in range(len(shape)):
-        own = [size if at == axis else 1 for at, size in enumerate(shape)]
-        bits = mixed(bits + lax.broadcasted_iota(jnp.uint32, own, axis) * np.uint32(0x9E3779B9))
-    uniform = lax.bitcast_convert_type(bits, jnp.int32).astype(jnp.float32) * 2.0**-31
-    return (3**0.5 * scale * uniform).astype(dtype)
-
-
-def mixed(bits: Array) -> Array:
-    """The last step of MurmurHash3: each bit comes to depend on all."""
-    bits = (bits ^ (bits >> 16)) * np.uint32(0x85EBCA6B)
-    bits = (bits ^ (bits >> 13)) * np.uint32(0xC2B2AE35)
-    return bits ^ (bits >> 16)
 
 
 def programs(job: Job, plan: Plan, weights: Weights) -> tuple[Program, Program]:
@@ -298,48 +234,6 @@ def warmed(program: Program, cache: KVCache, rows: Rows) -> KVCache:
     for _ in range(WARM_UP):
         cache = jax.block_until_ready(program(cache, rows)).cache
     return cache
-
-
-def bytes_per_device(arrays: Any) -> int:
-    """What the fullest device holds of them."""
-    held: Counter[Any] = Counter()
-    for array in jax.tree.leaves(arrays):
-        held.update({shard.device: shard.data.nbytes for shard in array.addressable_shards})
-    return max(held.values())
-
-
-def weight_bytes_read(job: Job, weights: Weights) -> float:
-    """What a device has to read of its weights in a step."""
-    named = [(str(path[-1].key), array) for path, array in jax.tree_util.tree_leaves_with_path(weights)]
-    return sum(bytes_per_device(array) * share_read(job.config, name, job.options.rows) for name, array in named)
-
-
-def share_read(config: ModelConfig, name: str, rows: int) -> float:
-    if name == "embed_VD" and not config.tied_head:
-        return min(1, rows / config.vocab)
-    if config.experts and name in EXPERT_WEIGHTS["flat"]:
-        # An expectation, and a high one: routing is even, and no two rows choose the same expert before all are taken.
-        return min(1, rows * config.experts.chosen / config.experts.count)
-    return 1
-
-
-def kv_bytes_read(job: Job, plan: Plan) -> tuple[float, float]:
-    """What a device has to read of the cache in a step: if all ranks hold the same, and on the fullest.
-
-    Source: arXiv 2507.07120, appendix A; of a windowed layer, its window.
-    """
-    options, config, tp = job.options, job.config, plan.mesh.shape[TP]
-    numbers = config.cache_width if config.latent else 2 * -(-config.kv_heads // tp) * config.head_width
-    per_slot = options.rows * numbers * jnp.dtype(options.dtype).itemsize
-    slots_LR = np.array([slots_read(options, plan.layout, config.window_of(layer)) for layer in range(config.layers)])
-    return per_slot * float(slots_LR.mean(1).sum()), per_slot * float(slots_LR.max(1).sum())
-
-
-def slots_read(options: argparse.Namespace, layout: BlockLayout, window: int | None) -> np.ndarray:
-    """Of each rank, in one row."""
-    length, rank_R = options.context + options.decoded, np.arange(layout.ranks)
-    past = layout.filled(length - window, options.context, rank_R) if window else 0
-    return layout.filled(length, options.context, rank_R) - past
 
 
 def table_of(found: dict[str, Any]) -> Table:
