@@ -52,9 +52,9 @@ class States:
         for step in steps:
             try:
                 return step, self._read(step, abstract)
+            except jax.errors.JaxRuntimeError:  # of the devices, out of memory, say: the state is whole
+                raise
             except Exception as error:  # of tensorstore, of orbax, of json: whatever a harmed file leads to
-                if "RESOURCE_EXHAUSTED" in str(error):
-                    raise
                 why = " ".join(str(error).split())[:200]
                 _log.warning("state %d in '%s' cannot be read (%s): an earlier one is taken", step, self._folder, why)
         if steps:
