@@ -1,4 +1,4 @@
-"""What every module of a model is made of: parameters named by their shape, norms, gated feed-forwards.
+"""What every module of a model is made of: parameters named by their shape, lookups, norms, gated feed-forwards.
 
 A parameter's name says all about it: `q_DNH` has the shape [D, N, H], is sharded as mesh.WEIGHTS["q_DNH"] says, and is
 initialised for the fan-in that stands beside it.
@@ -10,6 +10,7 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -51,6 +52,25 @@ class Parameters:
         if self.rngs is None:
             return nnx.Param(cast(Array, jax.ShapeDtypeStruct(shape, jnp.float32)))
         return nnx.Param(value(shape, self.rngs))
+
+
+@jax.custom_vjp
+def lookup(table_VD: Array, index_BT: Array) -> Array:
+    """Rows of a table. Its gradient is summed in float32: in bfloat16 a sum stops growing after 256 equal lookups."""
+    return jnp.take(table_VD, index_BT, axis=0, mode="clip")
+
+
+def _looked_up(table_VD: Array, index_BT: Array) -> tuple[Array, tuple[Array, Array]]:
+    return lookup(table_VD, index_BT), (table_VD, index_BT)
+
+
+def _summed(given: tuple[Array, Array], found_BTD: Array) -> tuple[Array, np.ndarray]:
+    table_VD, index_BT = given
+    summed_VD = jnp.zeros(table_VD.shape, jnp.float32).at[index_BT].add(found_BTD.astype(jnp.float32), mode="clip")
+    return summed_VD.astype(table_VD.dtype), np.zeros(index_BT.shape, jax.dtypes.float0)
+
+
+lookup.defvjp(_looked_up, _summed)
 
 
 def rms_norm(x: Array, weight: nnx.Param[Array], config: ModelConfig, eps: float | None = None) -> Array:

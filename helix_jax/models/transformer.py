@@ -4,9 +4,7 @@ passes through, and so is what runs the experts."""
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
@@ -16,7 +14,7 @@ from helix_jax.models.attention import Attention, SelfAttention
 from helix_jax.models.experts import on_one_device
 from helix_jax.models.mla import LatentAttention
 from helix_jax.models.moe import MixtureOfExperts, RunExperts
-from helix_jax.models.parts import FeedForward, Parameters, rms_norm
+from helix_jax.models.parts import FeedForward, Parameters, lookup, rms_norm
 from helix_jax.numerics import einsum
 
 # Nested as the modules are; the leaves are arrays.
@@ -117,25 +115,6 @@ def logits_of(config: ModelConfig, head_VD: Float[Array, "V D"], x_BTD: Float[Ar
     """As `Transformer.logits`."""
     logits_BTV = einsum("...d,vd->...v", x_BTD, head_VD, out=jnp.float32)
     return jnp.where(jnp.arange(head_VD.shape[0]) < config.vocab, logits_BTV, -jnp.inf)
-
-
-@jax.custom_vjp
-def lookup(table_VD: Float[Array, "V D"], index_BT: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-    """Rows of a table. Its gradient is summed in float32: in bfloat16 a sum stops growing after 256 equal lookups."""
-    return jnp.take(table_VD, index_BT, axis=0, mode="clip")
-
-
-def _looked_up(table_VD: Array, index_BT: Array) -> tuple[Array, tuple[Array, Array]]:
-    return lookup(table_VD, index_BT), (table_VD, index_BT)
-
-
-def _summed(given: tuple[Array, Array], found_BTD: Array) -> tuple[Array, np.ndarray]:
-    table_VD, index_BT = given
-    summed_VD = jnp.zeros(table_VD.shape, jnp.float32).at[index_BT].add(found_BTD.astype(jnp.float32), mode="clip")
-    return summed_VD.astype(table_VD.dtype), np.zeros(index_BT.shape, jax.dtypes.float0)
-
-
-lookup.defvjp(_looked_up, _summed)
 
 
 def assemble(config: ModelConfig, weights: Weights) -> Transformer:
