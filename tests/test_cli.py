@@ -109,12 +109,12 @@ def unsharded() -> dict:
     return result("generate", "--prompt-file", PASSAGE, "--max-new-tokens", 40)
 
 
-def test_a_real_passage_continues_alike_sharded_and_not(unsharded):
+@pytest.mark.parametrize(("tp", "cp"), [(2, 4), pytest.param(1, 8, marks=pytest.mark.slow)])
+def test_a_real_passage_continues_alike_sharded_and_not(tp: int, cp: int, unsharded):
     tokens = len(PASSAGE.read_bytes())
     assert tokens >= 1500
     assert unsharded["mesh"] == {"tp": 1, "cp": 1}
     assert unsharded["prompt_tokens"] == tokens
-    tp, cp = 2, 4
     found = result(
         *("generate", "--prompt-file", PASSAGE, "--max-new-tokens", 40, "--tp", tp, "--cp", cp),
         *("--placement", "striped", "--combine", "all_to_all", "--verify"),
