@@ -13,12 +13,12 @@ A position is global and 0-based, a slot is its place on the rank that owns it. 
 """
 
 from helix_jax.attention import Partial, attend, merge
-from helix_jax.cache import KVCache, Pages, Rows, make_cache
+from helix_jax.cache import CacheSpec, KVCache, Pages, Rows, make_cache
 from helix_jax.checkpoint import DEMO_MODEL, load, save, shard
 from helix_jax.combine import COMBINES, combine
 from helix_jax.config import ModelConfig
-from helix_jax.engine import Ended, Engine, Figures, Result, Said, SamplingParams, hand_over
-from helix_jax.generation import cache_shape, generate, stream
+from helix_jax.engine import FinishedEvent, Engine, EngineStats, RequestOutput, TokenEvent, SamplingParams, transfer
+from helix_jax.generation import generate, stream
 from helix_jax.helix import helix_attention
 from helix_jax.layout import PLACEMENTS, BlockLayout
 from helix_jax.mesh import make_mesh
@@ -34,25 +34,25 @@ __all__ = [
     "DEMO_MODEL",
     "PLACEMENTS",
     "BlockLayout",
-    "Ended",
+    "CacheSpec",
+    "FinishedEvent",
     "Engine",
-    "Figures",
+    "EngineStats",
     "KVCache",
     "ModelConfig",
     "Pages",
     "Partial",
     "Plan",
-    "Result",
+    "RequestOutput",
     "Rows",
-    "Said",
+    "TokenEvent",
     "Sampling",
     "SamplingParams",
     "Transformer",
     "attend",
-    "cache_shape",
     "combine",
     "generate",
-    "hand_over",
+    "transfer",
     "helix_attention",
     "load",
     "make_cache",

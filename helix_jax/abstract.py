@@ -1,6 +1,5 @@
 """What a step takes, as shapes, types and places: to trace and compile it for devices that are not there."""
 
-import math
 from typing import Any
 
 import jax
@@ -8,9 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from helix_jax.cache import KVCache, Pages, Rows
-from helix_jax.checkpoint.parameters import type_of
+from helix_jax.cache import KVCache, Pages, Rows, pages_needed
+from helix_jax.checkpoint.parameters import parameter_dtype
 from helix_jax.config import ModelConfig
+from helix_jax.kernels.page_format import stored_width
 from helix_jax.mesh import (
     CP,
     PAGES_AKWH,
@@ -18,6 +18,7 @@ from helix_jax.mesh import (
     ROWS_B,
     TABLE_RBM,
     AnyMesh,
+    first_device,
     flat_size,
     sharding,
     weight_sharding,
@@ -33,7 +34,7 @@ def abstract_weights(config: ModelConfig, mesh: AnyMesh, dtype: DTypeLike, exper
 
     def placed(path: Any, shape: tuple[int, ...]) -> Any:
         where = weight_sharding(mesh, str(path[-1]), experts)
-        return jax.ShapeDtypeStruct(shape, type_of(path, dtype), sharding=where)
+        return jax.ShapeDtypeStruct(shape, parameter_dtype(path, dtype), sharding=where)
 
     return nnx.to_pure_dict(nnx.from_flat_state([(path, placed(path, x.shape)) for path, x in padded]))
 
@@ -49,9 +50,10 @@ def abstract_arguments(
     def like(shape: tuple[int, ...], dtype: DTypeLike, spec: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(plan.mesh, spec))
 
-    ranks, M = plan.mesh.shape[CP], -(-slots // page)
+    ranks, M = plan.mesh.shape[CP], pages_needed(slots, page)
     spec = PAGES_LATENT_AKWH if config.latent else PAGES_AKWH
-    pool = like((ranks * rows * M, config.kv_heads, page, plan.stored_width(config.cache_width)), dtype, spec)
+    width = stored_width(config.cache_width, first_device(plan.mesh))
+    pool = like((ranks * rows * M, config.kv_heads, page, width), dtype, spec)
     cache = KVCache((Pages(pool, None if config.latent else pool),) * config.layers)
     ints_B = like((rows,), jnp.int32, ROWS_B)
     state = Rows(like((ranks, rows, M), jnp.int32, TABLE_RBM), ints_B, ints_B)
@@ -59,8 +61,3 @@ def abstract_arguments(
     weights = abstract_weights(config, plan.mesh, dtype, plan.experts)
     return config, plan, weights, cache, state, like((rows, T), jnp.int32, ROWS_B), ints_B, sampling
 
-
-def bytes_per_device(tree: Any) -> int:
-    """What each device holds of arrays, or of what stands for them."""
-    leaves = jax.tree.leaves(tree)
-    return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)

@@ -47,7 +47,7 @@ def merge(partials: Partial) -> Partial:
     return normalise(o_BTNH, weight_XBTN.sum(0), top_BTN)
 
 
-def with_sink(partial: Partial, sink_N: Float[Array, "N"]) -> Partial:
+def merge_sink(partial: Partial, sink_N: Float[Array, "N"]) -> Partial:
     """Merges the partial `(0, sink)`: every head has a logit that takes its share of the softmax and has no value."""
     lse_BTN = jnp.broadcast_to(sink_N.astype(jnp.float32), partial.lse_BTN.shape)
     sink = Partial(jnp.zeros_like(partial.o_BTNH), lse_BTN)

@@ -42,21 +42,21 @@ def combine(partial: Partial, how: str = "psum", axis: str = "cp") -> Partial:
     raise ValueError(f"unknown combine '{how}': choose one of {', '.join(COMBINES)}")
 
 
-def total(x: Array, axes: tuple[str, ...]) -> Array:
+def sum_over_devices(x: Array, axes: tuple[str, ...]) -> Array:
     """The sum over the devices of `axes`, inside `shard_map`: what each expert's device has computed, put together."""
     return lax.psum(x, axes)
 
 
-def pass_on(x: Any, axis: str) -> Any:
+def ring_shift(x: Any, axis: str) -> Any:
     """What each rank of `axis` has, arrays in any nest, to the next one, the last one's to the first."""
     ranks = lax.axis_size(axis)
     ring = [(rank, (rank + 1) % ranks) for rank in range(ranks)]
     return jax.tree.map(lambda leaf: lax.ppermute(leaf, axis, ring), x) if ranks > 1 else x
 
 
-def varying(x: Array, axis: str) -> Array:
+def mark_varying(x: Array, axis: str) -> Array:
     """The same numbers, each device's own from here on: their gradients are summed over `axis`."""
-    return lax.pcast(x, axis, to="varying")
+    return lax.pcast(x, axis, to="mark_varying")
 
 
 def _by_psum(partial: Partial, axis: str, ranks: int) -> Partial:

@@ -1,15 +1,11 @@
 """The shape of a model, as data: frozen, and validated before anything runs. Families differ here, not in code."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
-from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args
+from dataclasses import dataclass, fields
+from typing import Any
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 ACTIVATIONS = ("silu", "gelu_tanh")
-
-Config = TypeVar("Config")
 
 
 def _check_numbers(config: Any, what: str, may_be_zero: tuple[str, ...] = ()) -> None:
@@ -95,8 +91,8 @@ class Experts:
 
     width: of one expert. shared_width: of an expert that every token passes as well (0: none). scoring: 'softmax' or
     'sigmoid' of the router's logits. normalised: the weights of the chosen sum to one, before `scale`.
-    groups, chosen_groups: only experts of the best groups can be chosen; group_score: a group's score is that of its
-    'best' expert, or the sum of its best two ('top2'). choice_bias: a bias that counts in choosing, not in weighing.
+    groups, top_k_groups: only experts of the best groups can be chosen; group_score: a group's score is that of its
+    'best' expert, or the sum of its best two ('top2'). selection_bias: a bias that counts in choosing, not in weighing.
     router_bias, bias: whether the router, and the experts themselves, have biases.
 
     Raises:
@@ -112,20 +108,20 @@ class Experts:
     normalised: bool = True
     scale: float = 1.0
     groups: int = 1
-    chosen_groups: int = 1
+    top_k_groups: int = 1
     group_score: str = "best"
-    choice_bias: bool = False
+    selection_bias: bool = False
     router_bias: bool = False
     bias: bool = False
 
     def __post_init__(self) -> None:
         _check_numbers(self, "experts ", may_be_zero=("shared_width",))
-        if self.groups > self.count or self.count % self.groups or self.chosen_groups > self.groups:
+        if self.groups > self.count or self.count % self.groups or self.top_k_groups > self.groups:
             raise ValueError(
-                f"{self.count} experts in {self.groups} groups, of which {self.chosen_groups} are chosen, do not "
+                f"{self.count} experts in {self.groups} groups, of which {self.top_k_groups} are chosen, do not "
                 f"divide: mend the config"
             )
-        if self.chosen > self.count // self.groups * self.chosen_groups:
+        if self.chosen > self.count // self.groups * self.top_k_groups:
             raise ValueError(f"{self.chosen} experts are chosen of too few ({self.count}): mend the config")
         for name, known in (("scoring", ("softmax", "sigmoid")), ("group_score", ("best", "top2"))):
             if getattr(self, name) not in known:
@@ -176,13 +172,13 @@ class ModelConfig:
     post_norms: bool = False
     embed_scale: float = 1.0
     tied_head: bool = False
-    stop_ids: tuple[int, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
     tokenizer: str | None = None
     family: str = "llama"
 
     def __post_init__(self) -> None:
         _check_numbers(self, "")
-        for stop in self.stop_ids:
+        for stop in self.eos_token_ids:
             if not 0 <= stop < self.vocab:
                 raise ValueError(f"stop id {stop} is outside of the vocabulary of {self.vocab}: mend the config")
         if self.heads % self.kv_heads:
@@ -237,48 +233,12 @@ class ModelConfig:
             "V": _round_up(self.vocab, devices),
         }
         if self.experts:
-            dims["E"] = _round_up(self.experts.count, devices)
+            dims["E"] = _round_up(self.experts.num_experts, devices)
         if self.latent:
             latent = self.latent
             dims |= {"Z": latent.width, "I": latent.nope_width, "U": latent.value_width, "Y": self.cache_width}
             dims |= {"Q": latent.query_rank} if latent.query_rank else {}
         return dims
-
-
-def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
-    """Makes the dataclass `kind` of `values`, as a file gave them.
-
-    Raises:
-        ValueError: a key that `kind` does not have, one that it needs and is not there, a value of another type.
-    """
-    known = {f.name: f for f in fields(kind)}  # pyright: ignore[reportArgumentType]
-    needed = [name for name, f in known.items() if f.default is MISSING]
-    for key in sorted(set(values) - set(known)):
-        raise ValueError(f"{where}: unknown key '{key}': known are {', '.join(sorted(known))}")
-    for key in sorted(set(needed) - set(values)):
-        raise ValueError(f"{where}: '{key}' is missing: add it")
-    return kind(**{key: _of_type(value, known[key].type, f"{where}: {key}") for key, value in values.items()})
-
-
-def _of_type(value: Any, wanted: Any, what: str) -> Any:
-    """`value` as a field of type `wanted` holds it; a table becomes the dataclass that the field is of."""
-    kinds = get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)
-    if value is None and NoneType in kinds:
-        return None
-    kind: Any = kinds[0]
-    if hasattr(kind, "__dataclass_fields__"):
-        if isinstance(value, kind):
-            return value
-        if isinstance(value, Mapping):
-            return from_mapping(kind, value, what)
-    elif kind is float and type(value) is int:
-        return float(value)
-    elif kind in (tuple[int, ...], tuple[str, ...]):
-        if isinstance(value, list | tuple) and all(type(item) is get_args(kind)[0] for item in value):
-            return tuple(value)
-    elif type(value) is kind:
-        return value
-    raise ValueError(f"{what} is {value!r}: give a value of type {getattr(kind, '__name__', kind)}")
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -12,9 +12,10 @@ from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
 
-from helix_jax.cache import KVCache, Rows, make_cache, per_row
+from helix_jax.arrays import put
+from helix_jax.cache import CacheSpec, KVCache, Rows, make_cache, per_row
 from helix_jax.config import ModelConfig
-from helix_jax.mesh import EXPERT_WEIGHTS, ROWS_B, put, weight_sharding
+from helix_jax.mesh import EXPERT_WEIGHTS, ROWS_B, weight_sharding
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.sampling import Sampling, make_sampling
@@ -78,11 +79,11 @@ def stream(
     page: int = DEFAULT_PAGE,
     chunk: int = DEFAULT_CHUNK,
     sampling: Sampling | None = None,
-    stop_ids: Sequence[int] | None = None,
+    stop_token_ids: Sequence[int] | None = None,
 ) -> Iterator[Event]:
     """Continues every prompt by up to `max_new_tokens` tokens, and tells what happens as it happens.
 
-    chunk: prompt tokens per prefill step. page: cache slots per page. sampling: greedy if left out. stop_ids: a row
+    chunk: prompt tokens per prefill step. page: cache slots per page. sampling: greedy if left out. stop_token_ids: a row
     ends after any of these; the model's own if left out.
 
     Raises:
@@ -96,7 +97,7 @@ def stream(
     lens = [len(prompt) for prompt in checked]
     # The last token is said, not cached.
     room = [n + max_new_tokens - 1 if n else 0 for n in lens]
-    cache, rows = make_cache(plan, lens, room, page=page, **cache_shape(model))
+    cache, rows = make_cache(plan, CacheSpec.from_config(model.config, model.dtype), lens, room, page=page)
     sampling = put(sampling or make_sampling(len(prompts)), plan.mesh, ROWS_B)
     weights = model.weights()
 
@@ -104,7 +105,7 @@ def stream(
         new = per_row(plan, tokens_BT), per_row(plan, count_B)
         return jax.block_until_ready(step(model.config, plan, weights, cache, rows, *new, sampling))
 
-    ends = np.asarray(model.config.stop_ids if stop_ids is None else stop_ids, np.int32)
+    ends = np.asarray(model.config.eos_token_ids if stop_token_ids is None else stop_token_ids, np.int32)
     return _events(run, cache, rows, checked, chunk, max_new_tokens, ends)
 
 
@@ -184,18 +185,6 @@ def _check_experts(model: Transformer, plan: Plan) -> None:
             lies, wanted = parameter[...].sharding, weight_sharding(plan.mesh, name, plan.experts)
             if not lies.is_equivalent_to(wanted, parameter.ndim):
                 raise ValueError(f"the model's experts are not spread as the plan's '{plan.experts}': load them so")
-
-
-def cache_shape(model: Transformer) -> dict[str, Any]:
-    """What `make_cache` needs to know of a model: `make_cache(plan, ..., **cache_shape(model))`."""
-    config, dtype = model.config, model.embed_VD[...].dtype
-    return {
-        "layers": config.layers,
-        "kv_heads": config.kv_heads,
-        "head_width": config.cache_width,
-        "dtype": dtype,
-        "latent": config.latent is not None,
-    }
 
 
 def check_request(

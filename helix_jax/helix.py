@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from helix_jax.attention import with_sink
-from helix_jax.cache import Pages, Rows, append, widened
+from helix_jax.attention import merge_sink
+from helix_jax.cache import Pages, Rows, append, pad_width
 from helix_jax.combine import combine
-from helix_jax.kernels import PageFormat, attend_by
+from helix_jax.kernels import backend_attend
+from helix_jax.kernels.page_format import PageFormat
 from helix_jax.mesh import (
     CP,
     NEW_KEYS_BTKH,
@@ -25,7 +26,7 @@ from helix_jax.mesh import (
     ROWS_B,
     SINK_N,
     TABLE_RBM,
-    TRADED_BTNH,
+    ATTENTION_OUT_BTNH,
 )
 from helix_jax.plan import Plan
 
@@ -70,16 +71,16 @@ def helix_attention(
         raise ValueError(f"window is {window}: give at least 1 position, or None")
     pools, new_keys = (PAGES_LATENT_AKWH, NEW_LATENT_BTKH) if latent else (PAGES_AKWH, NEW_KEYS_BTKH)
     rows_specs = Rows._make((TABLE_RBM, ROWS_B, ROWS_B))
-    island = jax.shard_map(
-        partial(_island, plan, scale, window, v_width),
+    sharded = jax.shard_map(
+        partial(_attention_shard, plan, scale, window, v_width),
         mesh=plan.mesh,
         in_specs=(pools, QUERIES_BTNH, new_keys, new_keys, rows_specs, ROWS_B, SINK_N),
-        out_specs=(TRADED_BTNH, pools),
+        out_specs=(ATTENTION_OUT_BTNH, pools),
     )
-    return island(pages, q_BTNH, k_BTKH, v_BTKH, rows, count_B, sink_N)
+    return sharded(pages, q_BTNH, k_BTKH, v_BTKH, rows, count_B, sink_N)
 
 
-def _island(
+def _attention_shard(
     plan: Plan,
     scale: float,
     window: int | None,
@@ -92,26 +93,26 @@ def _island(
     count_B: Array,
     sink_n: Array | None,
 ) -> tuple[Array, Pages]:
-    attend = attend_by(plan.kernel_for(_format(pages, v_width)))
+    attend = backend_attend(plan.kernel_for(_format(pages, v_width)))
     table_BM = rows.table_RBM[0]  # this rank's
     step_T = jnp.arange(q_BTNH.shape[1])
     position_BT = rows.length_B[:, None] + step_T
     live_BT = step_T < count_B[:, None]
 
-    def held(length_BT: Array) -> Array:
+    def filled(length_BT: Array) -> Array:
         return plan.layout.filled(length_BT, rows.prompt_len_B[:, None], lax.axis_index(CP))
 
-    slot_BT, hi_BT = held(position_BT), held(position_BT + 1)
+    slot_BT, hi_BT = filled(position_BT), filled(position_BT + 1)
     owned_BT = live_BT & (hi_BT > slot_BT)
     pages = append(pages, k_BTKH, v_BTKH, table_BM, slot_BT, owned_BT)
 
-    lo_BT = held(position_BT + 1 - window) if window else jnp.zeros_like(hi_BT)
+    lo_BT = filled(position_BT + 1 - window) if window else jnp.zeros_like(hi_BT)
     hi_BT = jnp.where(live_BT, hi_BT, 0)
-    q_wide, narrow = widened(q_BTNH, pages.k_AKWH), v_width or q_BTNH.shape[-1]
+    q_wide, narrow = pad_width(q_BTNH, pages.k_AKWH), v_width or q_BTNH.shape[-1]
     part = attend(q_wide, *pages, table_BM, lo_BT, hi_BT, scale=scale, v_width=v_width)
     whole = combine(part._replace(o_BTNH=part.o_BTNH[..., :narrow]), plan.combine)
     if sink_n is not None:
-        whole = with_sink(whole, sink_n)
+        whole = merge_sink(whole, sink_n)
     return whole.o_BTNH.astype(q_BTNH.dtype), pages
 
 

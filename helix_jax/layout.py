@@ -1,9 +1,9 @@
-"""Which rank holds which position of a sequence, and in which slot.
+"""Defines which rank stores which position of a sequence, and in which slot.
 
-A placement is one function: `filled(length, prompt_len, rank)`, how many of a sequence's first `length` positions
-rank `rank` holds. Slots fill in the order of positions, so owner, slot, visibility, windows and undo all follow from
-it; no counter exists that could drift. It is plain integer arithmetic: Python ints, NumPy arrays and JAX tracers go
-through the same lines, and broadcast.
+A placement is one function: `filled(length, prompt_len, rank)`, the number of a sequence's first `length` positions
+that `rank` stores. Slots fill in the order of positions, so owner, slot, visibility, windows and undo all follow from
+it, and there is no counter that could drift. It is plain integer arithmetic: Python ints, NumPy arrays and JAX tracers
+use the same code, and broadcast.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+
+from helix_jax.validation import check_choice, check_int
 
 # A Python int, a NumPy or a JAX array of signed integers of 32 bits or more. Arguments broadcast.
 Integer = Any
@@ -33,17 +35,22 @@ def _clip(n: Integer, low: Integer, high: Integer) -> Integer:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Deals the positions of a sequence to `ranks` ranks in blocks of `block` positions.
+    """Assigns the positions of a sequence to `ranks` ranks, in blocks of `block` positions.
 
-    placement:
-        helix      the prompt's blocks in contiguous runs, one run a rank; decode blocks round-robin from rank 0.
-                   Ranks differ by at most `3 block - 1` positions.
-        striped    every block round-robin. At most `block` apart; a place does not depend on the prompt's length.
-        last_rank  the prompt as helix, every decoded position on the last rank: the rule before Helix, a baseline.
+    Args:
+        ranks: The number of ranks on cp.
+        block: Positions per block.
+        placement: How blocks are assigned.
+
+            - "helix": The blocks of the prompt in contiguous runs, one run per rank. The blocks of decoded tokens
+              round-robin, from rank 0.
+            - "striped": All blocks round-robin. The place of a position does not depend on the prompt's length.
+            - "last_rank": The prompt as in "helix", every decoded token on the last rank. This is the rule before
+              Helix, kept as a baseline.
 
     Raises:
-        ValueError: fewer than one rank, a block shorter than one position, a turn of all ranks that 32-bit integers do
-            not hold, or an unknown placement.
+        TypeError: `ranks` or `block` is not an int.
+        ValueError: `ranks` or `block` is below 1, `ranks * block` exceeds 32-bit integers, or the placement is unknown.
 
     Source: arXiv 2507.07120; the round-robin of decode blocks is that of TensorRT-LLM PR 9757.
     """
@@ -53,37 +60,52 @@ class BlockLayout:
     placement: str = "helix"
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "block"):
-            if type(getattr(self, name)) is not int:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: give a whole number")
-        if self.ranks < 1:
-            raise ValueError(f"cp is {self.ranks}: give at least 1 rank")
-        if self.block < 1:
-            raise ValueError(f"block is {self.block}: give at least 1 position per block")
+        check_int("cp", self.ranks, least=1)
+        check_int("block", self.block, least=1)
+        check_choice("placement", self.placement, PLACEMENTS)
         if self.ranks * self.block >= 2**31:
-            raise ValueError(f"block {self.block} x cp {self.ranks} passes 32-bit integers: give a smaller block")
-        if self.placement not in PLACEMENTS:
-            raise ValueError(f"unknown placement '{self.placement}': choose one of {', '.join(PLACEMENTS)}")
+            raise ValueError(f"block {self.block} x cp {self.ranks} exceeds 32-bit integers: choose a smaller block")
+
+    @property
+    def prefix_stable(self) -> bool:
+        """Whether a position's rank and slot are the same for every prompt length, so that prefixes can be shared."""
+        return self.placement == "striped"
+
+    @property
+    def max_skew(self) -> int | None:
+        """The largest difference between the tokens that two ranks store, or None if it grows without bound."""
+        return {"helix": 3 * self.block - 1, "striped": self.block, "last_rank": None}[self.placement]
+
+    def decode_start(self, prompt_len: int) -> int:
+        """Return the position at which the blocks of decoded tokens begin to count."""
+        return 0 if self.prefix_stable else prompt_len
 
     def filled(self, length: Integer, prompt_len: Integer, rank: Integer) -> Integer:
-        """How many of the first `length` positions `rank` holds. A negative length counts as 0.
+        """Return how many of the first `length` positions `rank` stores. A negative length counts as 0.
 
-        The whole library leans on this: position p lies in slot `filled(p, L, owner)` of its owner, rank r owns p if
-        `filled(p + 1, L, r) > filled(p, L, r)`, and a query at p sees the slots `[0, filled(p + 1, L, r))` of rank r.
+        Position p is in slot `filled(p, L, owner)` of its owner, rank r owns p if `filled(p + 1, L, r) > filled(p, L,
+        r)`, and a query at p sees the slots `[0, filled(p + 1, L, r))` of rank r.
         """
         length = _max(length, 0)
         if self.placement == "striped":
-            return self._dealt(length, rank)
+            return self._round_robin_share(length, rank)
         start = self._prompt_start(prompt_len, rank)
         stop = self._prompt_start(prompt_len, rank + 1)
         prompt = _clip(length, start, stop) - start
         decoded = _max(length - prompt_len, 0)
         if self.placement == "last_rank":
             return prompt + decoded * (rank == self.ranks - 1)
-        return prompt + self._dealt(decoded, rank)
+        return prompt + self._round_robin_share(decoded, rank)
+
+    def max_filled(self, length: Integer, prompt_len: Integer) -> Integer:
+        """Return the slots that the fullest rank needs for `length` positions. Broadcasts over sequences."""
+        fullest = self.filled(length, prompt_len, 0)
+        for rank in range(1, self.ranks):
+            fullest = _max(fullest, self.filled(length, prompt_len, rank))
+        return fullest
 
     def owner(self, position: Integer, prompt_len: Integer) -> Integer:
-        """The rank that holds `position` (0 or more)."""
+        """Return the rank that stores `position` (0 or more)."""
         if self.placement == "striped":
             return self._round_robin(position)
         in_prompt = position < prompt_len
@@ -92,19 +114,19 @@ class BlockLayout:
         return decoded + (self._prompt_owner(position, prompt_len) - decoded) * in_prompt
 
     def slot(self, position: Integer, prompt_len: Integer) -> Integer:
-        """The slot that `position` takes on its owner."""
+        """Return the slot of `position` on its owner."""
         return self.filled(position, prompt_len, self.owner(position, prompt_len))
 
     def _round_robin(self, index: Integer) -> Integer:
         return index // self.block % self.ranks
 
-    def _dealt(self, count: Integer, rank: Integer) -> Integer:
-        """The share of `rank` when `count` positions are dealt in blocks, in turn, from rank 0."""
+    def _round_robin_share(self, count: Integer, rank: Integer) -> Integer:
+        """The share of `rank` when `count` positions are positions_by_rank in blocks, in turn, from rank 0."""
         turn = self.block * self.ranks
         return count // turn * self.block + _clip(count % turn - rank * self.block, 0, self.block)
 
     def _prompt_runs(self, prompt_len: Integer) -> tuple[Integer, Integer]:
-        """Blocks in a rank's run of the prompt, and how many ranks (the first ones) take one more."""
+        """Return the prompt blocks that every rank gets, and how many of the first ranks get one more."""
         blocks = -(-prompt_len // self.block)
         return blocks // self.ranks, blocks % self.ranks
 
@@ -118,31 +140,23 @@ class BlockLayout:
         return _max(block // (run + 1), (block - longer) // _max(run, 1))
 
 
-def slots_needed(layout: BlockLayout, length: Integer, prompt_len: Integer) -> Integer:
-    """Slots that the fullest rank needs for a sequence of `length` positions; broadcasts over sequences."""
-    fullest = layout.filled(length, prompt_len, 0)
-    for rank in range(1, layout.ranks):
-        fullest = _max(fullest, layout.filled(length, prompt_len, rank))
-    return fullest
-
-
 @lru_cache
-def dealt(layout: BlockLayout, length: int) -> np.ndarray:
-    """The positions of a whole sequence, rank after rank, each rank's in the order of its slots. Read-only."""
-    ranges = [both for held in held_ranges(layout, length, length) for both in held]
+def positions_by_rank(layout: BlockLayout, length: int) -> np.ndarray:
+    """Return the positions of a whole sequence, ordered by rank and then by slot. The array is read-only."""
+    ranges = [bounds for own in rank_ranges(layout, length, length) for bounds in own]
     order = np.concatenate([np.arange(start, stop, dtype=np.int32) for start, stop in ranges])
     order.flags.writeable = False
     return order
 
 
-def held_ranges(layout: BlockLayout, length: int, prompt_len: int) -> list[list[tuple[int, int]]]:
-    """For every rank the positions that it holds: maximal half-open ranges, in the order of their slots."""
-    held: list[list[tuple[int, int]]] = [[] for _ in range(layout.ranks)]
+def rank_ranges(layout: BlockLayout, length: int, prompt_len: int) -> list[list[tuple[int, int]]]:
+    """Return for every rank the positions that it stores: maximal half-open ranges, in slot order."""
+    by_rank: list[list[tuple[int, int]]] = [[] for _ in range(layout.ranks)]
     block = layout.block
     edges = sorted({*range(0, length, block), *range(min(prompt_len, length), length, block), length})
-    for start, stop in pairwise(edges):  # a block, or a part of one: a single owner
-        ranges = held[layout.owner(start, prompt_len)]
+    for start, stop in pairwise(edges):  # a block or a part of one, so it has a single owner
+        ranges = by_rank[layout.owner(start, prompt_len)]
         if ranges and ranges[-1][1] == start:
             start = ranges.pop()[0]
         ranges.append((start, stop))
-    return held
+    return by_rank

@@ -1,9 +1,9 @@
-"""Where every array lives: this page is Helix.
+"""The mesh, and the PartitionSpec of every array.
 
-The devices form one mesh of axes (dp, tp, cp), cp minor. Attention reads it as tp x cp: heads over tp, the sequence
-over cp. Everything else reads the same devices as one flat axis, FLAT = (tp, cp), of ordinary tensor parallelism.
-Because cp is the minor one, the heads that a device owns after attention (N over FLAT) are a slice of the heads that it
-attended with (N over tp): the ranks of one cp group trade among themselves, and nothing crosses tp.
+The devices form one mesh with axes (dp, tp, cp), of which cp is the minor one. Attention uses it as tp x cp: heads over
+tp, the sequence over cp. Everything else uses the same devices as one flat axis, FLAT = (tp, cp), for ordinary tensor
+parallelism. Because cp is minor, the heads that a device holds after attention (N over FLAT) are a slice of the heads
+that it attended with (N over tp). The combine therefore communicates within a cp group only, never across tp.
 """
 
 import math
@@ -12,25 +12,27 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-Device = Any  # jax.Device, which type checkers do not take for a type
-AnyMesh = Mesh | AbstractMesh  # of devices that are there, or, to trace and to reckon, of some that are not
+from helix_jax.validation import check_int
+
+Device = Any  # jax.Device, which type checkers do not accept as a type
+AnyMesh = Mesh | AbstractMesh  # an abstract mesh has no devices: programs can be traced and sizes computed for it
 
 DP, TP, CP = "dp", "tp", "cp"
 FLAT = (TP, CP)
 
 REPLICATED = P()
 
-# Activations of the island.
+# Activations that go into and come out of attention over the cache.
 QUERIES_BTNH = P(DP, None, TP, None)
 NEW_KEYS_BTKH = P(DP, None, TP, None)
-TRADED_BTNH = P(DP, None, FLAT, None)
+ATTENTION_OUT_BTNH = P(DP, None, FLAT, None)
 
-# The cache: pages over cp (and over dp, as the rows are), heads over tp. The page table is one per rank. A latent is
-# not copied per head, as it serves them all, but every device of tp holds it.
+# The cache: pages over cp (and over dp, like the rows), heads over tp. There is one page table per rank. A latent
+# serves all heads, so every device of tp holds a copy of it.
 PAGES_AKWH = P((DP, CP), TP, None, None)
 PAGES_LATENT_AKWH = P((DP, CP), None, None, None)
 NEW_LATENT_BTKH = P(DP, None, None, None)
@@ -38,20 +40,20 @@ TABLE_RBM = P(CP, DP, None)
 ROWS_B = P(DP)
 SINK_N = P(FLAT)
 
-# What the experts' island takes and gives: every device of the flat axis has all the tokens of its rows.
+# Input and output of the experts: every device of the flat axis has all tokens of its rows.
 TOKENS_BTD = P(DP, None, None)
 
-# Whole sequences, in training: dealt over cp, and the heads over tp.
-DEALT_S = P(CP)
-DEALT_BS = P(DP, CP)
-DEALT_XBS = P(None, DP, CP)
-DEALT_BSD = P(DP, CP, None)
-DEALT_BSKH = P(DP, CP, TP, None)
-DEALT_LATENT_BSKH = P(DP, CP, None, None)
-DEALT_SINK_N = P(TP)
+# Whole sequences, in training: the positions over cp, the heads over tp.
+SEQ_S = P(CP)
+SEQ_BS = P(DP, CP)
+SEQ_XBS = P(None, DP, CP)
+SEQ_BSD = P(DP, CP, None)
+SEQ_BSKH = P(DP, CP, TP, None)
+SEQ_LATENT_BSKH = P(DP, CP, None, None)
+SEQ_SINK_N = P(TP)
 
-# Weights, by the name of the parameter. Query, key and value projections are copied over cp: each of its ranks needs
-# the queries of all heads of its tp group. The rest is tensor parallel over the flat axis.
+# Weights, by parameter name. Query, key and value projections are replicated over cp, because each cp rank needs the
+# queries of all heads of its tp group. The rest is tensor parallel over the flat axis.
 WEIGHTS = {
     "embed_VD": P(FLAT, None),
     "head_VD": P(FLAT, None),
@@ -66,8 +68,8 @@ WEIGHTS = {
     "gate_DF": P(None, FLAT),
     "up_DF": P(None, FLAT),
     "down_FD": P(FLAT, None),
-    # Latent attention: what makes the latents is copied, as it makes one for all heads; then heads over tp before the
-    # cp ranks trade, over the flat axis after it.
+    # Latent attention: the projections to latents are replicated, because one latent serves all heads. The others are
+    # sharded by heads: over tp before the combine, over the flat axis after it.
     "q_down_DQ": REPLICATED,
     "q_up_QNH": P(None, TP, None),
     "kv_down_DY": REPLICATED,
@@ -76,59 +78,72 @@ WEIGHTS = {
     "o_NUD": P(FLAT, None, None),
     **dict.fromkeys(("norm_D", "attention_norm_D", "attention_post_norm_D", "ff_norm_D", "ff_post_norm_D"), REPLICATED),
     **dict.fromkeys(("q_norm_H", "k_norm_H", "q_norm_Q", "kv_norm_Z", "o_bias_D"), REPLICATED),
-    **dict.fromkeys(("router_DE", "router_bias_E", "choice_bias_E", "down_bias_ED"), REPLICATED),
+    **dict.fromkeys(("router_DE", "router_bias_E", "selection_bias_E", "down_bias_ED"), REPLICATED),
 }
 
-# The experts' own weights, by how they are spread: whole experts over all devices, or whole experts over cp and the
-# width of each over tp, which evens out the work where few tokens choose among few experts.
+# The weights of experts, by how experts are sharded: whole experts over all devices ("flat"), or whole experts over cp
+# and the width of each over tp ("cp"), which balances the work when few tokens are routed to few experts.
 EXPERT_AXES = {"flat": (FLAT, None), "cp": (CP, TP)}
 EXPERT_WEIGHTS = {
-    spread: {
+    sharded: {
         "gate_EDF": P(experts, None, width),
         "up_EDF": P(experts, None, width),
         "gate_bias_EF": P(experts, width),
         "up_bias_EF": P(experts, width),
         "down_EFD": P(experts, width, None),
     }
-    for spread, (experts, width) in EXPERT_AXES.items()
+    for sharded, (experts, width) in EXPERT_AXES.items()
 }
 
 
-def make_mesh(tp: int = 1, cp: int = 1, dp: int = 1, devices: Sequence[Device] | None = None) -> Mesh:
-    """A mesh of axes ("dp", "tp", "cp"), cp minor, over the first dp * tp * cp of `devices` (default: all of JAX's).
+def make_mesh(tp: int = 1, cp: int | None = None, dp: int = 1, devices: Sequence[Device] | None = None) -> Mesh:
+    """Create a mesh with axes ("dp", "tp", "cp"), of which cp is the minor one.
+
+    Args:
+        tp: Devices that share the attention heads.
+        cp: Devices that share the sequence. None takes all devices that dp and tp leave.
+        dp: Devices that share the batch.
+        devices: The devices to choose from, default `jax.devices()`. The first dp * tp * cp of them are used.
 
     Raises:
-        ValueError: an axis below 1, more devices wanted than there are, TPUs of several slices.
+        TypeError: A size is not an int.
+        ValueError: A size is below 1, there are too few devices, or the devices are TPUs of several slices.
     """
+    devices = jax.devices() if devices is None else devices
+    cp = max(1, len(devices) // max(1, tp * dp)) if cp is None else cp
     sizes = {DP: dp, TP: tp, CP: cp}
     for axis, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{axis} is {size}: give at least 1")
-    wanted = math.prod(sizes.values())
-    devices = jax.devices() if devices is None else devices
-    if wanted > len(devices):
+        check_int(axis, size, least=1)
+    needed = math.prod(sizes.values())
+    if needed > len(devices):
+        shape = f"tp {tp} x cp {cp}" + (f" x dp {dp}" if dp > 1 else "")
         raise ValueError(
-            f"tp {tp} x cp {cp}{f' x dp {dp}' if dp > 1 else ''} needs {wanted} devices, but there are {len(devices)} "
-            f"of platform '{devices[0].platform}': choose a smaller mesh, or fake devices: --platform cpu (in Python, "
-            f"jax.config.update('jax_num_cpu_devices', {wanted}) before JAX starts)"
+            f"{shape} needs {needed} devices, but there are {len(devices)} of platform '{devices[0].platform}': "
+            f"choose a smaller mesh, or use fake devices with --platform cpu (in Python, "
+            f"jax.config.update('jax_num_cpu_devices', {needed}) before JAX starts)"
         )
-    slices = {getattr(device, "slice_index", 0) for device in devices[:wanted] if device.platform == "tpu"}
+    slices = {getattr(device, "slice_index", 0) for device in devices[:needed] if device.platform == "tpu"}
     if len(slices) > 1:
-        raise ValueError(f"the devices are of {len(slices)} slices of TPUs: give those of one slice as devices")
-    # As jax.make_mesh does, but for v5p and v6e too: there tp 8 x cp 2 of 4 x 4 chips needs a physical axis cut in two.
-    placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices[:wanted], allow_split_physical_axes=True)
-    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+        raise ValueError(f"the devices belong to {len(slices)} TPU slices: pass the devices of one slice")
+    # Like jax.make_mesh, but also for v5p and v6e, where tp 8 x cp 2 on 4 x 4 chips splits a physical axis.
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices[:needed], allow_split_physical_axes=True)
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
 
 
 def flat_size(mesh: AnyMesh) -> int:
-    """How many devices share the weights: the width of the flat axis."""
+    """Return the number of devices on the flat axis (tp, cp), which share the weights."""
     return mesh.shape[TP] * mesh.shape[CP]
 
 
-def sharding(mesh: AnyMesh, spec: P) -> NamedSharding:
-    """`spec` on `mesh`, written as XLA writes what it gives back: without axes of size 1, without None at the end.
+def first_device(mesh: AnyMesh) -> Device | None:
+    """Return a device of the mesh, or None if the mesh is abstract. All devices of a mesh are of one kind."""
+    return mesh.devices.flat[0] if isinstance(mesh, Mesh) else None
 
-    A step's results then have the very shardings of its arguments, and the next step is the same compiled program.
+
+def sharding(mesh: AnyMesh, spec: P) -> NamedSharding:
+    """Return `spec` on `mesh` in the form that XLA gives to results: no axes of size 1, no trailing None.
+
+    The results of a step then have exactly the shardings of its arguments, and the next step needs no new compilation.
     """
     dims: list[Any] = []
     for dim in spec:
@@ -139,34 +154,21 @@ def sharding(mesh: AnyMesh, spec: P) -> NamedSharding:
     return NamedSharding(mesh, P(*dims))
 
 
-def put(values: Any, mesh: AnyMesh, spec: P) -> Any:
-    """Arrays of the host, or a tree of them, to where they live. Several processes give the same ones."""
-    where = sharding(mesh, spec)
-    if where.is_fully_addressable:
-        return jax.device_put(values, where)
-
-    def dealt(value: Any) -> jax.Array:  # device_put would compare the processes' values, each time
-        whole = np.asarray(value)
-        return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
-
-    return jax.tree.map(dealt, values)
-
-
-def fetched(x: jax.Array) -> np.ndarray:
-    """On the host, in every process: a collective call, where some of it lies on the devices of another."""
-    here = x.is_fully_addressable or x.is_fully_replicated
-    return np.asarray(x) if here else np.asarray(multihost_utils.process_allgather(x, tiled=True))
-
-
 def weight_sharding(mesh: AnyMesh, name: str, experts: str = "flat") -> NamedSharding:
-    """Where the parameter `name` lives; `experts`: how experts are spread, a key of EXPERT_WEIGHTS."""
+    """Return the sharding of a parameter in decoding.
+
+    Args:
+        mesh: The mesh.
+        name: The name of the parameter, a key of WEIGHTS or EXPERT_WEIGHTS.
+        experts: How experts are sharded, a key of EXPERT_WEIGHTS.
+    """
     return sharding(mesh, {**WEIGHTS, **EXPERT_WEIGHTS[experts]}[name])
 
 
-def gathered_sharding(mesh: AnyMesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Where the parameter `name` lies while a layer trains: the sequence has cp, so that only tp splits the weights.
+def compute_sharding(mesh: AnyMesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Return the sharding of a parameter while a layer computes in training: over tp only, as cp shards the sequence.
 
-    A dimension that tp does not divide is not split.
+    A dimension that tp does not divide is replicated.
     """
     spec = {**WEIGHTS, **EXPERT_WEIGHTS["cp"]}[name]
     split = [
@@ -176,16 +178,16 @@ def gathered_sharding(mesh: AnyMesh, name: str, shape: tuple[int, ...]) -> Named
 
 
 def stored_sharding(mesh: AnyMesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Where the parameter `name`, and what the optimizer remembers of it, is kept: split over dp and cp as well.
+    """Return the sharding in which training stores a parameter and its optimizer state: also over dp and cp.
 
-    Along the longest dimension that they divide; if none is, each device of them has a copy.
+    The longest dimension that dp * cp divides is split; if there is none, the devices of dp and cp hold copies.
     """
-    spec = gathered_sharding(mesh, name, shape).spec
+    spec = compute_sharding(mesh, name, shape).spec
     dims: list[Any] = [*spec, *[None] * (len(shape) - len(spec))]
     others = mesh.shape[DP] * mesh.shape[CP]
-    shares = [size // (mesh.shape[TP] if dim else 1) for size, dim in zip(shape, dims, strict=True)]
-    for at in sorted(range(len(shape)), key=lambda at: -shares[at]):
-        if shares[at] % others == 0:
-            dims[at] = (DP, TP, CP) if dims[at] else (DP, CP)
+    sizes = [size // (mesh.shape[TP] if dim else 1) for size, dim in zip(shape, dims, strict=True)]
+    for axis in sorted(range(len(shape)), key=lambda axis: -sizes[axis]):
+        if sizes[axis] % others == 0:
+            dims[axis] = (DP, TP, CP) if dims[axis] else (DP, CP)
             break
     return sharding(mesh, P(*dims))

@@ -16,7 +16,7 @@ import numpy as np
 from jax._src import distributed  # for the count before a backend starts: jax.process_count() would start it
 from jax.experimental import multihost_utils
 
-LOST = 3  # the exit status of a process whose others are gone
+LOST_PROCESS = 3  # the exit status of a process whose others are gone
 _LOST_AFTER_S = 30  # of silence: JAX's own 100, and 300 in the end, are longer than anyone waits
 _OF_OTHERS = ("gloo", "nccl", "coordination", "heartbeat", "connection", "unavailable", "another task", "peer")
 
@@ -44,13 +44,13 @@ class Processes:
             raise ValueError(f"process {self.number} is not one of {self.count}: they are counted from 0")
 
 
-def start(processes: Processes) -> None:
+def initialize(processes: Processes) -> None:
     """Waits until all of them are there. Before any backend of JAX starts.
 
     Raises:
         ValueError: nothing tells where the others are, or they do not come.
     """
-    told = (processes.coordinator, processes.count, processes.number)
+    told = (processes.coordinator, processes.process_count, processes.process_index)
     try:
         jax.distributed.initialize(
             *told,
@@ -69,26 +69,26 @@ def start(processes: Processes) -> None:
         ) from None
 
 
-def meet() -> None:
+def barrier() -> None:
     """Waits until all are here: what one refuses after this, none takes for its loss while it still connects."""
-    if count() > 1:
+    if process_count() > 1:
         cast(Any, distributed.global_state.client).wait_at_barrier("helix_jax", timeout_in_ms=1000 * _LOST_AFTER_S)
 
 
-def count() -> int:
+def process_count() -> int:
     return distributed.global_state.num_processes or 1
 
 
-def number() -> int:
+def process_index() -> int:
     return distributed.global_state.process_id or 0
 
 
 def is_first() -> bool:
     """Whether this is the process that prints and writes."""
-    return number() == 0
+    return process_index() == 0
 
 
-def by_first(do: Callable[[], Any]) -> Any:
+def on_first_process(do: Callable[[], Any]) -> Any:
     """What the first process alone does, and all are told: anything that JSON can say; or its error.
 
     A collective call. On a CPU nothing else may be under way.
@@ -96,7 +96,7 @@ def by_first(do: Callable[[], Any]) -> Any:
     Raises:
         ValueError: in all of them, where it failed in the first.
     """
-    if count() == 1:
+    if process_count() == 1:
         return do()
     told: dict[str, Any] = {}
     if is_first():
@@ -110,19 +110,19 @@ def by_first(do: Callable[[], Any]) -> Any:
     return told["value"]
 
 
-def least(value: int) -> int:
+def min_over_processes(value: int) -> int:
     """The smallest of what they give. A collective call."""
-    return int(np.min(multihost_utils.process_allgather(np.int32(value)))) if count() > 1 else value
+    return int(np.min(multihost_utils.process_allgather(np.int32(value)))) if process_count() > 1 else value
 
 
-def lost(error: Exception) -> str | None:
+def lost_process_message(error: Exception) -> str | None:
     """What to say, if the error is that another process is gone; else None."""
-    if count() == 1 or not any(word in str(error).lower() for word in _OF_OTHERS):
+    if process_count() == 1 or not any(word in str(error).lower() for word in _OF_OTHERS):
         return None
     return f"another process is gone ({_short(error)}): start all of them again"
 
 
-def leave(status: int) -> NoReturn:
+def exit_now(status: int) -> NoReturn:
     """Ends at once: the usual way out waits for the others, and they for this one."""
     sys.stdout.flush()
     os._exit(status)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-MOST_LOGPROBS = 20  # of the likeliest tokens, that can be told with each
+MAX_LOGPROBS = 20  # of the likeliest tokens, that can be told with each
 
 
 class Sampling(NamedTuple):
@@ -92,7 +92,7 @@ def _keep(logits_V: Array, top_k: Array, top_p: Array) -> Array:
     return jnp.zeros(logits_V.size, bool).at[order_V].set(in_k_V & in_p_V)
 
 
-def penalised(logits_BV: Float[Array, "B V"], seen_BV: Bool[Array, "B V"], penalty_B: Float[Array, "B"]) -> Array:
+def apply_repetition_penalty(logits_BV: Float[Array, "B V"], seen_BV: Bool[Array, "B V"], penalty_B: Float[Array, "B"]) -> Array:
     """Logits of tokens that were there already, divided by the penalty, or multiplied where they are negative.
 
     Source: arXiv 1909.05858, section 4.1; for negative ones as transformers does it.
@@ -110,9 +110,9 @@ class Logprobs(NamedTuple):
     top_ids_BC: Int[Array, "B C"]
 
 
-def logprobs_of(logits_BV: Float[Array, "B V"], token_B: Int[Array, "B"]) -> Logprobs:
+def compute_logprobs(logits_BV: Float[Array, "B V"], token_B: Int[Array, "B"]) -> Logprobs:
     """Before temperature, penalties and filters."""
     logprobs_BV = jax.nn.log_softmax(logits_BV)
     chosen_B = jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=1)[:, 0]
-    top_BC, ids_BC = lax.top_k(logprobs_BV, min(MOST_LOGPROBS, logits_BV.shape[1]))
+    top_BC, ids_BC = lax.top_k(logprobs_BV, min(MAX_LOGPROBS, logits_BV.shape[1]))
     return Logprobs(chosen_B, top_BC, ids_BC)

@@ -27,7 +27,7 @@ class StepOutput(NamedTuple):
     rows: Rows
 
 
-class ManyOutput(NamedTuple):
+class MultiStepOutput(NamedTuple):
     """tokens_BS: what each row said at each of S steps. live_BS: whether it was still running then."""
 
     tokens_BS: Int[Array, "B S"]
@@ -66,8 +66,8 @@ def advance(
     logits_BV = model.logits(jnp.take_along_axis(x_BTD, last_B11, axis=1)[:, 0])
     # For the logits this is the step's one gather: they leave their vocabulary shards, and every device samples the
     # same token.
-    logits_BV = as_rows(plan, logits_BV)
-    return logits_BV, KVCache(layers), rows._replace(length_B=as_rows(plan, rows.length_B + count_B))
+    logits_BV = constrain_rows(plan, logits_BV)
+    return logits_BV, KVCache(layers), rows._replace(length_B=constrain_rows(plan, rows.length_B + count_B))
 
 
 def _no_token_alone(plan: Plan, tokens_BT: Array) -> Array:
@@ -82,7 +82,7 @@ def _no_token_alone(plan: Plan, tokens_BT: Array) -> Array:
     return jnp.pad(tokens_BT, ((0, 0), (0, 1))) if alone else tokens_BT
 
 
-def as_rows(plan: Plan, x_B: Array) -> Array:
+def constrain_rows(plan: Plan, x_B: Array) -> Array:
     """One sharding for all that is per row: what a step gives, the next one takes without another compilation."""
     return lax.with_sharding_constraint(x_B, sharding(plan.mesh, ROWS_B))
 
@@ -99,7 +99,7 @@ def _step(
 ) -> StepOutput:
     """As `advance`, and chooses the token that follows."""
     logits_BV, cache, rows = advance(config, plan, weights, cache, rows, tokens_BT, count_B)
-    return StepOutput(as_rows(plan, sample(logits_BV, sampling, rows.length_B)), logits_BV, cache, rows)
+    return StepOutput(constrain_rows(plan, sample(logits_BV, sampling, rows.length_B)), logits_BV, cache, rows)
 
 
 def _many_steps(
@@ -111,24 +111,24 @@ def _many_steps(
     rows: Rows,
     token_B: Int[Array, "B"],
     limit_B: Int[Array, "B"],
-    stop_ids: Int[Array, "X"],
+    stop_token_ids: Int[Array, "X"],
     sampling: Sampling,
-) -> ManyOutput:
+) -> MultiStepOutput:
     """Decodes up to `steps` tokens per row on the device, starting by appending `token_B`.
 
     A row runs while its length, prompt included, is below its limit, which is at most the room that it was made with (0
-    for an idle row), and ends after any of `stop_ids` (which may be empty).
+    for an idle row), and ends after any of `stop_token_ids` (which may be empty).
     """
 
     def one(carry: tuple[KVCache, Rows, Array, Array], _: None):
         cache, rows, token_B, limit_B = carry
         live_B = rows.length_B < limit_B
         out = _step(config, plan, weights, cache, rows, token_B[:, None], live_B.astype(jnp.int32), sampling)
-        limit_B = jnp.where(jnp.isin(out.token_B, stop_ids), 0, limit_B)
+        limit_B = jnp.where(jnp.isin(out.token_B, stop_token_ids), 0, limit_B)
         return (out.cache, out.rows, out.token_B, limit_B), (out.token_B, live_B)
 
     (cache, rows, _, _), (tokens_SB, live_SB) = lax.scan(one, (cache, rows, token_B, limit_B), length=steps)
-    return ManyOutput(tokens_SB.T, live_SB.T, cache, rows)
+    return MultiStepOutput(tokens_SB.T, live_SB.T, cache, rows)
 
 
 step = partial(jax.jit, static_argnames=("config", "plan"), donate_argnames="cache")(_step)

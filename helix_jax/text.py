@@ -85,7 +85,7 @@ def chat_ids(folder: Path, text: str) -> list[int]:
     raise ValueError(f"'{folder}' has no chat template: leave out --chat")
 
 
-class TextStream:
+class Detokenizer:
     """Turns ids into text as they come, holding back what may be the start of a character.
 
     Decodes from the last piece that was given out, not from the start: the cost of a token does not grow, and a

@@ -26,14 +26,15 @@ from rich.console import Console
 from rich.table import Table
 from shapes import first_layers, read_shape
 
-from helix_jax.abstract import abstract_arguments, bytes_per_device
+from helix_jax.arrays import bytes_per_device
+from helix_jax.abstract import abstract_arguments
 from helix_jax.cli.devices import libtpu_silenced
 from helix_jax.config import ModelConfig
-from helix_jax.layout import BlockLayout, slots_needed
+from helix_jax.layout import BlockLayout
 from helix_jax.mesh import CP, DP, TP, make_mesh
 from helix_jax.plan import Plan
 from helix_jax.step import step
-from helix_jax.train import TrainConfig, Training, abstract_batch, abstract_state, train_step
+from helix_jax.training import TrainConfig, TrainPlan, abstract_batch, abstract_state, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 HBM_BYTES = {"v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}  # of a chip, as its maker says
@@ -127,14 +128,14 @@ def plan_for(config: ModelConfig, chips: list[Any], rows: int, block: int, progr
     In training all of them to a sequence.
     """
     if program == "train":
-        return Plan(make_mesh(1, len(chips), devices=chips), BlockLayout(len(chips), block))
+        return Plan(make_mesh(1, len(chips), devices=chips), block)
     flat = next(n for n in range(len(chips), 0, -1) if config.heads % n == 0 and len(chips) % n == 0)
     dp = len(chips) // flat
     if rows % dp:
         return None
     tp = 1 if config.latent else next(n for n in range(flat, 0, -1) if config.kv_heads % n == 0 and flat % n == 0)
     mesh = make_mesh(tp, flat // tp, dp, devices=chips)
-    return Plan(mesh, BlockLayout(flat // tp, block))
+    return Plan(mesh, block)
 
 
 def measure(
@@ -147,7 +148,7 @@ def measure(
     if plan is None:
         return run | {"why": f"{options.rows} rows cannot be shared"}
     run |= {axis: plan.mesh.shape[axis] for axis in (DP, TP, CP)}
-    run |= {"slots": slots_needed(plan.layout, options.tokens, options.tokens)}
+    run |= {"slots": plan.layout.max_filled(options.tokens, options.tokens)}
     jitted, arguments, held = lowered_by(options, config, plan, program)
     run |= {name: bytes_per_device(part) for name, part in held.items()}
     if sum(run[name] for name in held) > run["hbm_bytes"]:
@@ -177,10 +178,10 @@ def lowered_by(options: argparse.Namespace, config: ModelConfig, plan: Plan, pro
         train = TrainConfig(steps=1000, batch=options.rows, context=options.tokens)
         layout = BlockLayout(plan.layout.ranks, options.block, "striped")
         model = replace(config, max_positions=max(config.max_positions, options.tokens))
-        run = Training(model, train, plan.mesh, layout, jnp.dtype("bfloat16"))
+        run = TrainPlan(model, train, plan.mesh, layout, jnp.dtype("bfloat16"))
         state = abstract_state(run)
         return train_step, (run, state, abstract_batch(run)), {"state_bytes": state}
-    slots = slots_needed(plan.layout, options.tokens, options.tokens)
+    slots = plan.layout.max_filled(options.tokens, options.tokens)
     shape = {"rows": options.rows, "slots": slots, "page": options.page, "dtype": jnp.bfloat16}
     arguments = abstract_arguments(config, plan, T=options.chunk if program == "prefill" else 1, **shape)
     return step, arguments, {"weight_bytes": arguments[2], "cache_bytes": arguments[3]}

@@ -29,25 +29,25 @@ from rich.table import Table
 from roofline import bytes_per_device, kv_bytes_read, measure_bandwidth, weight_bytes_read
 from shapes import first_layers, read_shape
 
-from helix_jax.cache import KVCache, Rows, make_cache, per_row
+from helix_jax.cache import CacheSpec, KVCache, Rows, make_cache, per_row
 from helix_jax.cli.devices import open_mesh
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
 from helix_jax.generation import DEFAULT_PAGE
 from helix_jax.kernels import KERNELS
-from helix_jax.layout import PLACEMENTS, BlockLayout
-from helix_jax.mesh import CP, REPLICATED, ROWS_B, TP, make_mesh, sharding
+from helix_jax.layout import PLACEMENTS
+from helix_jax.mesh import REPLICATED, ROWS_B, TP, make_mesh, sharding
 from helix_jax.models.transformer import Weights
 from helix_jax.plan import Plan
 from helix_jax.sampling import make_sampling
-from helix_jax.step import ManyOutput, StepOutput, many_steps, step
+from helix_jax.step import MultiStepOutput, StepOutput, many_steps, step
 
 WARM_UP = 2
 LEAST_CALLS = 3  # of many tokens, for a median
 WAYS = {"awaited_ms": "awaited", "queued_ms": "queued", "many_ms": "many"}
 
 # A step, or many in one call: all is given but the cache and the rows.
-Program = partial[StepOutput] | partial[ManyOutput]
+Program = partial[StepOutput] | partial[MultiStepOutput]
 
 
 class Job(NamedTuple):
@@ -128,8 +128,11 @@ def bench(options: argparse.Namespace) -> None:
 
 
 def plans_on(mesh: Mesh, options: argparse.Namespace, config: ModelConfig) -> list[Plan]:
-    layouts = [BlockLayout(mesh.shape[CP], options.block, placement) for placement in options.placement]
-    plans = [Plan(mesh, layout, how, kernel=options.kernel) for layout in layouts for how in options.combine]
+    plans = [
+        Plan(mesh, options.block, placement, combine, options.kernel)
+        for placement in options.placement
+        for combine in options.combine
+    ]
     for plan in plans:
         plan.check_model(config)
         plan.kernel_for_model(config, options.page, options.dtype)
@@ -180,10 +183,9 @@ def verdict(job: Job, plan: Plan, weights: Weights, best_ms: float) -> dict[str,
 def cache_after_decoding(job: Job, plan: Plan, room: int) -> tuple[KVCache, Rows]:
     """As after the prompt and what is decoded already, were its numbers not random; with room for more tokens."""
     options, config, length = job.options, job.config, job.options.context + job.options.decoded
-    shape: dict[str, Any] = {"layers": config.layers, "kv_heads": config.kv_heads, "head_width": config.cache_width}
-    shape |= {"page": options.page, "dtype": options.dtype, "latent": config.latent is not None}
+    spec = CacheSpec.from_config(config, options.dtype)
     lens = ([options.context] * options.rows, [length + room] * options.rows)
-    cache, rows = make_cache(plan, *lens, **shape)
+    cache, rows = make_cache(plan, spec, *lens, page=options.page)
     pools, nest = jax.tree.flatten(cache)
     pools = [filled(pool_AKWH, seed) for seed, pool_AKWH in enumerate(pools)]
     return jax.tree.unflatten(nest, pools), rows._replace(length_B=per_row(plan, [length] * options.rows))
@@ -196,7 +198,7 @@ def programs(job: Job, plan: Plan, weights: Weights) -> tuple[Program, Program]:
     sampling = jax.device_put(make_sampling(rows), sharding(plan.mesh, ROWS_B))
     new = {"tokens_BT": per_row(plan, token_B[:, None]), "count_B": per_row(plan, np.ones(rows)), "sampling": sampling}
     first = {"token_B": per_row(plan, token_B), "limit_B": per_row(plan, [2**31 - 1] * rows), "sampling": sampling}
-    first["stop_ids"] = jax.device_put(np.zeros(0, np.int32), where)
+    first["stop_token_ids"] = jax.device_put(np.zeros(0, np.int32), where)
     given = (job.config, plan, job.options.tokens_per_call, weights)
     return partial(step, job.config, plan, weights, **new), partial(many_steps, *given, **first)
 

@@ -25,9 +25,9 @@ from rich.table import Table
 
 from helix_jax.checkpoint import read_config
 from helix_jax.cli.devices import open_mesh
-from helix_jax.cli.notes import Notes
-from helix_jax.cli.options import Setup, add_shared_arguments, set_up
-from helix_jax.engine import Engine, Said, SamplingParams
+from helix_jax.cli.console import Reporter
+from helix_jax.cli.options import DecodeSetup, add_shared_arguments, make_setup
+from helix_jax.engine import Engine, TokenEvent, SamplingParams
 from helix_jax.mesh import CP, TP
 
 CHUNK = 128
@@ -89,14 +89,14 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
 
 
 def bench(options: argparse.Namespace) -> None:
-    config, notes = read_config(options.model), Notes()
+    config, reporter = read_config(options.model), Reporter()
     mesh = open_mesh(options.platform, options.tp, options.cp)
-    setup = set_up(options, config, mesh)
+    setup = make_setup(options, config, mesh)
     found = describe(options, setup, mesh.devices.flat[0].device_kind)
     trace = make_trace(options, config.vocab)
     room = {"rows": options.rows, "pages": options.pages, "page": setup.page, "chunk": setup.chunk}
     longest = options.prompt[1] + options.new[1]
-    engine = Engine(setup.load(mesh, notes), setup.plan, **room, max_len=longest, share_prefixes=False)
+    engine = Engine(setup.load(reporter), setup.plan, **room, max_len=longest, share_prefixes=False)
     found["compile_s"] = engine.warm_up()
     engine.generate([trace[0].prompt], SamplingParams(max_new_tokens=2))  # whatever else happens but once
     for how, together in (("continuous", None), ("static", options.rows)):
@@ -108,7 +108,7 @@ def bench(options: argparse.Namespace) -> None:
     Console(highlight=False, soft_wrap=True).print(table_of(found))
 
 
-def describe(options: argparse.Namespace, setup: Setup, device: str) -> dict[str, Any]:
+def describe(options: argparse.Namespace, setup: DecodeSetup, device: str) -> dict[str, Any]:
     shape = setup.plan.mesh.shape
     found = {"model": setup.folder.name, "mesh": f"{shape[TP]}x{shape[CP]}", "placement": options.placement}
     found |= {"dtype": setup.dtype, "kernel": setup.kernel, "device": device, "jax": jax.__version__}
@@ -132,11 +132,11 @@ def make_trace(options: argparse.Namespace, vocab: int) -> list[Asked]:
 
 def measure(engine: Engine, trace: list[Asked], batching: str, together: int | None) -> dict[str, Any]:
     """One run, as it stands in the JSON."""
-    before = engine.figures()
+    before = engine.stats()
     times = play(engine, trace, together)
     tokens = sum(asked.new_tokens for asked in trace)
     run: dict[str, Any] = {"batching": batching, "seconds": times.seconds, "steps": times.steps, "tokens": tokens}
-    run |= {"tokens_per_s": tokens / times.seconds, "preemptions": engine.figures().preemptions - before.preemptions}
+    run |= {"tokens_per_s": tokens / times.seconds, "preemptions": engine.stats().preemptions - before.preemptions}
     run["ttft_s"] = percentiles([first - came for came, first, *_ in times.moments])
     run["gap_s"] = percentiles([gap for _, *said in times.moments for gap in np.diff(said)])
     return run
@@ -159,12 +159,12 @@ def play(engine: Engine, trace: list[Asked], together: int | None) -> Times:
         if together is None or not engine.busy:
             for _ in range(min(len(come), together or len(come))):
                 asked, came = come.popleft()
-                params = SamplingParams(max_new_tokens=asked.new_tokens, stop_ids=())
+                params = SamplingParams(max_new_tokens=asked.new_tokens, stop_token_ids=())
                 moments[engine.submit(asked.prompt, params)] = [came]
         events = engine.step()
         now, steps, clock = time.perf_counter(), steps + 1, clock + 1
         for event in events:
-            if isinstance(event, Said):
+            if isinstance(event, TokenEvent):
                 moments[event.id].append(now)
     return Times(now - began, steps, list(moments.values()))
 

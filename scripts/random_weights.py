@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
-from helix_jax.checkpoint.parameters import type_of
+from helix_jax.checkpoint.parameters import parameter_dtype
 from helix_jax.config import ModelConfig
 from helix_jax.mesh import weight_sharding
 from helix_jax.models.transformer import Transformer, Weights
@@ -25,7 +25,7 @@ def random_weights(config: ModelConfig, mesh: Mesh, dtype: DTypeLike) -> Weights
     padded = nnx.to_flat_state(nnx.state(Transformer(config, devices=mesh.size, rngs=None), nnx.Param))
     made = []
     for seed, (path, parameter) in enumerate(padded):
-        make = maker(str(path[-1]), parameter.shape, type_of(path, dtype), weight_sharding(mesh, str(path[-1])))
+        make = maker(str(path[-1]), parameter.shape, parameter_dtype(path, dtype), weight_sharding(mesh, str(path[-1])))
         made.append((path, make(seed)))
     return nnx.to_pure_dict(nnx.from_flat_state(made))
 

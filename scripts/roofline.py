@@ -49,7 +49,7 @@ def share_read(config: ModelConfig, name: str, rows: int) -> float:
         return min(1, rows / config.vocab)
     if config.experts and name in EXPERT_WEIGHTS["flat"]:
         # An expectation, and a high one: routing is even, and no two rows choose the same expert before all are taken.
-        return min(1, rows * config.experts.chosen / config.experts.count)
+        return min(1, rows * config.experts.top_k / config.experts.num_experts)
     return 1
 
 

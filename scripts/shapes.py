@@ -4,7 +4,8 @@ import tomllib
 from dataclasses import replace
 from pathlib import Path
 
-from helix_jax.config import ModelConfig, from_mapping
+from helix_jax.config import ModelConfig
+from helix_jax.parsing import parse_dataclass
 
 
 def read_shape(file: Path) -> ModelConfig:
@@ -14,7 +15,7 @@ def read_shape(file: Path) -> ModelConfig:
         raise ValueError(f"{file} is not TOML: {error}") from None
     if not isinstance(read.get("model"), dict):
         raise ValueError(f"{file}: [model] is missing")
-    return from_mapping(ModelConfig, read["model"], f"{file} [model]")
+    return parse_dataclass(ModelConfig, read["model"], f"{file} [model]")
 
 
 def first_layers(config: ModelConfig, layers: int) -> ModelConfig:

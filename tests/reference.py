@@ -1,6 +1,5 @@
 """What the library is judged by: float64 softmax in NumPy, and a model without cache or mesh."""
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,12 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from helix_jax.attention import Partial, with_sink
-from helix_jax.config import ModelConfig, from_mapping
+from helix_jax.attention import Partial, merge_sink
+from helix_jax.config import ModelConfig
+from helix_jax.mesh import make_mesh
 from helix_jax.models.transformer import Transformer
+from helix_jax.parsing import parse_dataclass, read_toml
+from helix_jax.plan import Plan
 
 TIE = 1e-4
 
@@ -29,7 +31,12 @@ def tiny_model(config: ModelConfig = TINY, seed: int = 0) -> Transformer:
 
 
 def shape_in(file: Path) -> ModelConfig:
-    return from_mapping(ModelConfig, tomllib.loads(file.read_text())["model"], str(file))
+    return parse_dataclass(ModelConfig, read_toml(file)["model"], str(file))
+
+
+def plan_of(tp: int = 1, cp: int = 1, dp: int = 1, **options: Any) -> Plan:
+    """A plan on the first tp * cp * dp fake devices."""
+    return Plan(make_mesh(tp, cp, dp), **options)
 
 
 def causal_attention(
@@ -58,7 +65,7 @@ def causal_attention(
     if sink_N is None:
         return found[..., :v_width], state
     o_BTNH, lse_BTN = found
-    return with_sink(Partial(o_BTNH, lse_BTN.astype(jnp.float32)), sink_N).o_BTNH.astype(q_BTNH.dtype), state
+    return merge_sink(Partial(o_BTNH, lse_BTN.astype(jnp.float32)), sink_N).o_BTNH.astype(q_BTNH.dtype), state
 
 
 def softmax_attention(q_TNH, k_SKH, v_SKH, seen_TS, scale: float) -> tuple[np.ndarray, np.ndarray]:

@@ -16,9 +16,10 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import SingleDeviceSharding
 
-from helix_jax.abstract import abstract_arguments, bytes_per_device
+from helix_jax.arrays import bytes_per_device
+from helix_jax.abstract import abstract_arguments
 from helix_jax.config import Latent, ModelConfig
-from helix_jax.kernels import attend_by, tpu
+from helix_jax.kernels import backend_attend, tpu
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import make_mesh
 from helix_jax.plan import Plan
@@ -133,7 +134,7 @@ def compiled_kernel(
     A = B * M + 41
     like = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(chips(generation)[0]))
     pool, ints = like((A, K, W, H), dtype), partial(like, dtype=jnp.int32)
-    run = partial(attend_by("tpu"), scale=0.1, v_width=512 if latent else None)
+    run = partial(backend_attend("tpu"), scale=0.1, v_width=512 if latent else None)
     arguments = like((B, T, N, H), dtype), pool, None if latent else pool, ints((B, M)), ints((B, T)), ints((B, T))
     return pool.shape, jax.jit(run).lower(*arguments).compile().as_text()
 
@@ -165,7 +166,7 @@ def test_a_step_over_a_mesh_has_the_kernel_in_every_layer_and_moves_no_cache(
     kind: str, T: int, generation: str, tp: int, cp: int
 ):
     config = stepping(kind)
-    plan = Plan(make_mesh(tp, cp, devices=chips(generation)), BlockLayout(cp, 16))
+    plan = Plan(make_mesh(tp, cp, devices=chips(generation)), 16)
     assert plan.kernel_for_model(config, 64, jnp.bfloat16) == "tpu"
     arguments = abstract_arguments(config, plan, rows=2, slots=2**16, T=T, page=64, dtype=jnp.bfloat16)
     compiled = step.lower(*arguments).compile()

@@ -12,9 +12,9 @@ import pytest
 
 from helix_jax.cli import batch as command
 from helix_jax.cli import main
-from helix_jax.cli.lines import Asked, Refused, Results, read_requests
-from helix_jax.cli.notes import Notes
-from helix_jax.engine import Ended, Engine, Result, SamplingParams
+from helix_jax.cli.jsonl import RequestLine, RejectedLine, ResultsFile, read_requests
+from helix_jax.cli.console import Notes
+from helix_jax.engine import FinishedEvent, Engine, RequestOutput, SamplingParams
 from tests.conftest import ROOT
 from tests.test_cli import ENVIRONMENT, helix
 
@@ -31,14 +31,14 @@ def write(file: Path, *entries: dict | str) -> Path:
     return file
 
 
-def ended(id: str) -> Result:
-    return Result(id, 3, (65, 66), "AB", "length", 0.5, 0.25, 0, 0, ((-0.5, ((65, -0.5),)), (-1.0, ())))
+def ended(id: str) -> RequestOutput:
+    return RequestOutput(id, 3, (65, 66), "AB", "length", 0.5, 0.25, 0, 0, ((-0.5, ((65, -0.5),)), (-1.0, ())))
 
 
 # reading --------------------------------------------------------------------------------------------------------------
 
 
-def read(*lines: str | bytes, done: tuple[str, ...] = ()) -> list[Asked | Refused]:
+def read(*lines: str | bytes, done: tuple[str, ...] = ()) -> list[RequestLine | RejectedLine]:
     return list(read_requests((line if isinstance(line, bytes) else line.encode() for line in lines), set(done)))
 
 
@@ -46,13 +46,13 @@ def test_a_line_is_a_request_and_its_number_is_its_id_if_none_is_given():
     found = read(
         '{"id": "a", "prompt": "And", "max_new_tokens": 5, "stop": ["."], "logprobs": 2}\n',
         " \n",
-        '{"prompt_ids": [1, 2], "temperature": 0.5, "stop_ids": []}\n',
+        '{"prompt_ids": [1, 2], "temperature": 0.5, "stop_token_ids": []}\n',
         '{"id": 7, "prompt": "\\u00e9"}',
     )
     assert found == [
-        Asked(1, "a", "And", SamplingParams(max_new_tokens=5, stop=(".",), logprobs=2)),
-        Asked(3, 3, [1, 2], SamplingParams(temperature=0.5, stop_ids=())),
-        Asked(4, 7, "é", SamplingParams()),
+        RequestLine(1, "a", "And", SamplingParams(max_new_tokens=5, stop=(".",), logprobs=2)),
+        RequestLine(3, 3, [1, 2], SamplingParams(temperature=0.5, stop_token_ids=())),
+        RequestLine(4, 7, "é", SamplingParams()),
     ]
 
 
@@ -76,8 +76,8 @@ def test_a_line_is_a_request_and_its_number_is_its_id_if_none_is_given():
 def test_a_bad_line_is_an_error_of_its_own_and_the_others_go_on(line: str | bytes, error: str):
     good = '{"id": "good", "prompt": "And"}'
     before, bad, after = read(good, line, good.replace("good", "too"))
-    assert isinstance(bad, Refused)
-    assert (bad.line, type(before), type(after)) == (2, Asked, Asked)
+    assert isinstance(bad, RejectedLine)
+    assert (bad.line, type(before), type(after)) == (2, RequestLine, RequestLine)
     assert error in bad.error
     assert "\n" not in bad.error
 
@@ -86,12 +86,12 @@ def test_the_later_of_two_lines_with_one_id_is_refused_and_what_is_done_is_passe
     same = '{"id": "a", "prompt": "And"}'
     number = '{"id": 1, "prompt": "And"}'
     [first, second] = read(same, same)
-    assert isinstance(first, Asked)
-    assert second == Refused(2, "a", "id 'a' is that of line 1 already: give each line its own")
+    assert isinstance(first, RequestLine)
+    assert second == RejectedLine(2, "a", "id 'a' is that of line 1 already: give each line its own")
     [second] = read(same, same, done=("a",))
-    assert (second.line, type(second)) == (2, Refused)
+    assert (second.line, type(second)) == (2, RejectedLine)
     [second] = read('{"prompt": "And"}', number, done=("1",))
-    assert second == Refused(2, 1, "id 1 is that of line 1 already: give each line its own")
+    assert second == RejectedLine(2, 1, "id 1 is that of line 1 already: give each line its own")
 
 
 class Counting(Engine):
@@ -108,21 +108,21 @@ class Counting(Engine):
 
     def step(self):
         id = self.waiting.pop(0)
-        return [Ended(id, ended(id))]
+        return [FinishedEvent(id, ended(id))]
 
 
 def test_no_more_lines_are_read_ahead_than_are_wanted(tmp_path: Path):
     out, taken, ahead = tmp_path / "out.jsonl", 0, 5
 
-    def asked() -> Iterator[Asked]:
+    def asked() -> Iterator[RequestLine]:
         nonlocal taken
         for line in range(1, 41):
             taken += 1
-            yield Asked(line, line, "" if line == 20 else "And", SamplingParams())
+            yield RequestLine(line, line, "" if line == 20 else "And", SamplingParams())
             written = len(out.read_bytes().splitlines())  # each as it ends
             assert taken - written <= ahead
 
-    with Results(out) as results:
+    with ResultsFile(out) as results:
         command._answer_all(Counting(), asked(), results, ahead, Notes())
         assert (results.answered, results.failed) == (39, 1)
     assert [entry["id"] for entry in lines_of(out) if "text" in entry] == [n for n in range(1, 41) if n != 20]
@@ -136,11 +136,11 @@ def test_no_more_lines_are_read_ahead_than_are_wanted(tmp_path: Path):
 
 def test_results_are_found_again_and_errors_are_not_written_twice(tmp_path: Path):
     out = tmp_path / "out.jsonl"
-    with Results(out) as results:
+    with ResultsFile(out) as results:
         assert results.done == set()
         results.add("a", ended("a"))
         results.add(7, ended("7"))
-        results.add_error(Refused(3, "c", "bad"))
+        results.add_error(RejectedLine(3, "c", "bad"))
     assert lines_of(out)[0] == {
         "id": "a",
         "text": "AB",
@@ -152,27 +152,27 @@ def test_results_are_found_again_and_errors_are_not_written_twice(tmp_path: Path
         "logprobs": [{"logprob": -0.5, "top": [[65, -0.5]]}, {"logprob": -1.0, "top": []}],
     }
     before = out.read_bytes()
-    with Results(out) as results:
+    with ResultsFile(out) as results:
         assert (results.done, results.mended) == ({"a", "7"}, False)
-        results.add_error(Refused(3, "c", "bad"))
+        results.add_error(RejectedLine(3, "c", "bad"))
         assert (results.answered, results.failed) == (0, 1)
         assert out.read_bytes() == before
-        results.add_error(Refused(3, "c", "bad in another way"))
-        assert results.first_failed == Refused(3, "c", "bad")
+        results.add_error(RejectedLine(3, "c", "bad in another way"))
+        assert results.first_failed == RejectedLine(3, "c", "bad")
     assert lines_of(out)[3:] == [{"id": "c", "line": 3, "error": "bad in another way"}]
 
 
 def test_a_half_written_line_is_not_done_wherever_it_ends(tmp_path: Path):
     out = tmp_path / "out.jsonl"
-    with Results(out) as results:
+    with ResultsFile(out) as results:
         results.add("a", ended("a"))
     first = out.read_bytes()
-    with Results(out) as results:
+    with ResultsFile(out) as results:
         results.add("b", ended("b"))
     whole = out.read_bytes()
     for size in range(len(first) + 1, len(whole)):
         out.write_bytes(whole[:size])
-        with Results(out) as results:
+        with ResultsFile(out) as results:
             assert results.done == {"a"}
             assert results.mended
         assert out.read_bytes() == first
@@ -186,12 +186,12 @@ def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path, h
     out = tmp_path / "out.jsonl"
     out.write_text(held)
     with pytest.raises(ValueError, match=r"out.jsonl' holds no result in line 1: give another file"):
-        Results(out)
+        ResultsFile(out)
     assert out.read_text() == held
 
 
 def test_a_pipe_has_no_past():
-    with Results(Path("/dev/null")) as results:
+    with ResultsFile(Path("/dev/null")) as results:
         results.add("a", ended("a"))
         assert results.done == set()
 
@@ -242,7 +242,7 @@ def test_bad_settings_are_one_line_and_exit_2_before_weights_are_read(here, caps
 def test_where_nothing_is_to_do_no_weights_are_read(here, capsys, tmp_path: Path):
     out = tmp_path / "out.jsonl"
     given = write(tmp_path / "in.jsonl", {"id": "a", "prompt": "And"}, "{no", "")
-    with Results(out) as results:
+    with ResultsFile(out) as results:
         results.add("a", ended("a"))
     assert main(["batch", str(given), "--out", str(out)]) == 1
     assert capsys.readouterr().err.splitlines() == [

@@ -11,9 +11,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from helix_jax.checkpoint import load, read_config, save, shard
-from helix_jax.config import ModelConfig, from_mapping
+from helix_jax.config import ModelConfig
+from helix_jax.parsing import parse_dataclass
 from helix_jax.mesh import make_mesh
-from tests.reference import TINY, tiny_model
+from tests.reference import TINY, plan_of, tiny_model
 
 
 def parameters(model) -> dict:
@@ -28,11 +29,11 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_comes_back_as_it_was_saved_padded_and_sharded(tmp_path: Path, tied: bool):
-    config = ModelConfig(**{**vars(TINY), "tied_head": tied, "stop_ids": (3, 4), "tokenizer": "bytes"})
+    config = ModelConfig(**{**vars(TINY), "tied_head": tied, "eos_token_ids": (3, 4), "tokenizer": "bytes"})
     model = tiny_model(config)
-    save(shard(model, make_mesh(2, 4)), tmp_path, jnp.float32)
+    save(shard(model, plan_of(2, 4)), tmp_path, jnp.float32)
     assert read_config(tmp_path) == config
-    again, before = parameters(load(tmp_path, make_mesh(1, 8), jnp.float32)), parameters(model)
+    again, before = parameters(load(tmp_path, plan_of(1, 8), jnp.float32)), parameters(model)
     assert again.keys() == before.keys()
     for path, value in again.items():
         own = tuple(map(slice, before[path].shape))
@@ -51,27 +52,27 @@ def test_the_index_decides_which_files_are_read(folder: Path):
     (folder / "model.safetensors").write_bytes(b"not to be read")
     index = {name: file for file, part in parts.items() for name in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    for path, value in parameters(load(folder, make_mesh(), jnp.float32)).items():
+    for path, value in parameters(load(folder, plan_of(), jnp.float32)).items():
         np.testing.assert_array_equal(value, parameters(tiny_model())[path])
     (folder / "b.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ValueError, match=r"b.safetensors' is not a whole safetensors file"):
-        load(folder, make_mesh())
+        load(folder, plan_of())
     (folder / "b.safetensors").unlink()
     with pytest.raises(ValueError, match=r"lacks 'b.safetensors', which its index names"):
-        load(folder, make_mesh())
+        load(folder, plan_of())
 
 
 def test_options_that_change_nothing_are_taken(folder: Path):
     before = read_config(folder)
     change_config(attention_bias=None, rope_scaling={"rope_type": "default"}, quantization_config=None)(folder)
     change_tensors(model__layers__0__self_attn__rotary_emb__inv_freq=np.ones(4))(folder)
-    assert load(folder, make_mesh()).config == read_config(folder) == before
+    assert load(folder, plan_of()).config == read_config(folder) == before
 
 
 def test_another_models_index_is_not_left_to_go_before_what_is_saved(folder: Path):
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="weight_map"):
-        load(folder, make_mesh())
+        load(folder, plan_of())
     with pytest.raises(ValueError, match="holds another model's model.safetensors.index.json"):
         save(tiny_model(), folder)
 
@@ -87,7 +88,7 @@ def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path: Path, monkeypa
 
 def test_stop_ids_of_the_generation_config_come_first(folder: Path):
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
-    assert read_config(folder).stop_ids == (7, 9)
+    assert read_config(folder).eos_token_ids == (7, 9)
 
 
 def change_tensors(**changes):
@@ -154,14 +155,14 @@ def change_config(**changes):
 def test_what_is_wrong_with_a_folder_is_said(folder: Path, change, message: str):
     change(folder)
     with pytest.raises(ValueError, match=message):
-        load(folder, make_mesh())
+        load(folder, plan_of())
 
 
 def test_a_folder_that_is_not_there_is_said(folder: Path):
     with pytest.raises(ValueError, match="model folder '/nowhere' does not exist"):
-        load("/nowhere", make_mesh())
+        load("/nowhere", plan_of())
     with pytest.raises(ValueError, match="config.json' is not a folder"):
-        load(folder / "config.json", make_mesh())
+        load(folder / "config.json", plan_of())
 
 
 def test_a_tied_head_that_is_written_out_must_be_the_embedding(tmp_path: Path):
@@ -169,18 +170,18 @@ def test_a_tied_head_that_is_written_out_must_be_the_embedding(tmp_path: Path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     save_file(tensors, tmp_path / "model.safetensors")
-    load(tmp_path, make_mesh())
+    load(tmp_path, plan_of())
     tensors["lm_head.weight"][60, 3] += 1
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="'lm_head.weight' is not 'model.embed_tokens.weight', but config.json has"):
-        load(tmp_path, make_mesh())
+        load(tmp_path, plan_of())
 
 
 def test_reading_weights_back_leaves_none_of_them_on_the_host(tmp_path: Path):
     """A jax array that was looked at keeps what was seen."""
-    model = shard(tiny_model(), make_mesh(2, 4))
+    model = shard(tiny_model(), plan_of(2, 4))
     save(model, tmp_path)
-    shard(model, make_mesh(1, 8))
+    shard(model, plan_of(1, 8))
     held = [param[...]._npy_value for _, param in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     assert all(value is None for value in held)
 
@@ -193,17 +194,17 @@ def test_a_type_that_numpy_has_not_is_named_where_it_is_needed(folder: Path):
     changed = json.dumps(header).encode()
     (folder / "model.safetensors").write_bytes(len(changed).to_bytes(8, "little") + changed + raw[8 + size :])
     with pytest.raises(ValueError, match="'model.norm.weight' is of type F8_E8M0: quantised weights need"):
-        load(folder, make_mesh())
+        load(folder, plan_of())
     nested = b"[" * 100_000
     (folder / "model.safetensors").write_bytes(len(nested).to_bytes(8, "little") + nested)
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
-        load(folder, make_mesh())
+        load(folder, plan_of())
 
 
 def test_a_config_says_which_key_is_unknown_missing_or_of_another_type():
     with pytest.raises(ValueError, match="run.toml: unknown key 'depth': known are activation, embed_scale"):
-        from_mapping(ModelConfig, {"depth": 3}, "run.toml")
+        parse_dataclass(ModelConfig, {"depth": 3}, "run.toml")
     with pytest.raises(ValueError, match="run.toml: 'ff_width' is missing: add it"):
-        from_mapping(ModelConfig, {"layers": 3}, "run.toml")
+        parse_dataclass(ModelConfig, {"layers": 3}, "run.toml")
     with pytest.raises(ValueError, match="run.toml: layers is '3': give a value of type int"):
-        from_mapping(ModelConfig, {**vars(TINY), "layers": "3"}, "run.toml")
+        parse_dataclass(ModelConfig, {**vars(TINY), "layers": "3"}, "run.toml")

@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from helix_jax.abstract import abstract_arguments, bytes_per_device
+from helix_jax.arrays import bytes_per_device
+from helix_jax.abstract import abstract_arguments
 from helix_jax.config import ModelConfig
-from helix_jax.layout import BlockLayout, slots_needed
+from helix_jax.layout import BlockLayout
 from helix_jax.mesh import (
     CP,
     DP,
@@ -89,11 +90,11 @@ def weights_by_arithmetic(config: ModelConfig, tp: int, flat: int) -> int:
         if experts is None:
             total += 3 * D * share(config.ff_width)
             continue
-        held, width = share(experts.count), -(-experts.width // flat) * flat
+        held, width = share(experts.num_experts), -(-experts.width // flat) * flat
         total += held * 3 * D * width + 3 * D * share(experts.shared_width)
         padded = held * flat
         total += padded * (D + experts.router_bias) + experts.bias * (held * 2 * width + padded * D)
-        total += 2 * padded * experts.choice_bias  # float32
+        total += 2 * padded * experts.selection_bias  # float32
     return BYTES * total
 
 
@@ -103,10 +104,10 @@ def test_a_decode_step_over_a_million_tokens_takes_what_arithmetic_says(name: st
     config, (tp, cp) = two_of_each_kind(config_of(name)), MODELS[name][1]
     axes = {DP: 1, TP: tp, CP: cp}
     mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * 3)
-    plan = Plan(mesh, BlockLayout(cp, 16), experts="flat")
+    plan = Plan(mesh, 16, experts="flat")
     plan.check_model(config)
 
-    slots = slots_needed(plan.layout, TOKENS, TOKENS - 1000)
+    slots = plan.layout.max_filled(TOKENS, TOKENS - 1000)
     arguments = abstract_arguments(config, plan, rows=BATCH, slots=slots, page=PAGE, dtype=jnp.bfloat16)
     weights, cache, M = arguments[2], arguments[3], -(-slots // PAGE)
     traced = step.trace(*arguments)

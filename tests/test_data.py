@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helix_jax.data import Corpus, check_corpus, cut, held_out_windows, open_corpus, sequences_of
-from helix_jax.recall import NAMES, fact, haystack, new_key, plant, question
+from helix_jax.training.data import Corpus, check_corpus, slice_sequences, held_out_windows, open_corpus, training_sequences
+from helix_jax.training.passkeys import NAMES, fact, haystack, new_key, insert_passkeys, question
 from helix_jax.text import Bytes
 
 
@@ -93,36 +93,36 @@ def test_an_epoch_sees_windows_side_by_side_once_and_nothing_that_is_held_out(
     corpus = corpus_of(context + more + held_out, held_out=held_out)
     count = max(1, (corpus.held_out - 1) // context - 1)
     steps = -(-count // batch)
-    found = np.concatenate([sequences_of(corpus, context, batch, seed, step).tokens_BS for step in range(steps)])
+    found = np.concatenate([training_sequences(corpus, context, batch, seed, step).tokens_BS for step in range(steps)])
     epoch = found[:count]
     assert epoch.max() < corpus.held_out
     starts = sorted(epoch[:, 0])
     assert np.diff(starts).tolist() == [context] * (count - 1)
-    again = sequences_of(corpus, context, batch, seed, 0).tokens_BS
+    again = training_sequences(corpus, context, batch, seed, 0).tokens_BS
     np.testing.assert_array_equal(again, found[:batch])
 
 
 def test_epochs_differ_and_seeds_do():
     corpus = corpus_of(1000)
     first, second, other = (
-        sequences_of(corpus, 10, 98, seed, step).tokens_BS for seed, step in ((0, 0), (0, 1), (1, 0))
+        training_sequences(corpus, 10, 98, seed, step).tokens_BS for seed, step in ((0, 0), (0, 1), (1, 0))
     )
     assert not np.array_equal(first, second)
     assert not np.array_equal(first, other)
 
 
 def test_a_token_knows_where_its_document_starts_and_learns_nothing_of_the_next():
-    found = cut(corpus_of(30, starts=(0, 12, 15)), np.asarray([10, 13]), 6)
+    found = slice_sequences(corpus_of(30, starts=(0, 12, 15)), np.asarray([10, 13]), 6)
     assert found.tokens_BS[0].tolist() == [10, 11, 12, 13, 14, 15, 16]
-    assert found.first_BS.tolist() == [[0, 0, 2, 2, 2, 5], [0, 0, 2, 2, 2, 2]]
-    assert found.counted_BS.tolist() == [[True, False, True, True, False, True], [True, False, *[True] * 4]]
+    assert found.document_start_BS.tolist() == [[0, 0, 2, 2, 2, 5], [0, 0, 2, 2, 2, 2]]
+    assert found.loss_mask_BS.tolist() == [[True, False, True, True, False, True], [True, False, *[True] * 4]]
 
 
 @given(st.integers(2, 81), st.integers(0, 300), st.integers(1, 300))
 def test_held_out_windows_predict_every_token_once_after_half_a_context(context: int, before: int, held: int):
     corpus = corpus_of(context + 1 + before + held, held_out=held)
     starts, counted = held_out_windows(corpus, context)
-    predicted = cut(corpus, starts, context).tokens_BS[:, 1:][counted]
+    predicted = slice_sequences(corpus, starts, context).tokens_BS[:, 1:][counted]
     assert sorted(predicted) == list(range(corpus.held_out, len(corpus.tokens_X)))
     index = np.broadcast_to(np.arange(context), counted.shape)[counted]
     assert (index + 1 >= context // 2).all()
@@ -130,13 +130,13 @@ def test_held_out_windows_predict_every_token_once_after_half_a_context(context:
 
 def test_what_is_planted_is_asked_for_after_it_was_told():
     text = b"".join(b"The line %d of the text, and more of it.\n" % n for n in range(100))
-    planted = plant(text, np.random.default_rng(0))
-    assert len(planted) == len(text)
-    assert planted == plant(text, np.random.default_rng(0))
+    with_passkeys = insert_passkeys(text, np.random.default_rng(0))
+    assert len(with_passkeys) == len(text)
+    assert with_passkeys == insert_passkeys(text, np.random.default_rng(0))
     asked = 0
     for name in NAMES:
-        for answer in re.finditer(re.escape(question(name)) + rb"(\d{5,})\. ", planted):
-            told = planted.find(fact(name, answer[1].decode()))
+        for answer in re.finditer(re.escape(question(name)) + rb"(\d{5,})\. ", with_passkeys):
+            told = with_passkeys.find(fact(name, answer[1].decode()))
             assert 0 <= told < answer.start()
             asked += 1
     assert asked >= 1

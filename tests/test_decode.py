@@ -14,7 +14,7 @@ from helix_jax.layout import PLACEMENTS, BlockLayout
 from helix_jax.mesh import make_mesh
 from helix_jax.plan import Plan
 from helix_jax.sampling import make_sampling
-from tests.reference import TINY, gaps_of, naive_greedy, ties_before_difference, tiny_model
+from tests.reference import TINY, gaps_of, naive_greedy, plan_of, ties_before_difference, tiny_model
 
 BLOCK, STEPS, PADDED = 3, 50, 160  # at cp 8 two full rotations are 48 tokens
 WHOLE = 128
@@ -62,8 +62,8 @@ def naive(prompts) -> list[list[int]]:
 @pytest.mark.parametrize("case", covering_cases(), ids=lambda case: "-".join(map(str, case.values())))
 def test_tokens_equal_those_of_a_loop_without_cache_or_mesh(case, prompts, naive):
     mesh = make_mesh(case["tp"], case["cp"])
-    plan = Plan(mesh, BlockLayout(case["cp"], BLOCK, case["placement"]), case["combine"])
-    model = shard(tiny_model(), mesh)
+    plan = Plan(mesh, BLOCK, case["placement"], case["combine"])
+    model = shard(tiny_model(), plan)
     ours = generate(model, prompts, plan, max_new_tokens=STEPS, page=4, chunk=case["chunk"])
     assert ours[2] == []
     for prompt, row, expected in zip(prompts, ours, naive, strict=True):
@@ -78,8 +78,8 @@ def test_tokens_equal_those_of_a_loop_without_cache_or_mesh(case, prompts, naive
 def test_600_steps_of_block_16_over_8_ranks(placement: str, how: str, prompts):
     """Judged in one pass: the naive model must say each token after those before it. By induction that is its loop."""
     mesh = make_mesh(1, 8)
-    plan = Plan(mesh, BlockLayout(8, 16, placement), how)
-    ours = generate(shard(tiny_model(), mesh), prompts, plan, max_new_tokens=600, page=16)
+    plan = Plan(mesh, 16, placement, how)
+    ours = generate(shard(tiny_model(), plan), prompts, plan, max_new_tokens=600, page=16)
     padded = 704
     for prompt, row in zip(prompts, ours, strict=True):
         if prompt is None:
@@ -93,7 +93,8 @@ def test_600_steps_of_block_16_over_8_ranks(placement: str, how: str, prompts):
 
 def test_a_row_alone_says_what_it_says_in_a_crowd(prompts):
     mesh = make_mesh(2, 4)
-    plan, model = Plan(mesh, BlockLayout(4, BLOCK)), shard(tiny_model(), mesh)
+    plan = Plan(mesh, BLOCK)
+    model = shard(tiny_model(), plan)
     options = {"max_new_tokens": 20, "page": 4}
     for sampling in ({}, {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "seed": 7}):
         crowd = generate(model, prompts, plan, sampling=make_sampling(4, **sampling), **options)
@@ -106,9 +107,10 @@ def test_a_row_alone_says_what_it_says_in_a_crowd(prompts):
 
 def test_a_row_ends_after_a_stop_id_and_the_others_go_on(prompts, naive):
     mesh = make_mesh(1, 4)
-    plan, model = Plan(mesh, BlockLayout(4, BLOCK)), shard(tiny_model(), mesh)
+    plan = Plan(mesh, BLOCK)
+    model = shard(tiny_model(), plan)
     stop = naive[0][5]
-    ours = generate(model, prompts, plan, max_new_tokens=20, stop_ids=[stop])
+    ours = generate(model, prompts, plan, max_new_tokens=20, stop_token_ids=[stop])
     for row, whole in zip(ours, naive, strict=True):
         expected = whole[:20]
         assert row == (expected[: expected.index(stop) + 1] if stop in expected else expected)
@@ -117,15 +119,15 @@ def test_a_row_ends_after_a_stop_id_and_the_others_go_on(prompts, naive):
 
 def test_tokens_do_not_depend_on_dp(prompts, naive):
     mesh = make_mesh(tp=2, cp=2, dp=2)
-    plan = Plan(mesh, BlockLayout(2, BLOCK))
-    assert generate(shard(tiny_model(), mesh), prompts, plan, max_new_tokens=STEPS, page=4, chunk=7) == naive
+    plan = Plan(mesh, BLOCK)
+    assert generate(shard(tiny_model(), plan), prompts, plan, max_new_tokens=STEPS, page=4, chunk=7) == naive
 
 
 def test_bfloat16_says_what_float32_would_or_nearly(prompts):
     """Each token's float32 logit, after the same text, lies within the rounding of bfloat16 of the best."""
     mesh = make_mesh(2, 4)
-    model = shard(tiny_model(), mesh, jnp.bfloat16)
-    ours = generate(model, prompts, Plan(mesh, BlockLayout(4, BLOCK)), max_new_tokens=STEPS)
+    model = shard(tiny_model(), Plan(mesh), jnp.bfloat16)
+    ours = generate(model, prompts, Plan(mesh, BLOCK), max_new_tokens=STEPS)
     gaps = np.concatenate(
         [
             gaps_of(tiny_model(), prompt, row, PADDED)
@@ -157,18 +159,19 @@ def test_bfloat16_says_what_float32_would_or_nearly(prompts):
 def test_bad_input_is_refused_before_anything_runs(prompts, options, message):
     mesh = make_mesh(1, 4)
     with pytest.raises(ValueError, match=message):
-        generate(shard(tiny_model(), mesh), prompts, Plan(mesh, BlockLayout(4)), **options)
+        generate(shard(tiny_model(), Plan(mesh)), prompts, Plan(mesh), **options)
 
 
 def test_prompts_may_be_arrays():
     mesh = make_mesh(1, 4)
-    model, plan = shard(tiny_model(), mesh), Plan(mesh, BlockLayout(4))
+    plan = Plan(mesh)
+    model = shard(tiny_model(), plan)
     lists, arrays = [[1, 2, 3], None], [np.array([1, 2, 3]), None]
     assert generate(model, arrays, plan, max_new_tokens=3) == generate(model, lists, plan, max_new_tokens=3)
 
 
 def test_weights_on_another_mesh_are_refused():
-    plan = Plan(make_mesh(1, 4), BlockLayout(4))
-    for model in (tiny_model(), shard(tiny_model(), make_mesh(2, 4))):
+    plan = Plan(make_mesh(1, 4))
+    for model in (tiny_model(), shard(tiny_model(), plan_of(2, 4))):
         with pytest.raises(ValueError, match="another mesh than the plan's: use load or shard with plan.mesh"):
             generate(model, [[1]], plan)

@@ -8,13 +8,13 @@ import pytest
 
 from helix_jax import (
     BlockLayout,
-    Ended,
+    FinishedEvent,
     Engine,
     Plan,
-    Said,
+    TokenEvent,
     SamplingParams,
     generate,
-    hand_over,
+    transfer,
     load,
     make_mesh,
     make_sampling,
@@ -22,10 +22,10 @@ from helix_jax import (
 )
 from helix_jax.engine import programs, sampling_params
 from helix_jax.layout import PLACEMENTS
-from helix_jax.sampling import penalised
+from helix_jax.sampling import apply_repetition_penalty
 from helix_jax.text import Bytes
 from tests.conftest import GOLDEN
-from tests.reference import TIE, TINY, gaps_of, naive_logits, tiny_model
+from tests.reference import TIE, TINY, gaps_of, naive_logits, plan_of, tiny_model
 
 BLOCK = 4
 
@@ -42,10 +42,10 @@ def engine_of(model):
 
     def make(tp=2, cp=4, placement="helix", **options):
         if (tp, cp) not in placed:
-            placed[tp, cp] = shard(tiny_model(), make_mesh(tp, cp))
+            placed[tp, cp] = shard(tiny_model(), plan_of(tp, cp))
         mesh = placed[tp, cp].embed_VD[...].sharding.mesh
         options = {"rows": 4, "page": 4, "max_len": 160, "chunk": 32} | options
-        return Engine(placed[tp, cp], Plan(mesh, BlockLayout(cp, BLOCK, placement)), **options)
+        return Engine(placed[tp, cp], Plan(mesh, BLOCK, placement), **options)
 
     return make
 
@@ -86,7 +86,7 @@ def crowd(engine: Engine, requests: int, longest: int, most: int, cancelled: int
         if living and random.random() < 0.1:
             engine.cancel(living[0])
         for event in engine.step():
-            if isinstance(event, Ended):
+            if isinstance(event, FinishedEvent):
                 results[event.id] = event.result
         check_pages(engine)
     assert engine.scheduler.memory.in_use() == (0,) * engine.plan.layout.ranks
@@ -109,19 +109,20 @@ def check_greedy(model, said) -> None:
 def test_a_crowd_with_too_few_pages_says_what_each_would_say_alone(model, engine_of, placement):
     engine = engine_of(placement=placement, pages=8)
     said = crowd(engine, requests=40, longest=80, most=40, cancelled=6)
-    assert engine.figures().preemptions >= 5
+    assert engine.stats().preemptions >= 5
     check_greedy(model, said)
     assert [r.reason for _, r in said.values()] == ["length"] * len(said)
 
 
 @pytest.mark.parametrize(("family", "tp", "cp"), [("gpt_oss", 2, 2), ("deepseek_v3", 1, 4)])
 def test_a_crowd_of_windows_sinks_latents_and_experts_does_too(family: str, tp: int, cp: int):
-    model, mesh = load(GOLDEN / family, make_mesh(), jnp.float32), make_mesh(tp, cp)
+    model, mesh = load(GOLDEN / family, plan_of(), jnp.float32), make_mesh(tp, cp)
     options = {"rows": 3, "pages": 5 * 4 // cp, "page": 4, "max_len": 100, "chunk": 16}
-    engine = Engine(load(GOLDEN / family, mesh, jnp.float32), Plan(mesh, BlockLayout(cp, BLOCK, "striped")), **options)
+    plan = Plan(mesh, BLOCK, "striped")
+    engine = Engine(load(GOLDEN / family, plan, jnp.float32), plan, **options)
     said = crowd(engine, requests=16, longest=60, most=30, cancelled=2)
-    assert engine.figures().preemptions >= 1
-    assert engine.figures().shared_tokens >= 16
+    assert engine.stats().preemptions >= 1
+    assert engine.stats().shared_tokens >= 16
     check_greedy(model, said)
 
 
@@ -131,19 +132,19 @@ def test_a_crowd_of_windows_sinks_latents_and_experts_does_too(family: str, tp: 
 def test_a_great_crowd_with_too_few_pages(model, engine_of, placement):
     engine = engine_of(placement=placement, page=16, pages=38, max_len=2400, chunk=256, rows=8)
     said = crowd(engine, requests=300, longest=2000, most=400, cancelled=30)
-    assert engine.figures().preemptions >= 50
+    assert engine.stats().preemptions >= 50
     check_greedy(model, said)
 
 
 def test_one_program_serves_every_step_of_a_shape(engine_of):
     before = Counter(
-        {name: getattr(programs, name)._cache_size() for name in ("decode", "prefill", "seat", "hand_out")}
+        {name: getattr(programs, name)._cache_size() for name in ("decode", "prefill", "seat", "edit_page_table")}
     )
     engine = engine_of(4, 2, "striped", rows=3)
     engine.warm_up()
     crowd(engine, requests=12, longest=100, most=20, cancelled=2)
     after = Counter({name: getattr(programs, name)._cache_size() for name in before})
-    assert after - before == {"decode": 1, "prefill": 3, "seat": 1, "hand_out": 1}
+    assert after - before == {"decode": 1, "prefill": 3, "seat": 1, "edit_page_table": 1}
 
 
 def test_a_draw_depends_on_the_seed_and_not_on_the_batch(engine_of):
@@ -162,8 +163,8 @@ def test_a_draw_depends_on_the_seed_and_not_on_the_batch(engine_of):
     alone = [engine.generate([prompt], one)[0] for prompt, one in zip(prompts, params, strict=True)]
     assert [r.tokens for r in together] == [r.tokens for r in alone]
     assert together[3].tokens != engine.generate([prompts[3]], SamplingParams(max_new_tokens=12))[0].tokens
-    model = shard(tiny_model(), make_mesh())
-    plan = Plan(model.embed_VD[...].sharding.mesh, BlockLayout(1))
+    model = shard(tiny_model(), plan_of())
+    plan = Plan(model.embed_VD[...].sharding.mesh)
     for row, rules in ((0, make_sampling(1, 1.0, seed=7)), (1, make_sampling(1, 2.0, 9, seed=8))):
         assert generate(model, [prompts[row]], plan, max_new_tokens=12, sampling=rules)[0] == list(alone[row].tokens)
 
@@ -188,7 +189,7 @@ def test_logprobs_are_those_of_the_logits(model, engine_of):
 def test_a_repeated_token_is_penalised():
     logits_BV = jnp.asarray([[2.0, -2.0, 1.0], [2.0, -2.0, 1.0]])
     seen_BV = jnp.asarray([[True, True, False]] * 2)
-    found = penalised(logits_BV, seen_BV, jnp.asarray([2.0, 1.0]))
+    found = apply_repetition_penalty(logits_BV, seen_BV, jnp.asarray([2.0, 1.0]))
     np.testing.assert_array_equal(found, [[1.0, -4.0, 1.0], [2.0, -2.0, 1.0]])
 
 
@@ -198,7 +199,7 @@ def test_a_request_ends_at_a_stop_id_or_a_stop_string_and_wastes_no_page(engine_
     said = engine.generate([prompt], SamplingParams(max_new_tokens=20))[0]
     third = said.tokens[2]
     first_at = said.tokens.index(third)
-    by_id = engine.generate([prompt], SamplingParams(max_new_tokens=20, stop_ids=(third,)))[0]
+    by_id = engine.generate([prompt], SamplingParams(max_new_tokens=20, stop_token_ids=(third,)))[0]
     assert (by_id.tokens, by_id.reason) == (said.tokens[: first_at + 1], "stop")
     by_text = engine.generate([prompt], SamplingParams(max_new_tokens=20, stop=(chr(third),)))[0]
     assert (by_text.reason, by_text.text) == ("stop", Bytes().decode(list(said.tokens[:first_at])))
@@ -214,8 +215,8 @@ def test_text_comes_as_it_is_said(engine_of):
     engine = engine_of(tokenizer=Bytes())
     id = engine.submit("0123 567", SamplingParams(max_new_tokens=15))
     events = list(engine.events())
-    pieces = [event.text for event in events if isinstance(event, Said)]
-    assert events[-1] == Ended(id, events[-1].result)
+    pieces = [event.text for event in events if isinstance(event, TokenEvent)]
+    assert events[-1] == FinishedEvent(id, events[-1].result)
     assert "".join(pieces) == events[-1].result.text
     assert len(pieces) == 15
 
@@ -229,7 +230,7 @@ def test_a_shared_prefix_is_prefilled_once(model, engine_of):
     params = SamplingParams(max_new_tokens=10)
     results = [engine.generate([prompt], params)[0] for prompt in (first, second, first)]
     assert [r.shared_tokens for r in results] == [0, 80, 96]
-    assert engine.figures().prefilled_tokens == 100 + 13 + 4
+    assert engine.stats().prefilled_tokens == 100 + 13 + 4
     assert results[0].tokens == results[2].tokens
     check_greedy(model, dict(enumerate(zip((first, second), results, strict=False))))
     at_once = engine_of(placement="striped", budget=512).generate([first, second, first], params)
@@ -247,7 +248,7 @@ def test_a_long_prompt_does_not_hold_up_the_others(engine_of):
     for _ in range(3):
         engine.step()
     engine.submit(list(range(60)) * 2 + [1, 2], SamplingParams(max_new_tokens=2), "long")
-    steps = [[event.id for event in engine.step() if isinstance(event, Said)] for _ in range(8)]
+    steps = [[event.id for event in engine.step() if isinstance(event, TokenEvent)] for _ in range(8)]
     assert all("short" in said for said in steps)
     assert [("long" in said) for said in steps].index(True) >= 4
 
@@ -272,15 +273,15 @@ def test_a_request_goes_on_in_another_engine(model, engine_of, source, target):
     tokens = {str(index): [] for index in range(6)}
     for _ in range(6):
         for event in source.step():
-            if isinstance(event, Said):
+            if isinstance(event, TokenEvent):
                 tokens[event.id].append(event.token)
     for id in ("0", "3", "5"):
         if id in source.requests:
-            hand_over(id, source, target)
+            transfer(id, source, target)
     assert target.requests
     for engine in (source, target):
         for event in engine.events():
-            if isinstance(event, Said):
+            if isinstance(event, TokenEvent):
                 tokens[event.id].append(event.token)
         assert engine.scheduler.memory.in_use() == (0,) * engine.plan.layout.ranks
     for index, prompt in enumerate(prompts):
@@ -295,19 +296,19 @@ def test_what_cannot_be_handed_over_stays(engine_of):
     id = source.submit(prompt, params)
     source.step()
     with pytest.raises(ValueError, match="need 6 pages of 4 on one rank, and it has 2"):
-        hand_over(id, source, target)
+        transfer(id, source, target)
     with pytest.raises(ValueError, match="no request 'x' is waiting or running"):
-        hand_over("x", source, target)
+        transfer("x", source, target)
     target = engine_of(tp=1, cp=2, rows=1)
     target.submit(prompt, params, "mine")
     target.step()
     with pytest.raises(ValueError, match="no free row, or too few free pages"):
-        hand_over(id, source, target)
+        transfer(id, source, target)
     target.submit(prompt, params, id)
     with pytest.raises(ValueError, match="has a request 'request-0' already"):
-        hand_over(id, source, target)
-    assert [e.result.tokens for e in source.events() if isinstance(e, Ended)] == [
-        e.result.tokens for e in target.events() if isinstance(e, Ended) and e.id == "mine"
+        transfer(id, source, target)
+    assert [e.result.tokens for e in source.events() if isinstance(e, FinishedEvent)] == [
+        e.result.tokens for e in target.events() if isinstance(e, FinishedEvent) and e.id == "mine"
     ]
 
 
@@ -393,8 +394,8 @@ def test_an_interrupted_step_loses_nothing(engine_of, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(np, "asarray", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            engine.settle()
-    assert [event.result.tokens for event in engine.events() if isinstance(event, Ended)] == [expected]
+            engine.drain()
+    assert [event.result.tokens for event in engine.events() if isinstance(event, FinishedEvent)] == [expected]
 
 
 def test_who_comes_by_hand_over_is_the_youngest_there(engine_of):
@@ -404,7 +405,7 @@ def test_who_comes_by_hand_over_is_the_youngest_there(engine_of):
     target.submit([1, 2], SamplingParams(max_new_tokens=9), "there")
     for engine in (source, target):
         engine.step()
-    hand_over(id, source, target)
+    transfer(id, source, target)
     assert target.requests[id].order > target.requests["there"].order
     assert target.submit([1], SamplingParams(max_new_tokens=2)) != id
 

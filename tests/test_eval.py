@@ -16,7 +16,7 @@ from helix_jax.layout import BlockLayout
 from helix_jax.mesh import make_mesh
 from helix_jax.plan import Plan
 from tests.conftest import ROOT
-from tests.reference import naive_logits
+from tests.reference import naive_logits, plan_of
 from tests.test_cli import ENVIRONMENT
 
 TEXT = (ROOT / "scripts" / "data" / "kjv.txt").read_bytes()[-3000:]
@@ -30,11 +30,11 @@ def reader_of(byte_model: Path):
     finally:
         sys.path.pop(0)
     mesh = make_mesh(1, 4)
-    model = load(byte_model, mesh, jnp.float32)
+    model = load(byte_model, Plan(mesh), jnp.float32)
 
     def make(placement: str, prompts, room: int):
         most = max(map(len, prompts)) + room
-        return module.Reader(model, Plan(mesh, BlockLayout(4, 4, placement)), prompts, most)
+        return module.Reader(model, Plan(mesh, 4, placement), prompts, most)
 
     return make
 
@@ -44,7 +44,7 @@ PROMPTS = [list(TEXT[:70]), list(TEXT[100:133])]
 
 @pytest.mark.parametrize("placement", ["helix", "striped"])
 def test_a_reader_reads_and_says_what_a_model_without_a_cache_does(reader_of, byte_model: Path, placement: str):
-    model, reader = load(byte_model, make_mesh(), jnp.float32), reader_of(placement, PROMPTS, 60)
+    model, reader = load(byte_model, plan_of(), jnp.float32), reader_of(placement, PROMPTS, 60)
     reader.read([TEXT[200:209], TEXT[300:320]])
     texts = [[*PROMPTS[0], *TEXT[200:209]], [*PROMPTS[1], *TEXT[300:320]]]
     for row, said in enumerate(reader.say(12).tolist()):
@@ -132,7 +132,7 @@ def test_perplexity_is_that_of_one_pass_at_every_position(byte_model: Path, tmp_
     found = json.loads((tmp_path / "p.json").read_text())["bits_per_byte"]
     text = (ROOT / "scripts" / "data" / "kjv.txt").read_bytes()
     text = text[len(text) - int(len(text) * 0.05) :]
-    model = load(byte_model, make_mesh(), jnp.float32)
+    model = load(byte_model, plan_of(), jnp.float32)
     for row, position in enumerate((2, 50)):
         nats = []
         for start in np.linspace(0, len(text) - position - 20, 3).astype(int):

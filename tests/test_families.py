@@ -6,17 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helix_jax.cache import make_cache, per_row
+from helix_jax.cache import CacheSpec, make_cache, per_row
 from helix_jax.checkpoint import load, read_config
 from helix_jax.families import FAMILIES
-from helix_jax.generation import cache_shape, generate
+from helix_jax.generation import generate
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import make_mesh
 from helix_jax.plan import Plan
 from helix_jax.sampling import make_sampling
 from helix_jax.step import step
 from tests.conftest import GOLDEN
-from tests.reference import naive_logits, relative_error
+from tests.reference import naive_logits, plan_of, relative_error
 
 BLOCK, CHUNK, PAGE, STEPS = 4, 16, 8, 64  # at cp 4 a rotation is 16 tokens
 FOLDERS = sorted(path.parent for path in GOLDEN.glob("*/golden.npz"))
@@ -40,7 +40,7 @@ def forced_logits(model, plan: Plan, text: list[int], prompt_lens: list[int]) ->
     """Rows that hold the same text, of which each knows another prompt; (position, logits) of every step of each."""
     rows_n = len(prompt_lens)
     room = [length + STEPS - 1 for length in prompt_lens]
-    cache, rows = make_cache(plan, prompt_lens, room, page=PAGE, **cache_shape(model))
+    cache, rows = make_cache(plan, CacheSpec.from_config(model.config, model.dtype), prompt_lens, room, page=PAGE)
     weights, sampling = model.weights(), make_sampling(rows_n)
     done, given = np.zeros(rows_n, int), [[] for _ in range(rows_n)]
 
@@ -77,14 +77,14 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(folder: Path, tp: in
     golden = np.load(folder / "golden.npz")
     text, prompt = golden["tokens"].tolist(), int(golden["prompt_len"])
     mesh = make_mesh(tp, cp)
-    plan = Plan(mesh, BlockLayout(cp, BLOCK), experts="cp" if tp > 1 else "flat")
-    model = load(folder, mesh, jnp.float32, experts=plan.experts)
+    plan = Plan(mesh, BLOCK, experts="cp" if tp > 1 else "flat")
+    model = load(folder, plan, jnp.float32)
     prompt_lens = [prompt, 29, 7]
     for given in forced_logits(model, plan, text, prompt_lens):
         positions, logits = zip(*given, strict=True)
         check(np.stack(logits), golden["logits"][list(positions)])
     prompts = [text[:length] for length in prompt_lens]
-    options = {"max_new_tokens": STEPS, "chunk": CHUNK, "page": PAGE, "stop_ids": ()}
+    options = {"max_new_tokens": STEPS, "chunk": CHUNK, "page": PAGE, "stop_token_ids": ()}
     assert generate(model, prompts, plan, **options)[0] == golden["greedy"].tolist()
 
 
@@ -92,7 +92,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(folder: Path, tp: in
 def test_one_pass_without_a_cache_gives_them_too(folder: Path):
     golden = np.load(folder / "golden.npz")
     text = golden["tokens"].tolist()
-    model = load(folder, make_mesh(), jnp.float32)
+    model = load(folder, plan_of(), jnp.float32)
     ours = naive_logits(model, [text], len(text))[0, : len(golden["logits"]), : model.config.vocab]
     check(ours, golden["logits"])
 

@@ -26,7 +26,7 @@ run = jax.jit(helix_attention, static_argnums=0, static_argnames=STATIC, donate_
 
 
 def plan_of(tp: int, cp: int, placement: str = "helix", how: str = "psum", block: int = 3) -> Plan:
-    return Plan(make_mesh(tp, cp), BlockLayout(cp, block, placement), how)
+    return Plan(make_mesh(tp, cp), block, placement, how)
 
 
 def decode_all(
@@ -174,7 +174,7 @@ def test_meshes_need_not_be_powers_of_two(tp: int, cp: int):
 
 def test_rows_may_lie_on_dp():
     mesh = make_mesh(tp=2, cp=2, dp=2)
-    ours, theirs, _ = decode_all(Plan(mesh, BlockLayout(2, 3)), 8, 2, 7, jnp.float32)
+    ours, theirs, _ = decode_all(Plan(mesh, 3), 8, 2, 7, jnp.float32)
     assert relative_error(ours, theirs) <= 2e-6
 
 
@@ -240,7 +240,7 @@ def test_the_three_combines_agree_and_empty_ranks_are_nothing():
     o = np.where(np.isneginf(lse)[..., None], 0, random.normal(size=(*lse.shape, 4)))
     o, lse = jnp.asarray(o, jnp.float32), jnp.asarray(lse, jnp.float32)
 
-    def island(how, o_RBTNH, lse_RBTN):
+    def sharded(how, o_RBTNH, lse_RBTN):
         return combine(Partial(o_RBTNH[0], lse_RBTN[0]), how)
 
     P = jax.sharding.PartitionSpec
@@ -270,7 +270,7 @@ def test_the_three_combines_agree_and_empty_ranks_are_nothing():
 )
 def test_a_cache_that_cannot_be_is_refused(prompt_lens, max_lens, change, message):
     dp = 1 if len(prompt_lens) == 1 or max_lens == [4, 8] else 2
-    plan = Plan(make_mesh(2, 2, dp), BlockLayout(2))
+    plan = Plan(make_mesh(2, 2, dp))
     shape = {"page": 4, "layers": 1, "kv_heads": 2, "head_width": 8, "dtype": jnp.float32} | change
     with pytest.raises(ValueError, match=message):
         make_cache(plan, prompt_lens, max_lens, **shape)
@@ -296,18 +296,18 @@ def test_a_mesh_over_slices_of_tpus_is_refused():
 def test_a_plan_that_cannot_be_is_refused():
     mesh = make_mesh(2, 4)
     with pytest.raises(ValueError, match="deals to 8 ranks, but the mesh has cp 4"):
-        Plan(mesh, BlockLayout(8))
+        Plan(mesh)
     with pytest.raises(ValueError, match="unknown combine 'ring': choose one of psum, psum_scatter, all_to_all"):
-        Plan(mesh, BlockLayout(4), "ring")
+        Plan(mesh, combine="ring")
     with pytest.raises(ValueError, match="unknown kernel 'triton': choose one of auto, xla"):
-        Plan(mesh, BlockLayout(4), kernel="triton")
+        Plan(mesh, kernel="triton")
     for other in (
         jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)),
         jax.make_mesh((1, 4, 2), ("dp", "cp", "tp"), axis_types=(AxisType.Auto,) * 3),
         jax.make_mesh((1, 2, 4), ("dp", "tp", "cp"), axis_types=(AxisType.Explicit,) * 3),
     ):
         with pytest.raises(ValueError, match="make it with make_mesh"):
-            Plan(other, BlockLayout(4))
+            Plan(other)
     with pytest.raises(ValueError, match="tp 4 x cp 4 needs 16 devices, but there are 8 of platform 'cpu'"):
         make_mesh(4, 4)
     with pytest.raises(ValueError, match="cp is 0: give at least 1"):

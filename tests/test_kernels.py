@@ -17,7 +17,7 @@ from helix_jax.attention import Partial
 from helix_jax.cache import Pages, Rows
 from helix_jax.combine import COMBINES
 from helix_jax.helix import helix_attention
-from helix_jax.kernels import KERNELS, PageFormat, attend_by, check_arrays, check_device, check_pages, chosen, tpu
+from helix_jax.kernels import KERNELS, PageFormat, backend_attend, check_arrays, check_device, check_pages, choose_backend, tpu
 from helix_jax.kernels.mosaic_gpu.work import Work, each_segment, parts_of, schedule
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import NEW_KEYS_BTKH, PAGES_AKWH, QUERIES_BTNH, ROWS_B, TABLE_RBM, sharding
@@ -121,16 +121,16 @@ def test_a_stream_finds_its_first_job_among_many(rows: int):
 
 def test_auto_takes_the_kernel_where_it_runs():
     recent = jax.__version_info__ >= (0, 11)
-    assert chosen("auto", HOPPER, GROUPED) == ("mosaic_gpu" if recent else "xla")
-    assert chosen("auto", HOPPER, PageFormat(576, 64, jnp.bfloat16, 512)) == ("mosaic_gpu" if recent else "xla")
+    assert choose_backend("auto", HOPPER, GROUPED) == ("mosaic_gpu" if recent else "xla")
+    assert choose_backend("auto", HOPPER, PageFormat(576, 64, jnp.bfloat16, 512)) == ("mosaic_gpu" if recent else "xla")
     for device in (CPU, BLACKWELL, None):
-        assert chosen("auto", device, GROUPED) == "xla"
+        assert choose_backend("auto", device, GROUPED) == "xla"
     for pages in (GROUPED._replace(dtype=jnp.float32), GROUPED._replace(page=48), GROUPED._replace(width=96)):
-        assert chosen("auto", HOPPER, pages) == chosen("xla", HOPPER, pages) == "xla"
+        assert choose_backend("auto", HOPPER, pages) == choose_backend("xla", HOPPER, pages) == "xla"
     for pages in (GROUPED, GROUPED._replace(dtype=jnp.float32, page=8), PageFormat(640, 64, jnp.bfloat16, 512)):
-        assert chosen("auto", TPU, pages) == chosen("tpu", None, pages) == "tpu"
+        assert choose_backend("auto", TPU, pages) == choose_backend("tpu", None, pages) == "tpu"
     for pages in (GROUPED._replace(page=12), GROUPED._replace(width=64), GROUPED._replace(width=32)):
-        assert chosen("auto", TPU, pages) == "xla"
+        assert choose_backend("auto", TPU, pages) == "xla"
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_pages_that_the_kernel_cannot_read_are_refused(kernel: str, change, mess
 
 def test_a_name_that_was_not_chosen_attends_to_nothing():
     with pytest.raises(ValueError, match="'auto' attends to nothing: choose xla or mosaic_gpu or tpu"):
-        attend_by("auto")
+        backend_attend("auto")
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_derivative_is_refused(kernel: str):
     pool = shape((5, 2, 64, 128))
 
     def loss(q, k, v, table, lo, hi):
-        return attend_by(kernel)(q, k, v, table, lo, hi, scale=1.0).o_BTNH.sum()
+        return backend_attend(kernel)(q, k, v, table, lo, hi, scale=1.0).o_BTNH.sum()
 
     with pytest.raises(ValueError, match=f"kernel {kernel} has no derivative: choose kernel xla"):
         jax.eval_shape(jax.grad(loss), shape((2, 1, 4, 128)), pool, pool, table, ints, ints)
@@ -237,7 +237,7 @@ def test_it_lowers_for_a_gpu_and_reads_the_cache_in_place(name: str):
     A, latent = B * M + 41, H == 576
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     pool, ints = shape((A, K, W, H)), partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    run = partial(attend_by("mosaic_gpu"), scale=0.1, v_width=512 if latent else None)
+    run = partial(backend_attend("mosaic_gpu"), scale=0.1, v_width=512 if latent else None)
     arguments = shape((B, T, N, H)), pool, None if latent else pool, ints((B, M)), ints((B, T)), ints((B, T))
     text = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"custom_call @mosaic_gpu\w*\(", text)
@@ -257,7 +257,7 @@ def test_the_island_lowers_with_the_kernel_in_it(kernel: str, platform: str, how
         jax, "__version_info__", (0, 11, 0)
     )  # it lowers with earlier ones too; it has not been run there
     mesh = AbstractMesh((1, 2, 2), ("dp", "tp", "cp"), axis_types=(AxisType.Auto,) * 3)
-    plan = Plan(mesh, BlockLayout(2, 16), how, kernel)
+    plan = Plan(mesh, 16, combine=how, kernel=kernel)
 
     def abstract(shape, spec, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, spec))
@@ -331,7 +331,7 @@ INTERPRETED = {  # the same, for a GPU of three processors: T, N, K, H, W, lengt
 def test_the_kernel_interpreted_equals_float64_softmax_without_a_race(name: str, monkeypatch):
     arguments, options, expected = case(0, *INTERPRETED[name])
     with interpreter.interpreted(monkeypatch, processors=3):
-        check(attend_by("mosaic_gpu")(*arguments, **options), *expected)
+        check(backend_attend("mosaic_gpu")(*arguments, **options), *expected)
 
 
 @interpretable
@@ -339,7 +339,7 @@ def test_the_kernel_interpreted_equals_float64_softmax_without_a_race(name: str,
 def test_rows_that_are_all_idle_give_empty_partials(name: str, monkeypatch):
     (q, k, v, table_BM, _, hi_BT), options, _ = case(0, *INTERPRETED[name])
     with interpreter.interpreted(monkeypatch, processors=2):
-        found = attend_by("mosaic_gpu")(q, k, v, table_BM, hi_BT, jnp.zeros_like(hi_BT), **options)
+        found = backend_attend("mosaic_gpu")(q, k, v, table_BM, hi_BT, jnp.zeros_like(hi_BT), **options)
     assert (np.asarray(found.o_BTNH) == 0).all()
     assert np.isneginf(found.lse_BTN).all()
 
@@ -351,7 +351,7 @@ def test_a_query_that_sees_nothing_may_be_nan(monkeypatch):
     q, hi_BT = q.at[0, 1].set(jnp.nan), hi_BT.at[0, 1].set(0)
     o_BTNH[0, 1], lse_BTN[0, 1] = 0, -np.inf
     with interpreter.interpreted(monkeypatch, processors=3):
-        check(attend_by("mosaic_gpu")(q, *arguments, hi_BT, **options), o_BTNH, lse_BTN)
+        check(backend_attend("mosaic_gpu")(q, *arguments, hi_BT, **options), o_BTNH, lse_BTN)
 
 
 ON_TPU = {  # the same, for a TPU of so many cores
@@ -374,7 +374,7 @@ def test_the_kernel_for_tpus_interpreted_equals_float64_softmax_without_a_race(n
     cores, *shape = ON_TPU[name]
     arguments, options, expected = case(0, *shape)
     with interpreter.interpreted_on_tpu(monkeypatch, cores):
-        found = attend_by("tpu")(*arguments, **options)
+        found = backend_attend("tpu")(*arguments, **options)
         check(found, *expected)
     if name == "float32":
         assert relative_error(found.o_BTNH, expected[0]) <= 1e-6
@@ -388,7 +388,7 @@ def test_on_a_tpu_rows_that_are_all_idle_give_empty_partials_and_may_be_nan(monk
     table_BM = table_BM.at[1].set(-(10**6))
     o_BTNH[idle_BT], lse_BTN[idle_BT] = 0, -np.inf
     with interpreter.interpreted_on_tpu(monkeypatch, cores=1):
-        check(attend_by("tpu")(q, *pools, table_BM, lo_BT, hi_BT, **options), o_BTNH, lse_BTN)
+        check(backend_attend("tpu")(q, *pools, table_BM, lo_BT, hi_BT, **options), o_BTNH, lse_BTN)
 
 
 def test_on_a_tpu_a_slot_that_is_seen_may_not_be_nan(monkeypatch):
@@ -396,14 +396,14 @@ def test_on_a_tpu_a_slot_that_is_seen_may_not_be_nan(monkeypatch):
     (q, k, *arguments), options, _ = case(0, 1, 2, 1, 128, 64, [140])
     k = k.at[arguments[1][0, 1], :, 7].set(jnp.nan)
     with interpreter.interpreted_on_tpu(monkeypatch, cores=1):
-        assert np.isnan(attend_by("tpu")(q, k, *arguments, **options).o_BTNH).all()
+        assert np.isnan(backend_attend("tpu")(q, k, *arguments, **options).o_BTNH).all()
 
 
 def test_a_table_larger_than_a_tpus_scalar_memory_is_taken_in_parts(monkeypatch):
     arguments, options, expected = case(0, 1, 2, 1, 128, 64, [100, 7, 0])
     monkeypatch.setattr(tpu, "_TABLE", 4)
     with interpreter.interpreted_on_tpu(monkeypatch, cores=1):
-        check(attend_by("tpu")(*arguments, **options), *expected)
+        check(backend_attend("tpu")(*arguments, **options), *expected)
 
 
 CASES = {
@@ -455,11 +455,11 @@ def on_its_machine(names: list[str]) -> list:
 def test_the_kernel_equals_float64_softmax(kernel: str, name: str):
     """Twice the same bits; NaN wherever nothing is seen."""
     arguments, options, expected = case(0, *CASES[name])
-    run = jax.jit(partial(attend_by(kernel), **options))
+    run = jax.jit(partial(backend_attend(kernel), **options))
     found, again = run(*arguments), run(*arguments)
     check(found, *expected)
     assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
-    reference = jax.jit(partial(attend_by("xla"), **options))(*arguments)
+    reference = jax.jit(partial(backend_attend("xla"), **options))(*arguments)
     assert relative_error(found.o_BTNH, reference.o_BTNH) <= 4e-3
 
 
@@ -468,4 +468,4 @@ def test_a_slot_that_is_seen_may_not_be_nan(kernel: str, name: str):
     """What shows that the test above can fail."""
     (q, k, v, table_BM, lo_BT, hi_BT), options, _ = case(0, *CASES[name])
     k = k.at[table_BM[0, 5], :, 7].set(jnp.nan)
-    assert np.isnan(attend_by(kernel)(q, k, v, table_BM, lo_BT, hi_BT, **options).o_BTNH).any()
+    assert np.isnan(backend_attend(kernel)(q, k, v, table_BM, lo_BT, hi_BT, **options).o_BTNH).any()

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helix_jax.layout import PLACEMENTS, BlockLayout, held_ranges, slots_needed
+from helix_jax.layout import PLACEMENTS, BlockLayout, rank_ranges
 
 
 def dealt_owners(layout: BlockLayout, prompt_len: int, length: int) -> list[int]:
-    """The owner of each position, dealt out as one would deal cards."""
+    """The owner of each position, positions_by_rank out as one would deal cards."""
     R, T = layout.ranks, layout.block
     if layout.placement == "striped":
         return [index // T % R for index in range(length)]
@@ -45,7 +45,7 @@ def test_every_small_case_equals_dealing_one_by_one(ranks: int, placement: str):
         owners = np.argmax(np.diff(held, axis=0), 1)
         np.testing.assert_array_equal(layout.owner(lengths[:-1], prompt_len), owners)
         np.testing.assert_array_equal(layout.slot(lengths[:-1], prompt_len), held[lengths[:-1], owners])
-        np.testing.assert_array_equal(slots_needed(layout, lengths, prompt_len), held.max(1))
+        np.testing.assert_array_equal(layout.max_filled(lengths, prompt_len), held.max(1))
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -111,7 +111,7 @@ def test_skew_stays_within_its_bound(ranks: int, block: int, prompt_len: int, de
     st.integers(0, 400),
 )
 def test_ranges_are_maximal_ordered_and_complete(layout: BlockLayout, prompt_len: int, length: int):
-    held = held_ranges(layout, length, prompt_len)
+    held = rank_ranges(layout, length, prompt_len)
     for rank, ranges in enumerate(held):
         positions = [p for first, past_last in ranges for p in range(first, past_last)]
         assert positions == [p for p in range(length) if layout.owner(p, prompt_len) == rank]
@@ -121,19 +121,19 @@ def test_ranges_are_maximal_ordered_and_complete(layout: BlockLayout, prompt_len
 
 def test_the_example_of_the_design():
     """Prompt 400, decode 400, block 100, four ranks."""
-    assert held_ranges(BlockLayout(4, 100, "helix"), 800, 400) == [
+    assert rank_ranges(BlockLayout(4, 100, "helix"), 800, 400) == [
         [(0, 100), (400, 500)],
         [(100, 200), (500, 600)],
         [(200, 300), (600, 700)],
         [(300, 400), (700, 800)],
     ]
-    assert held_ranges(BlockLayout(4, 100, "last_rank"), 800, 400) == [
+    assert rank_ranges(BlockLayout(4, 100, "last_rank"), 800, 400) == [
         [(0, 100)],
         [(100, 200)],
         [(200, 300)],
         [(300, 800)],
     ]
-    assert held_ranges(BlockLayout(4, 100, "striped"), 800, 400) == held_ranges(BlockLayout(4, 100), 800, 400)
+    assert rank_ranges(BlockLayout(4, 100, "striped"), 800, 400) == rank_ranges(BlockLayout(4, 100), 800, 400)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_the_example_of_the_design():
     ],
 )
 def test_prompts_of_the_tensorrt_llm_fixtures(prompt_len, block, ranks, placement, one_based):
-    held = held_ranges(BlockLayout(ranks, block, placement), prompt_len, prompt_len)
+    held = rank_ranges(BlockLayout(ranks, block, placement), prompt_len, prompt_len)
     assert [[(first + 1, past_last) for first, past_last in ranges] for ranges in held] == one_based
 
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from helix_jax.checkpoint import load
-from helix_jax.data import cut, held_out_windows, open_corpus
+from helix_jax.training.data import cut, held_out_windows, open_corpus
 from helix_jax.generation import Decoded, generate, stream
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import make_mesh
 from helix_jax.plan import Plan
 from helix_jax.text import Bytes
-from helix_jax.train import LOG2_E, TrainConfig, Training, deal, evaluate
+from helix_jax.training import LOG2_E, TrainConfig, Training, deal, evaluate
 from tests.conftest import ROOT
-from tests.reference import naive_logits
+from tests.reference import naive_logits, plan_of
 
 DEMO = ROOT / "helix_jax" / "demo"
 
@@ -27,7 +27,7 @@ def golden():
 
 
 def test_logits_are_those_of_transformers(golden):
-    model = load(DEMO, make_mesh(), jnp.float32)
+    model = load(DEMO, plan_of(), jnp.float32)
     ours = naive_logits(model, [golden["tokens"].tolist()], len(golden["tokens"]))[0, :: int(golden["stride"])]
     assert np.abs(ours - golden["logits"]).max() <= 2e-4
 
@@ -35,7 +35,8 @@ def test_logits_are_those_of_transformers(golden):
 @pytest.mark.parametrize(("tp", "cp"), [(1, 8), (2, 4)])
 def test_sharded_logits_and_greedy_tokens_are_those_of_transformers(tp: int, cp: int, golden):
     mesh = make_mesh(tp, cp)
-    model, plan = load(DEMO, mesh, jnp.float32), Plan(mesh, BlockLayout(cp, 16))
+    plan = Plan(mesh, 16)
+    model = load(DEMO, plan, jnp.float32)
     tokens, stride = golden["tokens"].tolist(), int(golden["stride"])
     for index in (1, 40, len(golden["logits"]) - 1):
         events = stream(model, [tokens[: index * stride + 1]], plan, max_new_tokens=1, chunk=64)
@@ -58,9 +59,9 @@ def test_the_shipped_weights_predict_the_held_out_text(share: float, context: in
     held_out = 0.05 * share
     corpus = open_corpus([ROOT / "scripts" / "data" / "kjv.txt"], Bytes(), 256, held_out)
     starts, counted = held_out_windows(corpus, context)
-    model = load(DEMO, make_mesh(), jnp.float32)
+    model = load(DEMO, plan_of(), jnp.float32)
     config = TrainConfig(steps=200, batch=1, context=context)
-    run = Training(model.config, config, make_mesh(), BlockLayout(1), jnp.dtype("float32"), documents=False)
+    run = Training(model.config, config, make_mesh(1, 1), BlockLayout(1), jnp.dtype("float32"), documents=False)
     total = 0.0
     for at, mine in zip(starts, counted, strict=True):
         batch = deal(run, *cut(corpus, at[None], context), parts=0)

@@ -10,7 +10,7 @@ import pytest
 
 from helix_jax.config import Experts, ModelConfig
 from helix_jax.mesh import EXPERT_WEIGHTS, make_mesh, weight_sharding
-from helix_jax.models.experts import Choice, ExpertWeights, in_rounds, in_tiles, on_one_device, tile_size
+from helix_jax.models.experts import Routing, ExpertWeights, run_in_rounds, run_in_tiles, run_dense, tile_size
 from helix_jax.models.moe import on_mesh
 from tests.reference import TINY, relative_error
 
@@ -25,7 +25,7 @@ def weights_of(random, *, bias: bool = False, experts: int = E, width: int = F) 
     return ExpertWeights(*(jnp.asarray(random.normal(size=shape) / 4, jnp.float32) for shape in shapes))
 
 
-def choices(random, B: int, T: int, C: int, kind: str) -> Choice:
+def choices(random, B: int, T: int, C: int, kind: str) -> Routing:
     """Whom the tokens are sent to: at random, all to one device's experts, or all to one and the same expert."""
     if kind == "random":
         expert_BTC = np.stack([random.permutation(E)[:C] for _ in range(B * T)]).reshape(B, T, C)
@@ -33,7 +33,7 @@ def choices(random, B: int, T: int, C: int, kind: str) -> Choice:
         expert_BTC = np.broadcast_to(np.arange(C), (B, T, C))
     else:
         expert_BTC = np.broadcast_to([E - 1, *list(range(C - 1))], (B, T, C))
-    return Choice(jnp.asarray(expert_BTC, jnp.int32), jnp.asarray(random.random((B, T, C)), jnp.float32))
+    return Routing(jnp.asarray(expert_BTC, jnp.int32), jnp.asarray(random.random((B, T, C)), jnp.float32))
 
 
 def placed(weights: ExpertWeights, mesh, spread: str) -> ExpertWeights:
@@ -59,11 +59,11 @@ def test_experts_on_a_mesh_equal_those_on_one_device(tp: int, cp: int, spread: s
             x_BTD = jnp.asarray(random.normal(size=(2, 9, D)), jnp.float32)
             choice = choices(random, 2, 9, 3, kind)
             ours = run(x_BTD, choice, placed(weights, mesh, spread), live_BT)
-            theirs = jnp.where(live_BT[..., None], on_one_device(config, x_BTD, choice, weights), 0)
+            theirs = jnp.where(live_BT[..., None], run_dense(config, x_BTD, choice, weights), 0)
             assert relative_error(ours, theirs) <= 2e-6
 
 
-@pytest.mark.parametrize("form", [in_tiles, in_rounds])
+@pytest.mark.parametrize("form", [run_in_tiles, run_in_rounds])
 @pytest.mark.parametrize("average", [1, 8, 100])
 def test_both_forms_equal_all_experts_on_all_tokens(form, average: int):
     """Whatever average they were told to reckon with: one tile or round, or very many."""
@@ -73,8 +73,8 @@ def test_both_forms_equal_all_experts_on_all_tokens(form, average: int):
     for kind in ("random", "first", "one"):
         choice = choices(random, 3, 20, 3, kind)
         elsewhere = jnp.asarray(random.random((3, 20, 3)) < 0.3)
-        choice = Choice(jnp.where(elsewhere, random.choice([-7, -1, E, 99]), choice.expert_BTC), choice.weight_BTC)
-        theirs = on_one_device(CONFIG, x_BTD, choice, weights)
+        choice = Routing(jnp.where(elsewhere, random.choice([-7, -1, E, 99]), choice.expert_BTC), choice.weight_BTC)
+        theirs = run_dense(CONFIG, x_BTD, choice, weights)
         assert relative_error(run(CONFIG, x_BTD, choice, weights, average), theirs) <= 2e-6
 
 
@@ -85,7 +85,7 @@ def test_rows_may_lie_on_dp():
     for spread in EXPERT_WEIGHTS:
         run = on_mesh(mesh, spread, jnp.ones((4, 5), bool))
         ours = jax.jit(run, static_argnums=0)(CONFIG, x_BTD, choice, placed(weights, mesh, spread))
-        assert relative_error(ours, on_one_device(CONFIG, x_BTD, choice, weights)) <= 2e-6
+        assert relative_error(ours, run_dense(CONFIG, x_BTD, choice, weights)) <= 2e-6
 
 
 @pytest.mark.parametrize("spread", EXPERT_WEIGHTS)
@@ -118,7 +118,7 @@ def test_a_group_that_is_not_chosen_gives_no_expert():
     """Also where its experts alone would be the best."""
     from helix_jax.models.moe import _of_best_groups
 
-    grouped = Experts(count=8, chosen=2, width=4, groups=4, chosen_groups=2, group_score="top2")
+    grouped = Experts(count=8, chosen=2, width=4, groups=4, top_k_groups=2, group_score="top2")
     rank = jnp.asarray([9.0, 0, 5, 5, 6, 5, 1, 1])  # sums of the best two: 9, 10, 11, 2
     np.testing.assert_array_equal(jnp.isfinite(_of_best_groups(rank, grouped)), [0, 0, 1, 1, 1, 1, 0, 0])
     best = dataclasses.replace(grouped, group_score="best")  # 9, 5, 6, 1
@@ -131,10 +131,10 @@ def test_a_group_that_is_not_chosen_gives_no_expert():
         ({"count": 0}, "experts count is 0: give a whole number of at least 1"),
         ({"chosen": 17}, "17 experts are chosen of too few"),
         ({"groups": 3}, "16 experts in 3 groups, of which 1 are chosen, do not divide"),
-        ({"groups": 4, "chosen_groups": 5}, "16 experts in 4 groups, of which 5 are chosen"),
-        ({"groups": 8, "chosen_groups": 1, "chosen": 3}, "3 experts are chosen of too few"),
+        ({"groups": 4, "top_k_groups": 5}, "16 experts in 4 groups, of which 5 are chosen"),
+        ({"groups": 8, "top_k_groups": 1, "chosen": 3}, "3 experts are chosen of too few"),
         ({"scoring": "max"}, "experts scoring is 'max': choose one of softmax, sigmoid"),
-        ({"groups": 16, "chosen_groups": 4, "group_score": "top2"}, "16 groups of 16 experts have no best two"),
+        ({"groups": 16, "top_k_groups": 4, "group_score": "top2"}, "16 groups of 16 experts have no best two"),
     ],
 )
 def test_experts_that_cannot_be_are_refused(values, message):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from helix_jax import processes
-from helix_jax.processes import Processes, by_first, least, lost
+from helix_jax.processes import Processes, on_first_process, min_over_processes, lost_process_message
 from tests.conftest import ROOT
 from tests.reference import BYTES_SHAPE
 from tests.test_cli import ENVIRONMENT
@@ -130,7 +130,7 @@ def test_when_a_process_is_killed_the_others_end_and_one_alone_goes_on_from_thei
     killed = time.monotonic()
     both[1].kill()
     both[1].wait()
-    assert both[0].wait(ENDS_WITHIN_S) in (processes.LOST, -signal.SIGABRT)
+    assert both[0].wait(ENDS_WITHIN_S) in (processes.LOST_PROCESS, -signal.SIGABRT)
     assert time.monotonic() - killed < ENDS_WITHIN_S
     assert re.search("another (process is gone|task died)", (tmp_path / "err0").read_text())
     before = curve(out)
@@ -187,9 +187,9 @@ def test_what_fails_in_the_first_fails_in_all(
 
 
 def test_a_process_alone_agrees_with_itself():
-    assert by_first(lambda: {"a": [1]}) == {"a": [1]}
+    assert on_first_process(lambda: {"a": [1]}) == {"a": [1]}
     assert least(7) == 7
     assert lost(RuntimeError("Connection closed by peer")) is None
     assert Processes("host:80", 2, 1).count == 2
     with pytest.raises(OSError, match="no"):
-        by_first(lambda: (_ for _ in ()).throw(OSError("no")))
+        on_first_process(lambda: (_ for _ in ()).throw(OSError("no")))

@@ -15,7 +15,7 @@ from helix_jax.config import Experts, ModelConfig, Rope
 from helix_jax.families import FAMILIES
 from helix_jax.mesh import EXPERT_WEIGHTS, make_mesh
 from tests.conftest import GOLDEN, ROOT
-from tests.reference import TINY, shape_in, tiny_model
+from tests.reference import TINY, plan_of, shape_in, tiny_model
 from tests.test_families import each_folder
 
 
@@ -24,7 +24,7 @@ def test_what_is_saved_is_what_was_published(folder: Path, tmp_path: Path, monke
     """Tensor by tensor and bit by bit, sharded or not, in one file or in many; and the same model by its config."""
     monkeypatch.setattr(writing, "_FILE_BYTES", 60_000)
     config = read_config(folder)
-    save(load(folder, make_mesh(2, 2), experts="cp"), tmp_path)
+    save(load(folder, plan_of(2, 2, experts="cp")), tmp_path)
     assert read_config(tmp_path) == config
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     ours, theirs = open_tensors(tmp_path), open_tensors(folder)
@@ -36,7 +36,7 @@ def test_what_is_saved_is_what_was_published(folder: Path, tmp_path: Path, monke
         if theirs[name]:
             assert stored.dtype == theirs[name].dtype
             np.testing.assert_array_equal(stored.read(slice(None)), theirs[name].read(slice(None)))
-    again, before = load(tmp_path, make_mesh()), load(folder, make_mesh())
+    again, before = load(tmp_path, plan_of()), load(folder, plan_of())
     for (path, ours), (_, theirs) in zip(flat(again), flat(before), strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=str(path))
 
@@ -46,7 +46,7 @@ def test_several_files_may_be_written_again(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(writing, "_FILE_BYTES", 2_000)
     for seed in (0, 1):
         save(tiny_model(seed=seed), tmp_path)
-    again = flat(load(tmp_path, make_mesh(), jnp.float32))
+    again = flat(load(tmp_path, plan_of(), jnp.float32))
     for (path, ours), (_, theirs) in zip(again, flat(tiny_model(seed=1)), strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=str(path))
     monkeypatch.undo()
@@ -57,9 +57,9 @@ def test_several_files_may_be_written_again(tmp_path: Path, monkeypatch):
 @pytest.mark.parametrize("name", ["deepseek_v3_fp8", "gpt_oss_mxfp4"])
 def test_quantised_weights_are_the_same_sharded_or_not(name: str):
     """A device reads its own experts alone."""
-    whole = load(GOLDEN / name, make_mesh(), jnp.float32)
+    whole = load(GOLDEN / name, plan_of(), jnp.float32)
     for spread in EXPERT_WEIGHTS:
-        parts = load(GOLDEN / name, make_mesh(2, 4), jnp.float32, experts=spread)
+        parts = load(GOLDEN / name, plan_of(2, 4, experts=spread), jnp.float32)
         for (path, ours), (_, theirs) in zip(flat(parts), flat(whole), strict=True):
             own = tuple(map(slice, theirs.shape))
             np.testing.assert_array_equal(ours[own], theirs, err_msg=str(path))
@@ -72,7 +72,7 @@ def flat(model) -> list:
 def test_what_is_left_out_is_said_and_what_is_read_is_counted(caplog):
     told = []
     with caplog.at_level("WARNING", "helix_jax"):
-        model = load(GOLDEN / "deepseek_v3", make_mesh(), on_read=lambda *bytes: told.append(bytes))
+        model = load(GOLDEN / "deepseek_v3", plan_of(), on_read=lambda *bytes: told.append(bytes))
     assert caplog.messages == [
         "skipped 5 tensors that decoding has no use for: "
         "model.layers.3.eh_proj.weight to model.layers.3.shared_head.norm.weight"
@@ -80,7 +80,7 @@ def test_what_is_left_out_is_said_and_what_is_read_is_counted(caplog):
     done, totals = zip(*told, strict=True)
     assert list(done) == sorted(done)
     assert done[-1] == totals[0] == sum(x.bytes for x in needed(GOLDEN / "deepseek_v3").values())
-    assert model.layers[1].ff.choice_bias_E.dtype == jnp.float32  # the rest is bfloat16
+    assert model.layers[1].ff.selection_bias_E.dtype == jnp.float32  # the rest is bfloat16
     assert model.layers[1].ff.router_DE.dtype == jnp.bfloat16
 
 
@@ -387,7 +387,7 @@ def test_numbers_without_their_scale_are_refused(name: str, changes: dict, messa
     published = json.loads((GOLDEN / name / "config.json").read_text()) | changes
     (folder_of(tmp_path, published) / "model.safetensors").symlink_to(GOLDEN / name / "model.safetensors")
     with pytest.raises(ValueError, match=message):
-        load(tmp_path, make_mesh())
+        load(tmp_path, plan_of())
 
 
 @pytest.mark.parametrize(

@@ -38,10 +38,10 @@ def test_the_tree_names_every_room(folder: str):
 
 
 def test_the_picture_is_what_layout_says():
-    from helix_jax.layout import BlockLayout, held_ranges
+    from helix_jax.layout import BlockLayout, rank_ranges
 
     assert "prompt 400, decode 400, block 100, cp 4" in README
     columns = {0: 10, 100: 19, 200: 28, 300: 37, 400: 51, 500: 60, 600: 69, 700: 78}
-    for rank, ranges in enumerate(held_ranges(BlockLayout(4, 100), 800, 400)):
+    for rank, ranges in enumerate(rank_ranges(BlockLayout(4, 100), 800, 400)):
         [line] = re.findall(rf"^rank {rank} .*$", README, re.MULTILINE)
         assert [match.start() for match in re.finditer(r"\[", line)] == [columns[first] for first, _ in ranges]

@@ -9,22 +9,22 @@ import pytest
 from jax import lax
 
 from helix_jax import ring
-from helix_jax.layout import BlockLayout, dealt
+from helix_jax.layout import BlockLayout, positions_by_rank
 from helix_jax.mesh import CP, make_mesh
-from helix_jax.ring import ring_attention, tile_for
+from helix_jax.training.ring import ring_attention, tile_for
 
 B, S, N, K, H = 2, 96, 8, 2, 16
 BLOCK = 4
 KINDS = ("plain", "documents", "window", "sink", "latent")
 
 
-def plain_attention(q_BTNH, k_BSKH, v_BSKH, first_BT, scale, window, sink_N):
+def plain_attention(q_BTNH, k_BSKH, v_BSKH, document_start_BT, scale, window, sink_N):
     """Over a matrix of all pairs."""
     position_S = jnp.arange(k_BSKH.shape[1])
-    first_BT = first_BT if window is None else jnp.maximum(first_BT, position_S + 1 - window)
+    document_start_BT = document_start_BT if window is None else jnp.maximum(document_start_BT, position_S + 1 - window)
     k_BSNH, v_BSNH = (jnp.repeat(x, q_BTNH.shape[2] // x.shape[2], 2) for x in (k_BSKH, v_BSKH))
     s_BNTS = scale * jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, precision="highest")
-    seen_BTS = (position_S <= position_S[:, None]) & (position_S >= first_BT[..., None])
+    seen_BTS = (position_S <= position_S[:, None]) & (position_S >= document_start_BT[..., None])
     s_BNTS = jnp.where(seen_BTS[:, None], s_BNTS, -jnp.inf)
     if sink_N is not None:
         sinks = jnp.broadcast_to(sink_N[:, None, None], (*s_BNTS.shape[:3], 1))
@@ -57,7 +57,7 @@ MESHES = [(1, 1, 1), (1, 4, 1), (2, 4, 1), (2, 2, 2), (1, 8, 1)]
 def test_outputs_and_gradients_are_those_of_one_device(tp: int, cp: int, dp: int, kind: str):
     placement = ("striped", "helix")[(MESHES.index((tp, cp, dp)) + KINDS.index(kind)) % 2]
     layout, mesh = BlockLayout(cp, BLOCK, placement), make_mesh(tp, cp, dp)
-    order = dealt(layout, S)
+    order = positions_by_rank(layout, S)
     arrays, first, window, v_width = case(kind)
     weight = jnp.asarray(np.random.default_rng(1).normal(size=(B, S, N, v_width or H)), jnp.float32)
 
@@ -121,7 +121,7 @@ def test_a_document_that_is_short_costs_little(monkeypatch):
     length = 1024
     first = jnp.asarray(np.arange(length) // 64 * 64)[None]
     q = jnp.ones((1, length, 1, 4))
-    jax.block_until_ready(ring_attention(make_mesh(), BlockLayout(1, 16, "striped"), first)(q, q, q, None, scale=1.0))
+    jax.block_until_ready(ring_attention(make_mesh(1, 1), BlockLayout(1, 16, "striped"), first)(q, q, q, None, scale=1.0))
     jax.effects_barrier()
     assert len(visited) == length // tile_for(length)
 

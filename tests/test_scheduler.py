@@ -6,11 +6,11 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from helix_jax.engine.memory import Memory, run_length
+from helix_jax.engine.page_allocator import PageAllocator, prefix_block_len
 from helix_jax.engine.params import SamplingParams
 from helix_jax.engine.requests import Request
-from helix_jax.engine.said import Text
-from helix_jax.engine.scheduler import Scheduler, Work, table_of
+from helix_jax.engine.output_text import OutputText
+from helix_jax.engine.scheduler import Scheduler, ScheduledStep, table_of
 from helix_jax.layout import PLACEMENTS, BlockLayout
 from helix_jax.text import Bytes
 
@@ -25,12 +25,12 @@ def next_token(known: list[int]) -> int:
 class Devices:
     """Pages as dictionaries. What a request reads is checked position by position, as its table has it."""
 
-    def __init__(self, memory: Memory, entries: int):
+    def __init__(self, memory: PageAllocator, entries: int):
         self.memory, self.entries = memory, entries
         self.words: dict[tuple[int, int, int], tuple[int, int]] = {}  # rank, page, word -> position, token
         self.tables = np.full((memory.layout.ranks, ROWS, entries), -1)
 
-    def run(self, work: Work, scheduler: Scheduler) -> list[tuple[Request, int]]:
+    def run(self, work: ScheduledStep, scheduler: Scheduler) -> list[tuple[Request, int]]:
         """What is said, as (request, token): to be told later."""
         for rank, row, entry, page in work.edits:
             self.tables[rank, row, entry] = page
@@ -85,7 +85,7 @@ class Engines(RuleBasedStateMachine):
     def start(self, ranks, block, page, placement, pages, chunk, budget):
         layout = BlockLayout(ranks, block, placement)
         entries = -(-LONGEST // page)
-        self.memory = Memory(layout, pages, page, share=run_length(layout, page) is not None)
+        self.memory = PageAllocator(layout, pages, page, share=prefix_block_len(layout, page) is not None)
         self.scheduler = Scheduler(self.memory, ROWS, budget, chunk)
         self.devices = Devices(self.memory, entries)
         self.live: dict[str, Request] = {}
@@ -101,7 +101,7 @@ class Engines(RuleBasedStateMachine):
             SamplingParams(max_new_tokens=most),
             frozenset({VOCAB - 1}),
             self.submitted,
-            Text(None, ()),
+            OutputText(None, ()),
         )
         self.submitted += 1
         if self.memory.needed(request.most, len(prompt)).max() <= self.memory.pages:
@@ -122,7 +122,7 @@ class Engines(RuleBasedStateMachine):
                 if self.live.get(request.id) is request:
                     request.append(token)
                     request.running_ahead -= 1
-                    if token in request.stop_ids or len(request.tokens) == request.params.max_new_tokens:
+                    if token in request.stop_token_ids or len(request.tokens) == request.params.max_new_tokens:
                         self._end(request)
             self.under_way = said
 
@@ -179,16 +179,16 @@ TestEngines.settings = settings(max_examples=100, stateful_step_count=30, deadli
     ],
 )
 def test_prefixes_are_shared_in_runs_that_fill_whole_pages(layout, page, tokens):
-    assert run_length(layout, page) == tokens
+    assert prefix_block_len(layout, page) == tokens
 
 
 def test_a_prefix_that_nobody_reads_is_forgotten_for_pages_the_oldest_first():
-    memory = Memory(BlockLayout(1, 2, "striped"), pages=6, page=2, share=True)
+    memory = PageAllocator(BlockLayout(1, 2, "striped"), pages=6, page=2, share=True)
 
     def cached(tokens):
         held, known = memory.start(tokens)
         assert memory.grow(held, len(tokens), len(tokens)) is not None
-        memory.learn(held, tokens, len(tokens))
+        memory.register_prefix(held, tokens, len(tokens))
         memory.release(held)
         return known
 
@@ -202,20 +202,20 @@ def test_a_prefix_that_nobody_reads_is_forgotten_for_pages_the_oldest_first():
 
 
 def test_no_prefix_is_forgotten_for_pages_that_do_not_suffice():
-    memory = Memory(BlockLayout(1, 2, "striped"), pages=4, page=2, share=True)
+    memory = PageAllocator(BlockLayout(1, 2, "striped"), pages=4, page=2, share=True)
     held, _ = memory.start([1, 2, 3])
     memory.grow(held, 3, 3)
-    memory.learn(held, [1, 2, 3], 3)
+    memory.register_prefix(held, [1, 2, 3], 3)
     memory.release(held)
     assert memory.grow(memory.nothing(), 10, 10) is None
     assert memory.cached() == 1
 
 
 def test_of_a_prefix_the_end_is_forgotten_first():
-    memory = Memory(BlockLayout(1, 2, "striped"), pages=4, page=2, share=True)
+    memory = PageAllocator(BlockLayout(1, 2, "striped"), pages=4, page=2, share=True)
     held, _ = memory.start([1, 2, 3, 4, 5, 6, 7])
     memory.grow(held, 7, 7)
-    memory.learn(held, [1, 2, 3, 4, 5, 6, 7], 7)
+    memory.register_prefix(held, [1, 2, 3, 4, 5, 6, 7], 7)
     memory.release(held)
     other, _ = memory.start([9] * 4)
     assert memory.grow(other, 4, 4)
@@ -233,7 +233,7 @@ def test_of_a_prefix_the_end_is_forgotten_first():
 )
 def test_text_ends_before_a_stop_string_and_holds_back_its_beginning(said, streamed, text, stopped):
     """Of two stop strings; what was held back comes when it is clear that nothing more does."""
-    found, pieces = Text(Bytes(), ("END", "zzz")), []
+    found, pieces = OutputText(Bytes(), ("END", "zzz")), []
     for token in said.encode():
         ended = found.feed(token)
         pieces.append(found.give(all=False))

@@ -10,19 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helix_jax.arrays import bytes_per_device
 from helix_jax import generation
-from helix_jax.abstract import abstract_arguments, bytes_per_device
-from helix_jax.cache import make_cache, per_row
+from helix_jax.abstract import abstract_arguments
+from helix_jax.cache import CacheSpec, make_cache, per_row
 from helix_jax.checkpoint import shard
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
-from helix_jax.generation import cache_shape, generate
+from helix_jax.generation import generate
 from helix_jax.layout import PLACEMENTS, BlockLayout
 from helix_jax.mesh import make_mesh
 from helix_jax.plan import Plan
 from helix_jax.sampling import make_sampling
 from helix_jax.step import _step, many_steps, step
-from tests.reference import TINY, tiny_model
+from tests.reference import TINY, plan_of, tiny_model
 
 # In one layer: the combine's own, and one all-reduce each after the output and the down projection.
 PER_LAYER = {
@@ -59,7 +60,7 @@ def test_the_collectives_are_those_promised(tp: int, cp: int, how: str, rows: in
     config = ModelConfig(
         layers=layers, width=32, heads=8, kv_heads=2, head_width=4, ff_width=52, vocab=61, max_positions=4096
     )
-    compiled, _ = compiled_step(Plan(make_mesh(tp, cp), BlockLayout(cp), how), config, rows, 256, T)
+    compiled, _ = compiled_step(plan_of(tp, cp, combine=how), config, rows, 256, T)
     promised = Counter(PER_STEP)
     for kind, count in PER_LAYER[how].items():
         promised[kind] += layers * count
@@ -71,7 +72,7 @@ def test_no_token_runs_alone():
     config = ModelConfig(
         layers=1, width=32, heads=8, kv_heads=2, head_width=4, ff_width=52, vocab=61, max_positions=4096
     )
-    text = lowered_step(Plan(make_mesh(1, 2), BlockLayout(2)), config, 1, 256, 1)[0].as_text()
+    text = lowered_step(Plan(make_mesh(1, 2)), config, 1, 256, 1)[0].as_text()
     assert len(re.findall(r"dot_general.*\(tensor<1x2x32xf32>, tensor<32x", text)) == 5  # q, k, v, gate, up
     assert re.search(r"gather.*\(tensor<62x32xf32>, tensor<1x2x1xi32>\)", text)
     assert not re.search(r"tensor<1x1x32xf32>, tensor<32x", text)
@@ -84,7 +85,7 @@ def test_the_cache_is_written_in_place(tp: int, cp: int, how: str):
     config = ModelConfig(
         layers=2, width=64, heads=8, kv_heads=2, head_width=64, ff_width=64, vocab=61, max_positions=10**6
     )
-    compiled, cache_bytes = compiled_step(Plan(make_mesh(tp, cp), BlockLayout(cp), how), config, 4, 16384 * tp, 1)
+    compiled, cache_bytes = compiled_step(plan_of(tp, cp, combine=how), config, 4, 16384 * tp, 1)
     assert cache_bytes >= 64 * 2**20
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes
@@ -108,7 +109,8 @@ def test_one_trace_of_the_decode_step_serves_a_whole_generation(tp: int, cp: int
     jitted = jax.jit(two, static_argnums=(0, 1), donate_argnums=3)
     monkeypatch.setattr(generation, "step", jitted)
     mesh = make_mesh(tp, cp, dp)
-    plan, model = Plan(mesh, BlockLayout(cp, 2)), shard(tiny_model(), mesh)
+    plan = Plan(mesh, 2)
+    model = shard(tiny_model(), plan)
     for prompts in ([[1, 2, 3], [4] * 20, None], [[5] * 17, [6], [7] * 3]):
         generate(model, prompts, plan, max_new_tokens=40, page=64, chunk=8)
     assert sorted(traced) == [(3, 1), (3, 8)]
@@ -118,12 +120,13 @@ def test_one_trace_of_the_decode_step_serves_a_whole_generation(tp: int, cp: int
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_many_steps_on_the_device_equal_one_by_one(placement: str):
     mesh = make_mesh(2, 4)
-    plan, model = Plan(mesh, BlockLayout(4, 3, placement)), shard(tiny_model(), mesh)
+    plan = Plan(mesh, 3, placement)
+    model = shard(tiny_model(), plan)
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8], None]
     one_by_one = generate(model, prompts, plan, max_new_tokens=31, page=4)
     stop = one_by_one[1][12]
 
-    cache, rows = make_cache(plan, [3, 5, 0], [40, 40, 0], page=4, **cache_shape(model))
+    cache, rows = make_cache(plan, CacheSpec.from_config(model.config, model.dtype), [3, 5, 0], [40, 40, 0], page=4)
     weights = model.weights()
     sampling = make_sampling(3)
     tokens_BT = per_row(plan, np.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [0] * 5]))
@@ -142,8 +145,9 @@ def test_many_steps_on_the_device_equal_one_by_one(placement: str):
 
 def test_idle_rows_write_and_move_nothing():
     mesh = make_mesh(1, 4)
-    plan, model = Plan(mesh, BlockLayout(4, 3)), shard(tiny_model(), mesh)
-    cache, rows = make_cache(plan, [3, 3], [9, 9], page=4, **cache_shape(model))
+    plan = Plan(mesh, 3)
+    model = shard(tiny_model(), plan)
+    cache, rows = make_cache(plan, CacheSpec.from_config(model.config, model.dtype), [3, 3], [9, 9], page=4)
     cache = jax.tree.map(lambda pool: jnp.full_like(pool, jnp.nan), cache)
     weights = model.weights()
     tokens_BT = per_row(plan, np.ones((2, 3)))
@@ -155,8 +159,9 @@ def test_idle_rows_write_and_move_nothing():
 def test_float32_means_float32_wherever_matrices_meet():
     """Every product of the step asks for the highest precision: on a TPU or GPU the default would not be float32."""
     mesh = make_mesh(2, 4)
-    plan, model = Plan(mesh, BlockLayout(4)), shard(tiny_model(), mesh)
-    cache, rows = make_cache(plan, [3], [9], page=4, **cache_shape(model))
+    plan = Plan(mesh)
+    model = shard(tiny_model(), plan)
+    cache, rows = make_cache(plan, CacheSpec.from_config(model.config, model.dtype), [3], [9], page=4)
     weights = model.weights()
     new = per_row(plan, [[1]]), per_row(plan, [1])
     text = step.lower(model.config, plan, weights, cache, rows, *new, make_sampling(1)).as_text()

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helix_jax.text import Bytes, TextStream, open_tokenizer
+from helix_jax.text import Bytes, Detokenizer, open_tokenizer
 from tests.reference import TINY
 
 
 def streamed(ids: list[int]) -> list[str]:
-    stream = TextStream(Bytes())
+    stream = Detokenizer(Bytes())
     return [stream.feed(i) for i in ids] + [stream.rest()]
 
 
@@ -48,7 +48,7 @@ def test_a_published_tokenizer_is_opened(tmp_path: Path):
     tokenizer = open_tokenizer(tmp_path, TINY)
     assert tokenizer is not None
     assert tokenizer.encode("in the beginning") == [0, 1, 2]
-    stream = TextStream(tokenizer)
+    stream = Detokenizer(tokenizer)
     assert "".join([*map(stream.feed, [0, 1, 2]), stream.rest()]) == "in the beginning"
 
 

@@ -19,36 +19,36 @@ import optax
 import pytest
 
 from helix_jax.checkpoint import load
-from helix_jax.checkpoint.states import States
+from helix_jax.training.checkpointer import Checkpointer
 from helix_jax.config import ModelConfig
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import make_mesh
-from helix_jax.train import (
+from helix_jax.training import (
     Batch,
     TrainConfig,
-    Training,
+    TrainPlan,
     abstract_batch,
     abstract_state,
-    deal,
-    evaluate,
-    start,
-    surprise,
+    shard_batch,
+    eval_step,
+    init_state,
+    token_loss,
     train_step,
 )
-from helix_jax.train.state import make_optimizer
-from helix_jax.train.step import _pieces
+from helix_jax.training.state import make_optimizer
+from helix_jax.training.step import _pieces
 from tests.conftest import GOLDEN, ROOT
-from tests.reference import TINY, naive_logits, tiny_model
+from tests.reference import TINY, naive_logits, plan_of, tiny_model
 from tests.test_cli import ENVIRONMENT
 
 CONFIG = TrainConfig(steps=50, batch=4, context=64, warmup_steps=5, learning_rate=1e-2)
 MESHES = [(1, 2, 1), (1, 4, 1), (1, 8, 1), (2, 1, 1), (2, 2, 1), (2, 4, 1), (2, 2, 2)]
 
 
-def run_on(tp=1, cp=1, dp=1, model=TINY, dtype="float32", documents=True, **changes) -> Training:
+def run_on(tp=1, cp=1, dp=1, model=TINY, dtype="float32", documents=True, **changes) -> TrainPlan:
     config = dataclasses.replace(CONFIG, **changes)
     layout = BlockLayout(cp, 4, "striped")
-    return Training(model, config, make_mesh(tp, cp, dp), layout, jnp.dtype(dtype), documents)
+    return TrainPlan(model, config, make_mesh(tp, cp, dp), layout, jnp.dtype(dtype), documents)
 
 
 def packed(vocab: int = TINY.vocab):
@@ -60,12 +60,12 @@ def packed(vocab: int = TINY.vocab):
     return tokens, first, counted
 
 
-def gradients(run: Training, weights, batch: Batch):
+def gradients(run: TrainPlan, weights, batch: Batch):
     def loss(weights):
         part = jax.tree.map(lambda x: x[0], batch)
-        return jnp.where(part.counted_XBS, surprise(run, weights, part), 0).sum()
+        return jnp.where(part.loss_mask_XBS, token_loss(run, weights, part), 0).sum()
 
-    state = start(run, weights)
+    state = init_state(run, weights)
     return jax.tree.map(np.asarray, jax.block_until_ready(jax.jit(jax.grad(loss))(state.weights)))
 
 
@@ -74,8 +74,8 @@ def largest_error(found, expected) -> float:
     return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs if b.any())
 
 
-def losses(run: Training, weights, batch: Batch, steps: int) -> list[float]:
-    state, found = start(run, weights), []
+def losses(run: TrainPlan, weights, batch: Batch, steps: int) -> list[float]:
+    state, found = init_state(run, weights), []
     for _ in range(steps):
         loss, state = train_step(run, state, batch)
         found.append(float(loss.nats))
@@ -86,14 +86,14 @@ def losses(run: Training, weights, batch: Batch, steps: int) -> list[float]:
 def alone():
     """Gradients and 50 steps on one device, by a matrix of all pairs where no documents are."""
     run, weights = run_on(), tiny_model().weights()
-    batch = deal(run, *packed())
+    batch = shard_batch(run, *packed())
     return gradients(run, weights, batch), losses(run, weights, batch, 50)
 
 
 def test_the_loss_is_the_surprise_of_each_next_token_in_its_document():
     tokens, first, counted = packed()
     run, weights = run_on(), tiny_model().weights()
-    found = np.asarray(evaluate(run, weights, deal(run, tokens, first, counted, parts=0)))
+    found = np.asarray(eval_step(run, weights, shard_batch(run, tokens, first, counted, parts=0)))
     for row, start_at, end in [(0, 0, 64), (1, 0, 20), (1, 20, 64), (2, 50, 60)]:
         document = tokens[row, start_at : end + 1].tolist()
         logits = naive_logits(tiny_model(), [document], len(document))[0].astype(np.float64)
@@ -107,7 +107,7 @@ def test_the_loss_is_the_surprise_of_each_next_token_in_its_document():
 @pytest.mark.parametrize(("tp", "cp", "dp"), MESHES)
 def test_gradients_and_losses_are_those_of_one_device(tp: int, cp: int, dp: int, alone):
     run, weights = run_on(tp, cp, dp), tiny_model().weights()
-    batch = deal(run, *packed())
+    batch = shard_batch(run, *packed())
     assert largest_error(gradients(run, weights, batch), alone[0]) < 1e-5
     steps = 50 if (tp, cp) in ((1, 8), (2, 4)) else 5
     assert np.abs(np.subtract(losses(run, weights, batch, steps), alone[1][:steps])).max() < 1e-4
@@ -117,20 +117,20 @@ def test_gradients_and_losses_are_those_of_one_device(tp: int, cp: int, dp: int,
 @pytest.mark.parametrize("change", [{"remat": False}, {"accumulate": 2}, {"batch": 4}])
 def test_remat_parts_of_a_batch_and_pieces_of_logits_change_nothing(change, alone, monkeypatch):
     if "batch" in change:
-        monkeypatch.setattr("helix_jax.train.step._LOGITS", 3 * 4 * TINY.vocab)
+        monkeypatch.setattr("helix_jax.training.step._LOGITS", 3 * 4 * TINY.vocab)
         assert _pieces(16, 4 * TINY.vocab) == 8  # of 2 slots: 3 do not divide 16
     run = run_on(1, 4, **change, seed=len(str(change)))  # a program of its own
-    found = losses(run, tiny_model().weights(), deal(run, *packed(), parts=run.config.accumulate), 5)
+    found = losses(run, tiny_model().weights(), shard_batch(run, *packed(), parts=run.config.accumulate), 5)
     assert np.abs(np.subtract(found, alone[1][:5])).max() < 1e-5
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def test_windows_sinks_latents_experts_and_norms_have_the_same_gradients(family: str):
-    model = load(GOLDEN / family, make_mesh(), jnp.float32)
+    model = load(GOLDEN / family, plan_of(), jnp.float32)
     found = []
     for axes in ((1, 1), (2, 4)):
         run = run_on(*axes, model=model.config)
-        found.append(gradients(run, model.weights(), deal(run, *packed(model.config.vocab))))
+        found.append(gradients(run, model.weights(), shard_batch(run, *packed(model.config.vocab))))
     assert largest_error(found[1], found[0]) < 1e-5
 
 
@@ -141,9 +141,9 @@ def test_gradients_in_bfloat16_are_summed_in_float32(monkeypatch):
     everything = tokens, np.zeros((4, 2048), int), np.ones((4, 2048), bool)
     weights, found = tiny_model(model).weights(), []
     for dtype in ("float32", "bfloat16"):
-        monkeypatch.setattr("helix_jax.train.step._LOGITS", 256)
+        monkeypatch.setattr("helix_jax.training.step._LOGITS", 256)
         run = run_on(model=model, dtype=dtype, context=2048, documents=False)
-        found.append(gradients(run, weights, deal(run, *everything)))
+        found.append(gradients(run, weights, shard_batch(run, *everything)))
     for name in ("embed_VD", "head_VD"):
         assert largest_error(found[1][name], found[0][name]) < 0.02
 
@@ -157,13 +157,13 @@ def test_without_documents_a_gpu_attends_by_cudnn_and_has_the_same_gradients():
     for documents in (True, False):
         run = run_on(model=model, dtype="bfloat16", documents=documents)
         assert run.flash is not documents
-        found.append(gradients(run, weights, deal(run, *batch)))
+        found.append(gradients(run, weights, shard_batch(run, *batch)))
     assert largest_error(found[1], found[0]) < 0.05
 
 
 def test_dropout_is_a_function_of_seed_step_and_place():
     run, weights = run_on(1, 2, dropout=0.5), tiny_model().weights()
-    batch = deal(run, *packed())
+    batch = shard_batch(run, *packed())
     found = losses(run, weights, batch, 3)
     assert found == losses(run, weights, batch, 3)
     assert found != losses(run_on(1, 2, dropout=0.5, seed=1), weights, batch, 3)
@@ -186,7 +186,7 @@ def test_the_rate_warms_up_and_falls_matrices_alone_decay_and_gradients_are_clip
     np.testing.assert_allclose(clipped, CONFIG.clip_norm, rtol=1e-5)
 
 
-def lowered(run: Training):
+def lowered(run: TrainPlan):
     return train_step.lower(run, abstract_state(run), abstract_batch(run))
 
 
@@ -244,14 +244,14 @@ def harm(folder: Path) -> None:
 
 def test_a_state_comes_back_on_another_mesh_and_a_harmed_one_is_passed_over(tmp_path: Path, caplog):
     run, elsewhere = run_on(1, 4), run_on(2, 2, 2)
-    state = start(run, tiny_model().weights())
-    states = States(tmp_path / "states")
+    state = init_state(run, tiny_model().weights())
+    states = Checkpointer(tmp_path / "states")
     assert states.restore(abstract_state(run)) is None
     for step in (3, 7):
         states.save(step, state._replace(step=state.step + step))
     states.finish()
     harm(tmp_path / "states" / "7")
-    found = States(tmp_path / "states").restore(abstract_state(elsewhere))
+    found = Checkpointer(tmp_path / "states").restore(abstract_state(elsewhere))
     assert found is not None
     assert (found[0], int(found[1].step)) == (3, 3)
     assert "state 7 in" in caplog.text
@@ -262,16 +262,16 @@ def test_a_state_comes_back_on_another_mesh_and_a_harmed_one_is_passed_over(tmp_
             np.testing.assert_array_equal(ours, back)
     states.save(7, state)  # the harmed one is replaced
     states.finish()
-    assert States(tmp_path / "states").restore(abstract_state(run))[0] == 7  # pyright: ignore[reportOptionalSubscript]
+    assert Checkpointer(tmp_path / "states").restore(abstract_state(run))[0] == 7  # pyright: ignore[reportOptionalSubscript]
     for step in ("3", "7"):
         harm(tmp_path / "states" / step)
     with pytest.raises(ValueError, match=r"none of the states \[7, 3\] in .* can be read: bring one back"):
-        States(tmp_path / "states").restore(abstract_state(run))
+        Checkpointer(tmp_path / "states").restore(abstract_state(run))
 
 
 def test_a_state_in_which_anything_was_changed_is_passed_over(tmp_path: Path, caplog):
     kept = {"x": jnp.arange(10_000.0)}
-    states = States(tmp_path)
+    states = Checkpointer(tmp_path)
     states.save(3, kept)
     states.save(7, kept)
     states.finish()
@@ -279,7 +279,7 @@ def test_a_state_in_which_anything_was_changed_is_passed_over(tmp_path: Path, ca
     whole = file.read_bytes()
     for at in np.linspace(0, len(whole) - 1, 12).astype(int):
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        step, found = States(tmp_path).restore(kept)  # pyright: ignore[reportGeneralTypeIssues]
+        step, found = Checkpointer(tmp_path).restore(kept)  # pyright: ignore[reportGeneralTypeIssues]
         assert step in (3, 7)  # there are bytes that say nothing
         np.testing.assert_array_equal(found["x"], kept["x"])
     assert "its numbers are not those that were written" in caplog.text
@@ -349,7 +349,7 @@ def test_the_script_trains_a_folder_that_loads(trained: Path):
     assert held_out[-1]["held_out_tokens"] == int(4404412 * 0.0002)
     assert held_out[-1]["held_out_bits_per_byte"] < 7 < held_out[0]["held_out_bits_per_byte"] + 1
     assert sorted(curve(trained / "whole")) == list(range(1, 81))
-    assert load(trained / "whole" / "model", make_mesh()).config.vocab == 256
+    assert load(trained / "whole" / "model", plan_of()).config.vocab == 256
 
 
 def test_a_model_that_was_trained_is_read_by_transformers_and_trained_on(trained: Path, tmp_path: Path):
@@ -403,8 +403,8 @@ def test_ctrl_c_says_how_to_go_on_and_the_mesh_may_change(trained: Path):
 
 def test_a_full_disk_is_said_and_what_was_saved_stays(tmp_path: Path, monkeypatch):
     run = run_on()
-    state = start(run, tiny_model().weights())
-    states = States(tmp_path)
+    state = init_state(run, tiny_model().weights())
+    states = Checkpointer(tmp_path)
     states.save(3, state)
     states.finish()
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**5))
@@ -413,14 +413,14 @@ def test_a_full_disk_is_said_and_what_was_saved_stays(tmp_path: Path, monkeypatc
     )
     with pytest.raises(OSError, match=message):
         states.save(7, state)
-    assert States(tmp_path).restore(abstract_state(run))[0] == 3  # pyright: ignore[reportOptionalSubscript]
+    assert Checkpointer(tmp_path).restore(abstract_state(run))[0] == 3  # pyright: ignore[reportOptionalSubscript]
 
 
 FILES_OF_A_KILOBYTE = """
 import pathlib, resource, sys
 import jax.numpy as jnp
-from helix_jax.checkpoint.states import States
-states = States(pathlib.Path(sys.argv[1]))
+from helix_jax.training.checkpointer import Checkpointer
+states = Checkpointer(pathlib.Path(sys.argv[1]))
 states.save(3, {"x": jnp.arange(10.0)})
 states.finish()
 resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
@@ -430,7 +430,7 @@ try:
 except OSError as error:
     print(error)
 states.close()
-print(States(pathlib.Path(sys.argv[1])).restore({"x": jnp.zeros(10)}))
+print(Checkpointer(pathlib.Path(sys.argv[1])).restore({"x": jnp.zeros(10)}))
 """
 
 

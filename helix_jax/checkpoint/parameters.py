@@ -7,10 +7,10 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from helix_jax.arrays import fetch
 from helix_jax.checkpoint.merged_axes import our_part, published_shape
 from helix_jax.config import ModelConfig
 from helix_jax.families import FAMILIES, Family
-from helix_jax.mesh import fetched
 from helix_jax.models.transformer import Transformer
 
 # A parameter's place in the module tree: ("layers", 0, "ff", "up_DF"). An index into it: a slice per axis.
@@ -18,10 +18,10 @@ ParameterPath = tuple[Any, ...]
 Index = tuple[slice, ...]
 
 # Choosing experts is a comparison: its bias is not rounded, whatever the rest is computed in, as publishers have it.
-_FLOAT32 = ("choice_bias_E",)
+_FLOAT32 = ("selection_bias_E",)
 
 
-class Home(NamedTuple):
+class TensorLocation(NamedTuple):
     """Where a parameter lives in a published folder: in one tensor, or in one for each expert.
 
     shape: of the parameter. names: of the tensors. published_shape: of each of them. axes, letters: as in
@@ -50,20 +50,20 @@ def shapes(config: ModelConfig) -> dict[ParameterPath, tuple[int, ...]]:
     return {path: param.shape for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
-def homes(config: ModelConfig) -> dict[ParameterPath, Home]:
+def tensor_locations(config: ModelConfig) -> dict[ParameterPath, TensorLocation]:
     """Of every parameter."""
     family = family_of(config)
-    return {path: _home(family, config, path, shape) for path, shape in shapes(config).items()}
+    return {path: _tensor_location(family, config, path, shape) for path, shape in shapes(config).items()}
 
 
-def _home(family: Family, config: ModelConfig, path: ParameterPath, shape: tuple[int, ...]) -> Home:
+def _tensor_location(family: Family, config: ModelConfig, path: ParameterPath, shape: tuple[int, ...]) -> TensorLocation:
     tensor = family.tensor_of(path)
     letters = str(path[-1]).split("_")[-1]
     sizes = {**config.dims(), **dict(zip(letters, shape, strict=True))}
     names = (tensor.name,)
     if "{e}" in tensor.name:
         names, letters = tuple(tensor.name.format(e=e) for e in range(shape[0])), letters.removeprefix("E")
-    return Home(shape, names, published_shape(tensor.axes, sizes), tensor.axes, letters, sizes)
+    return TensorLocation(shape, names, published_shape(tensor.axes, sizes), tensor.axes, letters, sizes)
 
 
 def family_of(config: ModelConfig) -> Family:
@@ -72,7 +72,7 @@ def family_of(config: ModelConfig) -> Family:
     return FAMILIES[config.family]
 
 
-def type_of(path: ParameterPath, dtype: DTypeLike) -> DTypeLike:
+def parameter_dtype(path: ParameterPath, dtype: DTypeLike) -> DTypeLike:
     return np.float32 if path[-1] in _FLOAT32 else dtype
 
 
@@ -81,4 +81,4 @@ def without_padding(value: Any, shape: tuple[int, ...]) -> np.ndarray:
 
     Of a copy: an array that has been looked at keeps what was seen, and the whole model would end on the host.
     """
-    return fetched(jnp.copy(value))[tuple(map(slice, shape))]
+    return fetch(jnp.copy(value))[tuple(map(slice, shape))]

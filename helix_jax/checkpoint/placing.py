@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -10,19 +10,23 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from helix_jax.checkpoint.parameters import Index, ParameterPath, shapes, type_of, without_padding
+from helix_jax.checkpoint.parameters import Index, ParameterPath, shapes, parameter_dtype, without_padding
 from helix_jax.config import ModelConfig
 from helix_jax.mesh import flat_size, stored_sharding, weight_sharding
 from helix_jax.models.transformer import Transformer
+from helix_jax.plan import Plan
 
 # The part of a parameter that an index leaves, on the host.
 Read = Callable[[ParameterPath, Index], np.ndarray]
 
 
-def shard(model: Transformer, mesh: Mesh, dtype: DTypeLike | None = None, *, experts: str = "flat") -> Transformer:
-    """The same model, its weights dealt out to the devices of `mesh`, in `dtype` (default: as they are).
+def shard(model: Transformer, plan: Plan, dtype: DTypeLike | None = None) -> Transformer:
+    """Return the same model with its weights sharded as `plan` decodes with them.
 
-    experts: how experts are spread, as in Plan.
+    Args:
+        model: A model whose weights may be anywhere.
+        plan: The mesh, and how experts are sharded.
+        dtype: The type of the new weights, default that of the model.
     """
     own, parameters = shapes(model.config), dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
 
@@ -33,7 +37,7 @@ def shard(model: Transformer, mesh: Mesh, dtype: DTypeLike | None = None, *, exp
     def read(path: ParameterPath, index: Index) -> np.ndarray:
         return whole(path)[index]
 
-    return place(model.config, mesh, read, dtype or model.embed_VD[...].dtype, experts)
+    return place(model.config, cast(Mesh, plan.mesh), read, dtype or model.dtype, plan.experts)
 
 
 def place(
@@ -51,7 +55,7 @@ def place(
     for path, parameter in nnx.to_flat_state(state):
         name, shape = str(path[-1]), parameter.shape
         where = weight_sharding(mesh, name, experts) if experts else stored_sharding(mesh, name, shape)
-        part = _padded_part(path, shape, own[path], read, type_of(path, dtype))
+        part = _padded_part(path, shape, own[path], read, parameter_dtype(path, dtype))
         values.append((path, parameter.replace(jax.make_array_from_callback(shape, where, part))))
         placed(path)
     return nnx.merge(graph, nnx.from_flat_state(values))

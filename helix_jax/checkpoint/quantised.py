@@ -7,14 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from helix_jax.checkpoint.tensors import Stored
+from helix_jax.checkpoint.tensors import StoredTensor
 
 BLOCKS, SCALES, SCALE_INV = "_blocks", "_scales", "_scale_inv"
 
 # The 16 values of a 4-bit float: a sign, two bits of exponent, one of mantissa.
 _FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
-Tensors = dict[str, Stored]
+Tensors = dict[str, StoredTensor]
 
 
 def dequantiser(published: Mapping[str, Any]) -> Callable[[Tensors], Tensors]:
@@ -53,7 +53,7 @@ def _from_fp8(block: tuple[int, int], tensors: Tensors) -> Tensors:
         if len(stored.shape) != 2 or scale.shape != wanted:
             raise ValueError(f"'{name}{SCALE_INV}' has shape {list(scale.shape)}, but blocks make it {list(wanted)}")
 
-        def read(lead: slice, stored: Stored = stored, scale: Stored = scale) -> np.ndarray:
+        def read(lead: slice, stored: StoredTensor = stored, scale: StoredTensor = scale) -> np.ndarray:
             rows, columns = stored.shape
             scale_RC = scale.read(slice(None)).astype(np.float32)
             scale_RC = scale_RC.repeat(block[0], 0)[:rows].repeat(block[1], 1)[:, :columns]
@@ -77,7 +77,7 @@ def _from_mxfp4(tensors: Tensors) -> Tensors:
             raise ValueError(f"'{name}' {list(blocks.shape)} has no '{whole}{SCALES}' of its shape: fetch it again")
         experts, rows, groups, width = blocks.shape
 
-        def read(lead: slice, blocks: Stored = blocks, scales: Stored = scales) -> np.ndarray:
+        def read(lead: slice, blocks: StoredTensor = blocks, scales: StoredTensor = scales) -> np.ndarray:
             packed = blocks.read(lead)
             values = np.stack([_FP4[packed & 15], _FP4[packed >> 4]], -1).reshape(*packed.shape[:3], -1)
             values = np.ldexp(values, scales.read(lead).astype(np.int32)[..., None] - 127).astype(jnp.bfloat16)
@@ -85,10 +85,10 @@ def _from_mxfp4(tensors: Tensors) -> Tensors:
 
         shape = (experts, groups * width * 2, rows)
         # Two bits of exponent and one of mantissa, times a power of two: bfloat16 holds it exactly.
-        plain[whole] = Stored(shape, "MXFP4", np.dtype(jnp.bfloat16), blocks.bytes + scales.bytes, read)
+        plain[whole] = StoredTensor(shape, "MXFP4", np.dtype(jnp.bfloat16), blocks.bytes + scales.bytes, read)
     return plain
 
 
-def is_number(stored: Stored) -> bool:
+def is_number(stored: StoredTensor) -> bool:
     """Whether a tensor is what it says: a float of fewer than 16 bits is quantised and needs its scale."""
     return stored.dtype is not None and jnp.issubdtype(stored.dtype, jnp.floating) and stored.dtype.itemsize >= 2

@@ -4,21 +4,22 @@ import logging
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from helix_jax.checkpoint.parameters import Home, Index, ParameterPath, family_of, homes
+from helix_jax.checkpoint.parameters import TensorLocation, Index, ParameterPath, family_of, tensor_locations
 from helix_jax.checkpoint.placing import place
 from helix_jax.checkpoint.quantised import dequantiser, is_number
-from helix_jax.checkpoint.tensors import Stored, open_tensors, read_json
+from helix_jax.checkpoint.tensors import StoredTensor, open_tensors, read_json
 from helix_jax.config import ModelConfig
 from helix_jax.families import FAMILIES
 from helix_jax.families.family import TENSORS
 from helix_jax.models.transformer import Transformer
+from helix_jax.plan import Plan
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo"  # the folder of the byte model that ships
 GENERATION_FILE = "generation_config.json"
@@ -38,48 +39,67 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 def load(
     folder: str | Path,
-    mesh: Mesh,
+    plan: Plan,
     dtype: DTypeLike = jnp.bfloat16,
     *,
-    experts: str = "flat",
-    to_train: bool = False,
     on_read: Callable[[int, int], None] = lambda done, total: None,
 ) -> Transformer:
-    """The model in a Hugging Face folder, its weights in `dtype`, each part put from the file onto the devices that
-    need it. Quantised weights are dequantised on the way. What is left out is named in a warning of the log.
+    """Load the model in a Hugging Face folder, sharded as `plan` decodes with it.
 
-    experts: how experts are spread, as in Plan. to_train: weights in shares of all devices, as training keeps them, and
-    not as a step of decoding reads them. on_read: is told the bytes of the files that are done, and all of them.
+    Each part of a tensor goes from the file straight to the devices that need it. Quantised weights are dequantised on
+    the way. Tensors that decoding does not need are named in a warning of the log "helix_jax".
+
+    Args:
+        folder: A folder with config.json and safetensors files.
+        plan: The mesh, and how experts are sharded.
+        dtype: The type of the weights.
+        on_read: Called with the bytes of the files that have been read, and the total.
 
     Raises:
-        ValueError: as `read_config`; no weights, a tensor missing, surplus, of a wrong shape or of another type than
-            float, all said before the first is read.
+        ValueError: As `read_config`; or there are no weights, or a tensor is missing, unexpected, of the wrong shape or
+            not a float. All of this is checked before the first tensor is read.
     """
-    folder = Path(folder)
-    published, config = _read(folder)
-    tensors, home_of = dequantiser(published)(open_tensors(folder)), homes(config)
-    for home in home_of.values():
-        _check(folder, home, tensors)
-    _check_tied_head(config, tensors)
-    _report_extras(folder, config, set(tensors) - {name for home in home_of.values() for name in home.names})
+    return _load(Path(folder), cast(Mesh, plan.mesh), dtype, plan.experts, on_read)
 
-    # A tensor may hold several of our parameters: it counts when the first of them is there.
-    left = {name: tensors[name].bytes for home in home_of.values() for name in home.names}
-    total, done = sum(left.values()), 0
+
+def load_for_training(folder: str | Path, mesh: Mesh) -> Transformer:
+    """Load the model in a Hugging Face folder as training stores it: float32, sharded over all devices.
+
+    Raises:
+        ValueError: As `load`.
+    """
+    return _load(Path(folder), mesh, jnp.float32, None, lambda done, total: None)
+
+
+def _load(
+    folder: Path, mesh: Mesh, dtype: DTypeLike, experts: str | None, on_read: Callable[[int, int], None]
+) -> Transformer:
+    """Load a folder. `experts` None shards the weights as training stores them."""
+    published, config = _read(folder)
+    tensors, location_of = dequantiser(published)(open_tensors(folder)), tensor_locations(config)
+    for location in location_of.values():
+        _check(folder, location, tensors)
+    _check_tied_head(config, tensors)
+    used = {name for location in location_of.values() for name in location.names}
+    _report_extras(folder, config, set(tensors) - used)
+
+    # A tensor may contain several of our parameters: it counts as read when the first of them is placed.
+    unread = {name: tensors[name].bytes for name in used}
+    total, done = sum(unread.values()), 0
 
     def placed(path: ParameterPath) -> None:
         nonlocal done
-        done += sum(left.pop(name, 0) for name in home_of[path].names)
+        done += sum(unread.pop(name, 0) for name in location_of[path].names)
         on_read(done, total)
 
-    @lru_cache(maxsize=1)  # the parts of one parameter are read one after the other: dequantised once
+    @lru_cache(maxsize=1)  # the parts of one parameter are read one after the other, so it is dequantised once
     def whole(name: str) -> np.ndarray:
         return tensors[name].read(slice(None))
 
     def read(path: ParameterPath, index: Index) -> np.ndarray:
-        return _read_part(home_of[path], tensors, whole, index)
+        return _read_part(location_of[path], tensors, whole, index)
 
-    return place(config, mesh, read, dtype, None if to_train else experts, placed)
+    return place(config, mesh, read, dtype, experts, placed)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
@@ -98,11 +118,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     return published, FAMILIES[kind].read_config(published)
 
 
-def _check(folder: Path, home: Home, tensors: dict[str, Stored]) -> None:
-    for name in home.names:
+def _check(folder: Path, location: TensorLocation, tensors: dict[str, StoredTensor]) -> None:
+    for name in location.names:
         if name not in tensors:
             raise ValueError(f"'{folder}' lacks the tensor '{name}': the download may be incomplete")
-        shape, wanted = list(tensors[name].shape), list(home.published_shape)
+        shape, wanted = list(tensors[name].shape), list(location.published_shape)
         if shape != wanted:
             raise ValueError(f"tensor '{name}' has shape {shape}, but config.json makes it {wanted}")
         if not is_number(tensors[name]):
@@ -121,7 +141,7 @@ def _report_extras(folder: Path, config: ModelConfig, names: set[str]) -> None:
         log.warning("skipped %d tensors that decoding has no use for: %s", len(extras), named)
 
 
-def _check_tied_head(config: ModelConfig, tensors: dict[str, Stored]) -> None:
+def _check_tied_head(config: ModelConfig, tensors: dict[str, StoredTensor]) -> None:
     """A tied head that is written out all the same is the embedding. Else versions of transformers differ on it."""
     embedding, head = (TENSORS[name].name for name in ("embed_VD", "head_VD"))
     if not config.tied_head or head not in tensors:
@@ -136,16 +156,16 @@ def _check_tied_head(config: ModelConfig, tensors: dict[str, Stored]) -> None:
         )
 
 
-def _read_part(home: Home, tensors: dict[str, Stored], whole: Callable[[str], np.ndarray], index: Index) -> np.ndarray:
+def _read_part(location: TensorLocation, tensors: dict[str, StoredTensor], whole: Callable[[str], np.ndarray], index: Index) -> np.ndarray:
     """The part of a parameter that `index` leaves. Experts are read one by one, and no others than are asked for."""
-    if not (home.per_expert or home.axes[0] == home.letters[0] == "E"):
-        return home.part(whole(home.names[0]))[index]
-    experts, rest = range(home.shape[0])[index[0]], index[1:]
-    shape = tuple(len(range(size)[span]) for span, size in zip(rest, home.shape[1:], strict=True))
-    parts = np.empty((len(experts), *shape), tensors[home.names[0]].dtype)
+    if not (location.per_expert or location.axes[0] == location.letters[0] == "E"):
+        return location.part(whole(location.names[0]))[index]
+    experts, rest = range(location.shape[0])[index[0]], index[1:]
+    shape = tuple(len(range(size)[span]) for span, size in zip(rest, location.shape[1:], strict=True))
+    parts = np.empty((len(experts), *shape), tensors[location.names[0]].dtype)
     for i, e in enumerate(experts):
-        if home.per_expert:
-            parts[i] = home.part(whole(home.names[e]))[rest]
+        if location.per_expert:
+            parts[i] = location.part(whole(location.names[e]))[rest]
         else:
-            parts[i] = home.part(tensors[home.names[0]].read(slice(e, e + 1)), E=1)[0][rest]
+            parts[i] = location.part(tensors[location.names[0]].read(slice(e, e + 1)), E=1)[0][rest]
     return parts

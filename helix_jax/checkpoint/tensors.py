@@ -31,7 +31,7 @@ _DTYPES = {
 }
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor in a file. `read` gives the part of it that a slice of its first axis leaves; `bytes`: in the file.
 
     dtype: of what is read; None for a `type` of the file that NumPy has no like of, which cannot be read.
@@ -44,7 +44,7 @@ class Stored(NamedTuple):
     read: Callable[[slice], np.ndarray]
 
 
-def open_tensors(folder: Path) -> dict[str, Stored]:
+def open_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder by name. The index decides which files are looked at, if there is one.
 
     Raises:
@@ -70,7 +70,7 @@ def open_tensors(folder: Path) -> dict[str, Stored]:
     return {name: opened[file][name] for name, file in files.items()}
 
 
-def _open_file(file: Path) -> dict[str, Stored]:
+def _open_file(file: Path) -> dict[str, StoredTensor]:
     """Source: the format's description at github.com/huggingface/safetensors."""
     size = file.stat().st_size
     try:
@@ -85,7 +85,7 @@ def _open_file(file: Path) -> dict[str, Stored]:
         raise ValueError(f"'{file}' is not a whole safetensors file ({error}): fetch it again") from None
 
 
-def _entry(file: Path, start: int, size: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Stored:
+def _entry(file: Path, start: int, size: int, dtype: str, shape: list[int], data_offsets: list[int]) -> StoredTensor:
     kind = np.dtype(_DTYPES[dtype]) if dtype in _DTYPES else None
     first, last = data_offsets
     wanted = last - first if kind is None else math.prod(shape) * kind.itemsize
@@ -99,7 +99,7 @@ def _entry(file: Path, start: int, size: int, dtype: str, shape: list[int], data
             return np.zeros(shape, kind)[lead]
         return np.memmap(file, kind, "r", start + first, tuple(shape))[lead]
 
-    return Stored(tuple(shape), dtype, kind, last - first, read)
+    return StoredTensor(tuple(shape), dtype, kind, last - first, read)
 
 
 def read_json(file: Path) -> dict[str, Any]:

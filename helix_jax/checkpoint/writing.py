@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from helix_jax.checkpoint.parameters import Home, ParameterPath, family_of, homes, type_of, without_padding
+from helix_jax.checkpoint.parameters import TensorLocation, ParameterPath, family_of, tensor_locations, parameter_dtype, without_padding
 from helix_jax.checkpoint.reading import GENERATION_FILE
 from helix_jax.checkpoint.tensors import INDEX_FILE, WEIGHTS_FILE
 from helix_jax.config import ModelConfig
@@ -36,8 +36,8 @@ def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None)
     """
     folder, dtype = Path(folder), jnp.dtype(dtype or model.embed_VD[...].dtype)
     published = describe(model.config, dtype.name)
-    home_of = homes(model.config)
-    files = list(_files(home_of, dtype.itemsize))
+    location_of = tensor_locations(model.config)
+    files = list(_files(location_of, dtype.itemsize))
     for file in (GENERATION_FILE, *((INDEX_FILE,) if len(files) == 1 else ())):  # of several files the index is ours
         if (folder / file).exists():
             raise ValueError(f"'{folder}' holds another model's {file}, which would go before this one: choose another")
@@ -46,7 +46,7 @@ def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None)
     index: dict[str, str] = {}
     for number, paths in enumerate(files, 1):
         name = WEIGHTS_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors = _published(model, {path: home_of[path] for path in paths}, dtype)
+        tensors = _published(model, {path: location_of[path] for path in paths}, dtype)
         if is_first():
             _write_tensors(folder / name, tensors)
         index |= dict.fromkeys(tensors, name)
@@ -79,14 +79,14 @@ def _differences(ours: Any, theirs: Any, where: str = "") -> Iterator[tuple[str,
             yield f"{where}{f.name}", (a, b)
 
 
-def _files(home_of: dict[ParameterPath, Home], itemsize: int) -> Iterator[list[ParameterPath]]:
+def _files(location_of: dict[ParameterPath, TensorLocation], itemsize: int) -> Iterator[list[ParameterPath]]:
     """Which parameters go to a file together: whole layers, since a tensor may hold several of our parameters."""
     groups: dict[ParameterPath, list[ParameterPath]] = {}
-    for path in home_of:
+    for path in location_of:
         groups.setdefault(path[:2] if path[0] == "layers" else ("outside",), []).append(path)
     paths, size = [], 0
     for group in groups.values():
-        added = sum(int(np.prod(home_of[path].shape)) * itemsize for path in group)
+        added = sum(int(np.prod(location_of[path].shape)) * itemsize for path in group)
         if paths and size + added > _FILE_BYTES:
             yield paths
             paths, size = [], 0
@@ -94,15 +94,15 @@ def _files(home_of: dict[ParameterPath, Home], itemsize: int) -> Iterator[list[P
     yield paths
 
 
-def _published(model: Transformer, home_of: dict[ParameterPath, Home], dtype: np.dtype) -> dict[str, np.ndarray]:
+def _published(model: Transformer, location_of: dict[ParameterPath, TensorLocation], dtype: np.dtype) -> dict[str, np.ndarray]:
     """The published tensors that hold these parameters."""
     parameters = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     tensors: dict[str, np.ndarray] = {}
-    for path, home in home_of.items():
-        value = without_padding(parameters[path][...], home.shape)
-        for number, name in enumerate(home.names):
-            whole = tensors.setdefault(name, np.zeros(home.published_shape, type_of(path, dtype)))
-            home.part(whole)[...] = value[number] if home.per_expert else value
+    for path, location in location_of.items():
+        value = without_padding(parameters[path][...], location.shape)
+        for number, name in enumerate(location.names):
+            whole = tensors.setdefault(name, np.zeros(location.published_shape, parameter_dtype(path, dtype)))
+            location.part(whole)[...] = value[number] if location.per_expert else value
     return tensors
 
 

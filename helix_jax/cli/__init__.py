@@ -1,4 +1,4 @@
-"""`helix-jax`: parse, call, print. Results on stdout, everything else on stderr."""
+"""`helix-jax`: parse, call, print. ResultsFile on stdout, everything else on stderr."""
 
 import argparse
 import io
@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _complain(str(error))
     except jax.errors.JaxRuntimeError as error:
-        if said := processes.lost(error):
-            return _complain(said, processes.LOST)
+        if said := processes.lost_process_message(error):
+            return _complain(said, processes.LOST_PROCESS)
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _complain(f"out of device memory ({str(error).splitlines()[0]}): take more devices or a shorter prompt")
@@ -78,10 +78,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _complain(message: str, status: int = BAD_INPUT) -> int:
-    who = "helix-jax" if processes.is_first() else f"helix-jax, process {processes.number()}"
-    print(f"{who}: {' '.join(message.split())}", file=sys.__stderr__ if processes.count() > 1 else sys.stderr)
-    if processes.count() > 1:
-        processes.leave(status)
+    who = "helix-jax" if processes.is_first() else f"helix-jax, process {processes.process_index()}"
+    print(f"{who}: {' '.join(message.split())}", file=sys.__stderr__ if processes.process_count() > 1 else sys.stderr)
+    if processes.process_count() > 1:
+        processes.exit_now(status)
     return status
 
 

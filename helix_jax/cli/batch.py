@@ -14,12 +14,12 @@ from rich.table import Table
 
 from helix_jax.checkpoint import read_config
 from helix_jax.cli.devices import open_mesh, processes_of
-from helix_jax.cli.lines import Asked, Refused, Results, WrittenElsewhere, read_requests
-from helix_jax.cli.notes import Notes
-from helix_jax.cli.options import Setup, add_shared_arguments, set_up
+from helix_jax.cli.jsonl import RequestLine, RejectedLine, ResultsFile, NonWritingResults, read_requests
+from helix_jax.cli.console import Reporter
+from helix_jax.cli.options import DecodeSetup, add_shared_arguments, make_setup
 from helix_jax.config import ModelConfig
-from helix_jax.engine import Ended, Engine, Figures
-from helix_jax.processes import by_first
+from helix_jax.engine import FinishedEvent, Engine, EngineStats
+from helix_jax.processes import on_first_process
 from helix_jax.text import open_tokenizer
 
 OK, FAILED = 0, 1
@@ -54,25 +54,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    notes = Notes()
+    reporter = Reporter()
     config = read_config(options.model)
     _check(options, config)
     mesh = open_mesh(options.platform, options.tp, options.cp, processes=processes_of(options))
-    setup = set_up(options, config, mesh)
+    setup = make_setup(options, config, mesh)
     with _open_requests(options) as lines, _open_results(options.out) as results:
-        _say_what_stands(options.out, results, notes)
+        _say_what_stands(options.out, results, reporter)
         asked = _good(read_requests(lines, results.done), results)
         first = next(asked, None)
         if first is not None:  # else there is no need of weights
-            setup.say_how(notes)
-            engine = _engine(options, setup, mesh, notes)
-            notes.say(f"shared prefixes are {engine.sharing}")
+            setup.report_devices(reporter)
+            engine = _engine(options, setup, mesh, reporter)
+            reporter.info(f"shared prefixes are {engine.sharing}")
             try:
-                _answer_all(engine, chain([first], asked), results, AHEAD * options.rows, notes)
+                _answer_all(engine, chain([first], asked), results, AHEAD * options.rows, reporter)
             except KeyboardInterrupt:
-                notes.say(f"'{options.out}' keeps the {results.answered} lines answered: the same command goes on")
+                reporter.info(f"'{options.out}' keeps the {results.answered} lines answered: the same command goes on")
                 raise
-    return _end(options.out, results, notes)
+    return _end(options.out, results, reporter)
 
 
 def _check(options: argparse.Namespace, config: ModelConfig) -> None:
@@ -95,79 +95,79 @@ def _open_requests(options: argparse.Namespace) -> BinaryIO:
         raise ValueError(f"'{options.requests}' cannot be read: {error.strerror}") from None
 
 
-def _open_results(out: Path) -> Results:
+def _open_results(out: Path) -> ResultsFile:
     """The first process writes them; all know what is done."""
-    opened: list[Results] = []
+    opened: list[ResultsFile] = []
 
     def open_and_tell() -> list[str]:
-        opened.append(Results(out))
+        opened.append(ResultsFile(out))
         return sorted(opened[0].done)
 
-    done = by_first(open_and_tell)
-    return opened[0] if opened else WrittenElsewhere(done)
+    done = on_first_process(open_and_tell)
+    return opened[0] if opened else NonWritingResults(done)
 
 
-def _say_what_stands(out: Path, results: Results, notes: Notes) -> None:
+def _say_what_stands(out: Path, results: ResultsFile, reporter: Reporter) -> None:
     if results.mended:
-        notes.say(f"the last line of '{out}' was half written: it is gone, and done again")
+        reporter.info(f"the last line of '{out}' was half written: it is gone, and done again")
     if results.done:
-        notes.say(f"'{out}' has {len(results.done)} results: these are skipped")
+        reporter.info(f"'{out}' has {len(results.done)} results: these are skipped")
 
 
-def _good(found: Iterator[Asked | Refused], results: Results) -> Iterator[Asked]:
+def _good(found: Iterator[RequestLine | RejectedLine], results: ResultsFile) -> Iterator[RequestLine]:
     """What can be submitted; of what cannot, the error is written."""
     for one in found:
-        if isinstance(one, Refused):
+        if isinstance(one, RejectedLine):
             results.add_error(one)
         else:
             yield one
 
 
-def _answer_all(engine: Engine, asked: Iterator[Asked], results: Results, most: int, notes: Notes) -> None:
+def _answer_all(engine: Engine, asked: Iterator[RequestLine], results: ResultsFile, most: int, reporter: Reporter) -> None:
     """Reads on while fewer than `most` requests are under way; writes each when it ends."""
-    under_way: dict[str, Asked] = {}
-    with _board(notes) as show:
+    under_way: dict[str, RequestLine] = {}
+    with _board(reporter) as show:
         while True:
             while len(under_way) < most and (one := next(asked, None)):
                 try:
                     under_way[engine.submit(one.prompt, one.params, str(one.id))] = one
                 except ValueError as error:
-                    results.add_error(Refused(one.line, one.id, str(error)))
+                    results.add_error(RejectedLine(one.line, one.id, str(error)))
             if not under_way:
                 return
             for event in engine.step():
-                if isinstance(event, Ended):
+                if isinstance(event, FinishedEvent):
                     results.add(under_way.pop(event.id).id, event.result)
             show(engine, results)
 
 
-def _engine(options: argparse.Namespace, setup: Setup, mesh: Mesh, notes: Notes) -> Engine:
+def _engine(options: argparse.Namespace, setup: DecodeSetup, mesh: Mesh, reporter: Reporter) -> Engine:
     tokenizer = open_tokenizer(setup.folder, setup.config)
     room = {"rows": options.rows, "pages": options.pages, "page": setup.page, "max_len": options.max_len}
-    engine = Engine(setup.load(mesh, notes), setup.plan, **room, chunk=setup.chunk, tokenizer=tokenizer)
+    engine = Engine(setup.load(reporter), setup.plan, **room, chunk=setup.chunk, tokenizer=tokenizer)
     engine.warm_up()  # the times of a request are not to hold a compilation
     return engine
 
 
 @contextmanager
-def _board(notes: Notes) -> Iterator[Callable[[Engine, Results], None]]:
+def _board(reporter: Reporter) -> Iterator[Callable[[Engine, ResultsFile], None]]:
     """Shows how things stand, now and then; on a terminal only."""
-    if not notes.console.is_terminal:
+    if not reporter.console.is_terminal:
         yield lambda engine, results: None
         return
     due = 0.0
-    with Live(console=notes.console, auto_refresh=False, transient=True) as live:
+    with Live(console=reporter.console, auto_refresh=False, transient=True) as live:
 
-        def show(engine: Engine, results: Results) -> None:
+        def show(engine: Engine, results: ResultsFile) -> None:
             nonlocal due
             if time.monotonic() >= due:
-                live.update(_table(engine.figures(), results), refresh=True)
+                live.update(_table(engine.stats(), results), refresh=True)
                 due = time.monotonic() + REFRESH_S
 
         yield show
 
 
-def _table(now: Figures, results: Results) -> Table:
+def _table(now: EngineStats, results: ResultsFile) -> Table:
     used = f"{min(now.pages_in_use)} to {max(now.pages_in_use)}"
     columns: list[dict[str, object]] = [
         {"answered": results.answered, "failed": results.failed, "": ""},
@@ -181,9 +181,9 @@ def _table(now: Figures, results: Results) -> Table:
     return table
 
 
-def _end(out: Path, results: Results, notes: Notes) -> int:
-    notes.say(f"{results.answered} lines answered, {results.failed} failed, in '{out}'")
+def _end(out: Path, results: ResultsFile, reporter: Reporter) -> int:
+    reporter.info(f"{results.answered} lines answered, {results.failed} failed, in '{out}'")
     if results.first_failed is None:
         return OK
-    notes.say(f"the first that failed is line {results.first_failed.line}: {results.first_failed.error}")
+    reporter.info(f"the first that failed is line {results.first_failed.line}: {results.first_failed.error}")
     return FAILED

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from helix_jax.mesh import Device, make_mesh
-from helix_jax.processes import Processes, count, is_first, meet, start
+from helix_jax.processes import Processes, process_count, is_first, barrier, initialize
 
 _FAKE_DEVICES_FLAG = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 
@@ -48,21 +48,21 @@ def open_mesh(platform: str, tp: int, cp: int | None, dp: int = 1, processes: Pr
         if size is not None and size < 1:
             raise ValueError(f"--{name} is {size}: give at least 1")
     if processes:
-        start(processes)
+        initialize(processes)
         _let_the_first_alone_speak()
-    fake = dp * tp * cp if cp else max(dp * tp, _fake_devices_wanted() * count())
-    jax.config.update("jax_num_cpu_devices", -(-fake // count()))
+    fake = dp * tp * cp if cp else max(dp * tp, _fake_devices_wanted() * process_count())
+    jax.config.update("jax_num_cpu_devices", -(-fake // process_count()))
     if platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
     devices = _devices(platform)
-    meet()
+    barrier()
     if cp is None and len(devices) < dp * tp:
         raise ValueError(f"--tp {tp} needs {dp * tp} devices, but there are {len(devices)}: try --platform cpu")
     cp = cp or len(devices) // (dp * tp)
-    if count() > 1 and dp * tp * cp < len(devices):
+    if process_count() > 1 and dp * tp * cp < len(devices):
         sizes = f"tp {tp} x cp {cp}" + (f" x dp {dp}" if dp > 1 else "")
         raise ValueError(
-            f"{sizes} takes {dp * tp * cp} of the {len(devices)} devices of {count()} processes: take all of them, or "
+            f"{sizes} takes {dp * tp * cp} of the {len(devices)} devices of {process_count()} processes: take all of them, or "
             f"start fewer processes"
         )
     return make_mesh(tp, cp, dp, devices=devices)

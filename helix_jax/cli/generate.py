@@ -15,17 +15,17 @@ from rich.table import Table
 from helix_jax.cache import tokens_per_rank
 from helix_jax.checkpoint import read_config
 from helix_jax.cli.devices import open_mesh, processes_of
-from helix_jax.cli.notes import Notes
-from helix_jax.cli.options import Setup, add_shared_arguments, set_up
+from helix_jax.cli.console import Reporter
+from helix_jax.cli.options import DecodeSetup, add_shared_arguments, make_setup
 from helix_jax.cli.prompts import encode, read_ids, read_text
 from helix_jax.generation import Compiled, Decoded, Prefilled, check_request, stream
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import CP, TP, make_mesh
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
-from helix_jax.processes import number
+from helix_jax.processes import process_index
 from helix_jax.sampling import make_sampling
-from helix_jax.text import TextStream, Tokenizer, chat_ids, open_tokenizer
+from helix_jax.text import Detokenizer, Tokenizer, chat_ids, open_tokenizer
 
 OK, DIFFERENT = 0, 1
 
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Job:
     """One prompt and how to continue it, whatever the mesh."""
 
-    setup: Setup
+    setup: DecodeSetup
     prompt: list[int]
     tokenizer: Tokenizer | None
     options: dict[str, Any]
@@ -75,26 +75,26 @@ class Run:
 
 
 def run(options: argparse.Namespace) -> int:
-    notes = Notes()
+    reporter = Reporter()
     config = read_config(options.model)
     tokenizer = open_tokenizer(options.model, config)
     prompt = _prompt(options, tokenizer)
     shape = _request(options)
     check_request(config, [prompt], **shape)
     mesh = open_mesh(options.platform, options.tp, options.cp, processes=processes_of(options))
-    setup = set_up(options, config, mesh)
+    setup = make_setup(options, config, mesh)
     job = Job(setup, prompt, tokenizer, {**shape, **_sampling(options)})
-    done = _decode(job, setup.load(mesh, notes), notes, quiet=options.json)
-    difference = _difference(job, done.tokens, mesh, notes) if options.verify else None
+    done = _decode(job, setup.load(reporter), reporter, quiet=options.json)
+    difference = _difference(job, done.tokens, mesh, reporter) if options.verify else None
     if options.json:
         print(json.dumps(_report(job, done, None if not options.verify else difference is None)))
     else:
-        notes.console.print(_table(job, done))
+        reporter.console.print(_table(job, done))
     if difference is not None:
-        notes.say(difference)
+        reporter.info(difference)
         return DIFFERENT
     if options.verify:
-        notes.say(f"verified: the {len(done.tokens)} tokens equal those of one device")
+        reporter.info(f"verified: the {len(done.tokens)} tokens equal those of one device")
     return OK
 
 
@@ -122,17 +122,17 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     if options.top_k is not None and options.top_k < 1:
         raise ValueError(f"--top-k is {options.top_k}: give at least 1, or leave it out")
     sampling = make_sampling(1, options.temperature, options.top_k or 0, options.top_p, options.seed)
-    return {"sampling": sampling, "stop_ids": () if options.ignore_eos else None}
+    return {"sampling": sampling, "stop_token_ids": () if options.ignore_eos else None}
 
 
-def _decode(job: Job, model: Transformer, notes: Notes, *, quiet: bool) -> Run:
+def _decode(job: Job, model: Transformer, reporter: Reporter, *, quiet: bool) -> Run:
     """Decodes; unless `quiet`, text goes to stdout as it comes."""
-    text = None if quiet or job.tokenizer is None else TextStream(job.tokenizer)
+    text = None if quiet or job.tokenizer is None else Detokenizer(job.tokenizer)
     tokens: list[int] = []
     compile_s, prefill_s, decode_s = 0.0, 0.0, 0.0
     events = stream(model, [job.prompt], job.setup.plan, **job.options)
-    job.setup.say_how(notes)  # once all input is known to be good
-    with notes.counting() as bar:
+    job.setup.report_devices(reporter)  # once all input is known to be good
+    with reporter.counting() as bar:
         task = bar.add_task("prefill", total=len(job.prompt))
         for event in events:
             if isinstance(event, Compiled):
@@ -158,11 +158,11 @@ def _write(piece: str) -> None:
         sys.stdout.flush()
 
 
-def _difference(job: Job, tokens: list[int], mesh: Mesh, notes: Notes) -> str | None:
+def _difference(job: Job, tokens: list[int], mesh: Mesh, reporter: Reporter) -> str | None:
     """Decodes again with nothing sharded; says where the tokens part, if they do."""
-    mesh = make_mesh(devices=[device for device in mesh.devices.flat if device.process_index == number()])
-    plan = Plan(mesh, BlockLayout(1, job.setup.plan.layout.block))
-    events = stream(job.setup.load(mesh, notes), [job.prompt], plan, **job.options)
+    mesh = make_mesh(1, 1, devices=[device for device in mesh.devices.flat if device.process_index == process_index()])
+    plan = Plan(mesh, job.setup.plan.block)
+    events = stream(job.setup.load(reporter, plan), [job.prompt], plan, **job.options)
     said = (event for event in events if isinstance(event, Decoded))
     for index, (ours, event) in enumerate(zip_longest(tokens, said)):
         theirs = event.tokens[0] if event else None

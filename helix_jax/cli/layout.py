@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from helix_jax.layout import PLACEMENTS, BlockLayout, held_ranges
+from helix_jax.layout import PLACEMENTS, BlockLayout, rank_ranges
 
 MOST_BLOCKS = 10_000_000
 
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
 
 def report(layout: BlockLayout, prompt_len: int, decoded: int) -> dict[str, Any]:
     """Who holds what at the end: for every rank its ranges of positions, and by how much the ranks differ."""
-    held = held_ranges(layout, prompt_len + decoded, prompt_len)
+    held = rank_ranges(layout, prompt_len + decoded, prompt_len)
     tokens = [sum(past_last - first for first, past_last in ranges) for ranges in held]
     ranks = [
         {"rank": rank, "tokens": count, "ranges": [list(positions) for positions in ranges]}

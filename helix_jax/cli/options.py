@@ -9,13 +9,13 @@ from jax.sharding import Mesh
 
 from helix_jax.checkpoint import DEMO_MODEL, load
 from helix_jax.cli.devices import add_process_arguments
-from helix_jax.cli.notes import Notes
+from helix_jax.cli.console import Reporter
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
 from helix_jax.generation import DEFAULT_CHUNK, DEFAULT_PAGE
 from helix_jax.kernels import KERNELS
-from helix_jax.layout import PLACEMENTS, BlockLayout
-from helix_jax.mesh import CP, TP
+from helix_jax.layout import PLACEMENTS
+from helix_jax.mesh import TP
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import EXPERTS, Plan
 
@@ -52,7 +52,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class Setup:
+class DecodeSetup:
     """A model folder and how it is decoded, before its weights are read. kernel: what attends."""
 
     folder: Path
@@ -64,36 +64,35 @@ class Setup:
     platform: str
     kernel: str
 
-    def load(self, mesh: Mesh, notes: Notes) -> Transformer:
-        with notes.reading() as bar:
+    def load(self, reporter: Reporter, plan: Plan | None = None) -> Transformer:
+        with reporter.reading() as bar:
             task = bar.add_task("weights", total=None)
 
             def read(done: int, total: int) -> None:
                 bar.update(task, completed=done, total=total)
 
-            return load(self.folder, mesh, jnp.dtype(self.dtype), experts=self.plan.experts, on_read=read)
+            return load(self.folder, plan or self.plan, jnp.dtype(self.dtype), on_read=read)
 
-    def say_how(self, notes: Notes) -> None:
+    def report_devices(self, reporter: Reporter) -> None:
         mesh = self.plan.mesh
         if self.platform == "cpu" and mesh.size > 1:
-            notes.say(f"the CPU is split into {mesh.size} fake devices")
+            reporter.info(f"the CPU is split into {mesh.size} fake devices")
         tp = mesh.shape[TP]
         if self.config.latent and tp > 1:
-            notes.say(f"a latent serves all heads: the cache is held {tp} times, once for each of tp {tp}")
+            reporter.info(f"a latent serves all heads: the cache is held {tp} times, once for each of tp {tp}")
 
 
-def set_up(options: argparse.Namespace, config: ModelConfig, mesh: Mesh) -> Setup:
+def make_setup(options: argparse.Namespace, config: ModelConfig, mesh: Mesh) -> DecodeSetup:
     """What the shared options come to for this model on this mesh.
 
     Raises:
         ValueError: heads that the mesh does not divide, an unknown choice, a kernel that does not run here.
     """
-    layout = BlockLayout(mesh.shape[CP], options.block, options.placement)
-    plan = Plan(mesh, layout, options.combine, options.kernel, options.experts)
+    plan = Plan(mesh, options.block, options.placement, options.combine, options.kernel, options.experts)
     plan.check_model(config)
     platform = mesh.devices.flat[0].platform
     dtype = options.dtype or ("float32" if platform == "cpu" else "bfloat16")
-    return Setup(
+    return DecodeSetup(
         folder=options.model,
         config=config,
         plan=plan,

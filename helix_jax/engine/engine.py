@@ -9,20 +9,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from helix_jax.engine.memory import Memory, run_length
+from helix_jax.engine.page_allocator import PageAllocator, prefix_block_len
 from helix_jax.engine.params import SamplingParams, check_prompt
-from helix_jax.engine.programs import Told
-from helix_jax.engine.requests import CANCELLED, Ended, Event, Figures, Request, Result
-from helix_jax.engine.runner import Flight, Runner
-from helix_jax.engine.said import Text
-from helix_jax.engine.scheduler import Scheduler, Seat
+from helix_jax.engine.programs import SampleOutput
+from helix_jax.engine.requests import CANCELLED, FinishedEvent, Event, EngineStats, Request, RequestOutput
+from helix_jax.engine.runner import PendingStep, Runner
+from helix_jax.engine.output_text import OutputText
+from helix_jax.engine.scheduler import Scheduler, Admission
 from helix_jax.generation import DEFAULT_CHUNK, DEFAULT_PAGE, check_placed
 from helix_jax.mesh import DP
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.text import Tokenizer
 
-# Text, or token ids.
+# OutputText, or token ids.
 Prompt = str | Sequence[int] | np.ndarray
 
 
@@ -75,11 +75,11 @@ class Engine:
         self.config, self.plan, self.max_len = config, plan, max_len
         self.sharing = _sharing(plan, page, share_prefixes)
         self.runner = Runner(model, plan, rows=rows, pages=pages, page=page, max_len=max_len, chunk=chunk)
-        memory = Memory(plan.layout, self.runner.pages, page, share=self.sharing == "on")
+        memory = PageAllocator(plan.layout, self.runner.pages, page, share=self.sharing == "on")
         self.scheduler = Scheduler(memory, rows, budget, chunk)
         self._tokenizer = tokenizer
         self.requests: dict[str, Request] = {}  # those that have not ended
-        self._flights: deque[Flight] = deque()  # dispatched, not yet read
+        self._flights: deque[PendingStep] = deque()  # dispatched, not yet read
         self._events: deque[Event] = deque()  # read, not yet told
         self._submitted = self._steps = self._prefilled = self._shared = self._decoded = self._finished = 0
         self._busy_s = 0.0
@@ -104,8 +104,8 @@ class Engine:
         if self._tokenizer is None and (isinstance(prompt, str) or params.stop):
             raise ValueError("text needs a tokenizer, and the engine has none: give token ids, and no stop strings")
         ids = check_prompt(self.config, self._encoded(prompt))
-        ends = self.config.stop_ids if params.stop_ids is None else params.stop_ids
-        text = Text(self._tokenizer, params.stop)
+        ends = self.config.eos_token_ids if params.stop_token_ids is None else params.stop_token_ids
+        text = OutputText(self._tokenizer, params.stop)
         request = Request(id, ids, params, frozenset(ends), self._submitted, text, submitted_s=time.perf_counter())
         self.check_room(request)
         self._submitted += 1
@@ -170,13 +170,13 @@ class Engine:
         self._prefilled += sum(chunk.count for chunk in work.chunks)
         self._shared += sum(seat.cached for seat in work.seats)
         self._steps += 1
-        self.settle(ahead=len(flights))
+        self.drain(ahead=len(flights))
         self._busy_s += time.perf_counter() - began
         events = list(self._events)
         self._events.clear()
         return events
 
-    def settle(self, ahead: int = 0) -> None:
+    def drain(self, ahead: int = 0) -> None:
         """Reads what was dispatched, but for the last so many; the next step tells it."""
         while len(self._flights) > ahead:
             told, whose = self._flights[0]
@@ -194,7 +194,7 @@ class Engine:
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> list[Result]:
+    ) -> list[RequestOutput]:
         """The results of these prompts, in their order; params: for all, or one each.
 
         Other requests go on beside them; what is told of those is kept for the next step.
@@ -215,7 +215,7 @@ class Engine:
             for id in ids:
                 self.let_go(self.requests[id])
             raise
-        results: dict[str, Result] = {}
+        results: dict[str, RequestOutput] = {}
         others: list[Event] = []
         ours = set(ids)
         try:
@@ -223,7 +223,7 @@ class Engine:
                 for event in self.step():
                     if event.id not in ours:
                         others.append(event)
-                    elif isinstance(event, Ended):
+                    elif isinstance(event, FinishedEvent):
                         results[event.id] = event.result
         finally:
             self._events.extendleft(reversed(others))
@@ -241,10 +241,10 @@ class Engine:
             )
         return self.runner.warm_up()
 
-    def figures(self) -> Figures:
+    def stats(self) -> EngineStats:
         """How it stands."""
         scheduler, memory = self.scheduler, self.scheduler.memory
-        return Figures(
+        return EngineStats(
             waiting=len(scheduler.waiting),
             running=len(scheduler.running),
             finished=self._finished,
@@ -274,11 +274,11 @@ class Engine:
         if request.row is None:
             self.scheduler.waiting.append(request)
         else:
-            self.runner.seat(Seat(request, request.written), self.scheduler.held[request.id])
+            self.runner.admit(Admission(request, request.written), self.scheduler.held[request.id])
 
     # collect
 
-    def _collect(self, read: Told, whose: list[tuple[int, Request]]) -> Iterator[Event]:
+    def _collect(self, read: SampleOutput, whose: list[tuple[int, Request]]) -> Iterator[Event]:
         for place, request in whose:
             if self.requests.get(request.id) is not request:
                 continue  # it had ended when this was dispatched
@@ -287,17 +287,17 @@ class Engine:
                 chosen_B, top_BC, ids_BC = read.logprobs
                 top = zip(ids_BC[place].tolist(), top_BC[place].tolist(), strict=True)
                 told = float(chosen_B[place]), tuple(top)[: request.params.logprobs]
-            said, reason = request.hear(int(read.token_B[place]), told, time.perf_counter())
+            said, reason = request.append_token(int(read.token_B[place]), told, time.perf_counter())
             self._decoded += 1
             yield said
             if reason:
                 yield self._end(request, reason)
 
-    def _end(self, request: Request, reason: str) -> Ended:
+    def _end(self, request: Request, reason: str) -> FinishedEvent:
         del self.requests[request.id]
         self.scheduler.drop(request)
         self._finished += 1
-        return Ended(request.id, request.result(reason))
+        return FinishedEvent(request.id, request.result(reason))
 
 
 def _check_numbers(**numbers: Any) -> None:
@@ -310,8 +310,8 @@ def _sharing(plan: Plan, page: int, wanted: bool) -> str:
     layout = plan.layout
     if not wanted:
         return "off: not asked for"
-    if layout.placement != "striped":
+    if not layout.prefix_stable:
         return f"off: under {layout.placement} places depend on the prompt's length (choose striped)"
-    if run_length(layout, page) is None:
+    if prefix_block_len(layout, page) is None:
         return f"off: neither of page {page} and block {layout.block} divides the other"
     return "on"

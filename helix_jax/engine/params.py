@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from helix_jax.config import ModelConfig
-from helix_jax.sampling import MOST_LOGPROBS
+from helix_jax.sampling import MAX_LOGPROBS
 
 _MOST = 1e30  # of a number that float32 is to hold
 
@@ -18,7 +18,7 @@ class SamplingParams:
     temperature: 0 is greedy. top_k: only the k likeliest tokens (0: all). top_p: only the fewest of the likeliest whose
     probability reaches p. min_p: only tokens at least so probable as this share of the likeliest. repetition_penalty:
     what the logit of a token that was there already is divided by, or, below 0, multiplied with. seed: with the
-    position it is all that a draw depends on. stop: strings that end it, themselves left out. stop_ids: tokens that end
+    position it is all that a draw depends on. stop: strings that end it, themselves left out. stop_token_ids: tokens that end
     it (None: the model's own; they are given out). logprobs: so many of the likeliest tokens are told with each.
 
     Raises:
@@ -33,13 +33,13 @@ class SamplingParams:
     repetition_penalty: int | float = 1
     seed: int = 0
     stop: str | Sequence[str] = ()
-    stop_ids: Sequence[int] | None = None
+    stop_token_ids: Sequence[int] | None = None
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_ids"):
+        for name in ("stop", "stop_token_ids"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("max_new_tokens", "top_k", "seed"):
@@ -54,9 +54,9 @@ class SamplingParams:
         penalty = self.repetition_penalty
         _check(1 / _MOST < penalty < _MOST, "repetition_penalty", penalty, "a positive number, above 1 to penalise")
         _check(_listed(self.stop, str) and all(self.stop), "stop", self.stop, "a list of strings that are not empty")
-        _check(self.stop_ids is None or _listed(self.stop_ids, int), "stop_ids", self.stop_ids, "a list of token ids")
+        _check(self.stop_token_ids is None or _listed(self.stop_token_ids, int), "stop_token_ids", self.stop_token_ids, "a list of token ids")
         told = self.logprobs
-        _check(told is None or (_whole(told) and 0 <= told <= MOST_LOGPROBS), "logprobs", told, f"0 to {MOST_LOGPROBS}")
+        _check(told is None or (_whole(told) and 0 <= told <= MAX_LOGPROBS), "logprobs", told, f"0 to {MAX_LOGPROBS}")
 
 
 def sampling_params(given: dict[str, Any]) -> SamplingParams:

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from helix_jax.engine.params import SamplingParams
-from helix_jax.engine.said import Text
+from helix_jax.engine.output_text import OutputText
 
 STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
 
 
-class Said(NamedTuple):
+class TokenEvent(NamedTuple):
     """A request's next token. text: what it completes, often nothing, of a model without a tokenizer None.
 
     logprob: of the token, before temperature and filters; top: the likeliest tokens and theirs, as many as were asked
@@ -24,7 +24,7 @@ class Said(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Result:
+class RequestOutput:
     """A request that has ended. reason: 'stop', 'length' or 'cancelled'.
 
     ttft_s: from submission to the first token. s_per_token: between tokens, of all but the first. None if there were
@@ -43,18 +43,18 @@ class Result:
     logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] | None = None
 
 
-class Ended(NamedTuple):
+class FinishedEvent(NamedTuple):
     """A request is over."""
 
     id: str
-    result: Result
+    result: RequestOutput
 
 
-Event = Said | Ended
+Event = TokenEvent | FinishedEvent
 
 
 @dataclass(frozen=True)
-class Figures:
+class EngineStats:
     """How an engine stands. pages_in_use: of each rank, without those of prefixes that nobody reads (pages_cached, of
     every rank as many).
 
@@ -87,9 +87,9 @@ class Request:
     id: str
     prompt: list[int]
     params: SamplingParams
-    stop_ids: frozenset[int]
+    stop_token_ids: frozenset[int]
     order: int  # of submission: the youngest has the highest
-    text: Text
+    text: OutputText
     tokens: list[int] = field(default_factory=list)
     known: list[int] = field(init=False)
     written: int = 0
@@ -119,7 +119,7 @@ class Request:
         self.tokens.append(token)
         self.known.append(token)
 
-    def hear(self, token: int, told: tuple[float, Any] | None, now_s: float) -> tuple[Said, str | None]:
+    def append_token(self, token: int, told: tuple[float, Any] | None, now_s: float) -> tuple[TokenEvent, str | None]:
         """Takes the next token in; tells it, and the reason if it was the last."""
         self.first_s = self.first_s or now_s
         self.last_s = now_s
@@ -127,20 +127,20 @@ class Request:
         self.append(token)
         if told:
             self.logprobs.append(told)
-        stopped = self.text.feed(token) or token in self.stop_ids
+        stopped = self.text.feed(token) or token in self.stop_token_ids
         full = len(self.tokens) == self.params.max_new_tokens
-        said = Said(self.id, token, self.text.give(all=stopped or full), *(told or (None, None)))
+        said = TokenEvent(self.id, token, self.text.give(all=stopped or full), *(told or (None, None)))
         return said, STOP if stopped else LENGTH if full else None
 
-    def result(self, reason: str) -> Result:
+    def result(self, reason: str) -> RequestOutput:
         """What it comes to, now that it is over: the text that was given out, and no more."""
         first, last, gaps = self.first_s, self.last_s, len(self.tokens) - 1
-        return Result(
+        return RequestOutput(
             id=self.id,
             prompt_tokens=len(self.prompt),
             tokens=tuple(self.tokens),
             text=self.text.given,
-            reason=reason,
+            finish_reason=finish_reason,
             ttft_s=None if first is None else first - self.submitted_s,
             s_per_token=None if first is None or last is None or gaps < 1 else (last - first) / gaps,
             shared_tokens=self.shared,

@@ -8,19 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from helix_jax.cache import KVCache, Rows, make_pools, per_row
+from helix_jax.arrays import put
+from helix_jax.cache import CacheSpec, KVCache, Rows, make_pools, max_pages_per_row, per_row
 from helix_jax.engine import programs
-from helix_jax.engine.memory import Held
+from helix_jax.engine.page_allocator import RowPages
 from helix_jax.engine.params import SamplingParams
-from helix_jax.engine.programs import Rules, State, Told
+from helix_jax.engine.programs import RowSampling, DeviceState, SampleOutput
 from helix_jax.engine.requests import Request
-from helix_jax.engine.said import Text
-from helix_jax.engine.scheduler import Chunk, Seat, Work, seated, table_of
-from helix_jax.generation import cache_shape
-from helix_jax.mesh import REPLICATED, ROWS_B, TABLE_RBM, TP, put
+from helix_jax.engine.output_text import OutputText
+from helix_jax.engine.scheduler import Chunk, Admission, ScheduledStep, row_of, table_of
+from helix_jax.mesh import REPLICATED, ROWS_B, TABLE_RBM, TP
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
-from helix_jax.processes import least
+from helix_jax.processes import min_over_processes
 from helix_jax.sampling import make_sampling
 
 _SHARE_OF_MEMORY = 0.9  # of what is free, for pages
@@ -28,10 +28,10 @@ _EDITS = 64  # of the table, in one call
 _SHORTER = (4, 16)  # a chunk that is so many times shorter has a program of its own
 
 
-class Flight(NamedTuple):
+class PendingStep(NamedTuple):
     """What was dispatched and is not yet read: outputs, and whose token stands in which place of them."""
 
-    told: Told
+    told: SampleOutput
     whose: list[tuple[int, Request]]
 
 
@@ -45,10 +45,10 @@ class Runner:
         self, model: Transformer, plan: Plan, *, rows: int, pages: int | None, page: int, max_len: int, chunk: int
     ):
         self.config, self.plan = model.config, plan
-        self.shape: dict[str, Any] = {"page": page, **cache_shape(model)}
+        self.spec, self.page = CacheSpec.from_config(model.config, model.dtype), page
         self._weights = model.weights()
         self._device = min(model.embed_VD[...].sharding.addressable_devices, key=lambda device: device.id)
-        self._entries = _entries(plan, max_len, page)
+        self._entries = max_pages_per_row(plan.layout, max_len, page)
         self._widths = sorted({chunk, *(max(1, chunk // times) for times in _SHORTER)})
         self._under_way: Any = None  # on a CPU
         self.pages = self._pages_that_fit(rows) if pages is None else pages
@@ -57,63 +57,63 @@ class Runner:
     def warm_up(self) -> float:
         """Compiles every program that steps are made of. Returns the seconds that it took."""
         began = time.perf_counter()
-        nobody = Request("", [0], SamplingParams(), frozenset(), -1, Text(None, ()), row=0)
-        self._hand_out([])
-        self.seat(Seat(nobody, 0), Held([[] for _ in range(self.plan.layout.ranks)]))
+        nobody = Request("", [0], SamplingParams(), frozenset(), -1, OutputText(None, ()), row=0)
+        self._edit_page_table([])
+        self.admit(Admission(nobody, 0), RowPages([[] for _ in range(self.plan.layout.ranks)]))
         for width in self._widths:
             self._prefill(Chunk(nobody, 0, 0, False), width)
         self._decode([])
         jax.block_until_ready(self.state)
         return time.perf_counter() - began
 
-    def run(self, work: Work, held: Mapping[str, Held]) -> list[Flight]:
+    def run(self, work: ScheduledStep, held: Mapping[str, RowPages]) -> list[PendingStep]:
         """Dispatches one step; `held`: the pages of every request that has a row."""
         flights = []
         if work.edits:
-            self._hand_out(work.edits)
+            self._edit_page_table(work.edits)
         if work.decodes:
-            flights.append(Flight(self._decode(work.decodes), [(seated(r), r) for r in work.decodes]))
+            flights.append(PendingStep(self._decode(work.decodes), [(row_of(r), r) for r in work.decodes]))
         for seat in work.seats:
-            self.seat(seat, held[seat.request.id])
+            self.admit(seat, held[seat.request.id])
         for chunk in work.chunks:
             told = self._prefill(chunk, next(width for width in self._widths if chunk.count <= width))
             if chunk.last:
-                flights.append(Flight(told, [(0, chunk.request)]))
+                flights.append(PendingStep(told, [(0, chunk.request)]))
         return flights
 
-    def _hand_out(self, edits: list[tuple[int, int, int, int]]) -> None:
+    def _edit_page_table(self, edits: list[tuple[int, int, int, int]]) -> None:
         nothing = (self.plan.layout.ranks, 0, 0, 0)
         for first in range(0, max(len(edits), 1), _EDITS):
             some = edits[first : first + _EDITS]
             edits_X4 = self.put(np.asarray(some + [nothing] * (_EDITS - len(some)), np.int32))
-            self.state = self.call(programs.hand_out, self.plan, self.state, edits_X4)
+            self.state = self.call(programs.edit_page_table, self.plan, self.state, edits_X4)
 
-    def seat(self, seat: Seat, held: Held) -> None:
+    def admit(self, seat: Admission, held: RowPages) -> None:
         """Gives a request its row."""
         request, params = seat.request, seat.request.params
         seen_V = np.zeros(self.state.seen_BV.shape[1], bool)
         seen_V[request.known] = True
         sampling = make_sampling(1, params.temperature, params.top_k, params.top_p, params.seed, params.min_p)
         penalty, told = params.repetition_penalty, params.logprobs is not None
-        rules = Rules(sampling, jnp.full(1, penalty, jnp.float32), jnp.full(1, told))
+        rules = RowSampling(sampling, jnp.full(1, penalty, jnp.float32), jnp.full(1, told))
         table_RM = table_of(held, self._entries)
         numbers = (np.int32(x) for x in (seat.cached, len(request.prompt)))
-        given = (np.int32(seated(request)), table_RM, *numbers, seen_V, rules)
-        self.state = self.call(programs.seat, self.plan, self.state, *map(self.put, given))
+        given = (np.int32(row_of(request)), table_RM, *numbers, seen_V, rules)
+        self.state = self.call(programs.admit, self.plan, self.state, *map(self.put, given))
 
-    def _prefill(self, chunk: Chunk, width: int) -> Told:
+    def _prefill(self, chunk: Chunk, width: int) -> SampleOutput:
         tokens = chunk.request.known[chunk.first : chunk.first + chunk.count]
         tokens_1T = np.zeros((1, width), np.int32)
         tokens_1T[0, : len(tokens)] = tokens
-        given = (np.int32(seated(chunk.request)), tokens_1T, np.asarray([chunk.count], np.int32))
+        given = (np.int32(row_of(chunk.request)), tokens_1T, np.asarray([chunk.count], np.int32))
         told, self.state = self.call(
             programs.prefill, self.config, self.plan, self._weights, self.state, *map(self.put, given)
         )
         return told
 
-    def _decode(self, requests: list[Request]) -> Told:
+    def _decode(self, requests: list[Request]) -> SampleOutput:
         count_B = np.zeros(len(self.state.token_B), np.int32)
-        count_B[[seated(request) for request in requests]] = 1
+        count_B[[row_of(request) for request in requests]] = 1
         told, self.state = self.call(
             programs.decode, self.config, self.plan, self._weights, self.state, self.put(count_B)
         )
@@ -137,25 +137,19 @@ class Runner:
         if not stats:
             return wanted
         free = stats["bytes_limit"] - stats["bytes_in_use"]
-        pools = jax.eval_shape(lambda: make_pools(self.plan, self.plan.layout.ranks, **self.shape))
+        pools = jax.eval_shape(lambda: make_pools(self.plan, self.spec, self.plan.layout.ranks, self.page))
         per_page = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pools)) // self.plan.mesh.size
-        if self.shape["latent"]:
+        if self.spec.latent:
             per_page *= self.plan.mesh.shape[TP]
-        return least(max(1, min(wanted, int(_SHARE_OF_MEMORY * free) // per_page)))
+        return min_over_processes(max(1, min(wanted, int(_SHARE_OF_MEMORY * free) // per_page)))
 
-    def _empty_state(self, rows: int, vocab: int) -> State:
+    def _empty_state(self, rows: int, vocab: int) -> DeviceState:
         plan, ranks = self.plan, self.plan.layout.ranks
-        cache: KVCache = make_pools(plan, ranks * self.pages, **self.shape)
+        cache: KVCache = make_pools(plan, self.spec, ranks * self.pages, self.page)
         table_RBM = np.full((ranks, rows, self._entries), -1, np.int32)
         none_B = np.zeros(rows)
         state_rows = Rows(put(table_RBM, plan.mesh, TABLE_RBM), per_row(plan, none_B), per_row(plan, none_B))
-        rules = Rules(make_sampling(rows), jnp.ones(rows, jnp.float32), jnp.zeros(rows, bool))
+        rules = RowSampling(make_sampling(rows), jnp.ones(rows, jnp.float32), jnp.zeros(rows, bool))
         seen_BV = jnp.zeros((rows, vocab), bool)
-        return State(cache, state_rows, per_row(plan, none_B), *put((seen_BV, rules), plan.mesh, ROWS_B))
+        return DeviceState(cache, state_rows, per_row(plan, none_B), *put((seen_BV, rules), plan.mesh, ROWS_B))
 
-
-def _entries(plan: Plan, max_len: int, page: int) -> int:
-    """Pages of a row on one rank at most: no placement is more than three blocks from even, but for the baseline."""
-    layout = plan.layout
-    even = max_len if layout.placement == "last_rank" else -(-max_len // layout.ranks) + 3 * layout.block
-    return -(-min(max_len, even) // page)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from helix_jax.engine.memory import Held, Memory
+from helix_jax.engine.page_allocator import RowPages, PageAllocator
 from helix_jax.engine.requests import Request
 
 
 @dataclass(frozen=True)
-class Seat:
+class Admission:
     """A request takes a row; `cached` of its tokens are there already."""
 
     request: Request
@@ -30,11 +30,11 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Work:
+class ScheduledStep:
     """One step. edits: (rank, row, entry, page), into the tables of rows that have their seats."""
 
     edits: list[tuple[int, int, int, int]] = field(default_factory=list)
-    seats: list[Seat] = field(default_factory=list)
+    seats: list[Admission] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     decodes: list[Request] = field(default_factory=list)
 
@@ -42,18 +42,18 @@ class Work:
 class Scheduler:
     """Rows, pages and whose turn it is. First come, first served; when pages run out the youngest starts anew later."""
 
-    def __init__(self, memory: Memory, rows: int, budget: int, chunk: int):
+    def __init__(self, memory: PageAllocator, rows: int, budget: int, chunk: int):
         self.memory, self._budget, self._chunk = memory, budget, chunk
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in the order of their seats
-        self.held: dict[str, Held] = {}
+        self.held: dict[str, RowPages] = {}
         self._free_rows = list(range(rows - 1, -1, -1))
         self._target: dict[str, int] = {}  # tokens to cache before a request says something
         self._refused: tuple[Request, int] | None = None  # who found too few pages, after how many releases
         self.preemptions = 0
 
-    def schedule(self) -> Work:
-        work = Work()
+    def schedule(self) -> ScheduledStep:
+        work = ScheduledStep()
         before = self.preemptions
         for request in [r for r in self.running if r.said == r.params.max_new_tokens]:
             self._leave(request)  # its last token is on its way: it needs neither row nor pages
@@ -69,7 +69,7 @@ class Scheduler:
             request.running_ahead += 1
         return work
 
-    def take_in(self, request: Request) -> bool:
+    def admit_transferred(self, request: Request) -> bool:
         """A row and pages for a request that was begun elsewhere; or False, and nothing, if they are not free."""
         held = self.memory.nothing()
         length = self._ahead(request, len(request.known))
@@ -96,7 +96,7 @@ class Scheduler:
     def _decodes(self, request: Request) -> bool:
         return request.written >= self._target[request.id]
 
-    def _make_room(self, request: Request, work: Work) -> bool:
+    def _make_room(self, request: Request, work: ScheduledStep) -> bool:
         """Pages for the block of its next token; the youngest gives way, be it this one."""
         length = self._ahead(request, request.written)
         while (given := self.memory.grow(self.held[request.id], length, len(request.prompt))) is None:
@@ -104,12 +104,13 @@ class Scheduler:
             self._preempt(youngest)
             if youngest is request:
                 return False
-        work.edits.extend((rank, seated(request), entry, page) for rank, entry, page in given)
+        work.edits.extend((rank, row_of(request), entry, page) for rank, entry, page in given)
         return True
 
     def _ahead(self, request: Request, position: int) -> int:
         """Where the block of its next token, at `position`, ends: no further than it can come."""
-        layout, start = self.memory.layout, 0 if self.memory.layout.placement == "striped" else len(request.prompt)
+        layout = self.memory.layout
+        start = layout.decode_start(len(request.prompt))
         block = max(position - start, 0) // layout.block + 1
         return min(start + block * layout.block, request.most)
 
@@ -120,8 +121,8 @@ class Scheduler:
         self.preemptions += 1
         self.waiting.appendleft(request)
 
-    def _prefill(self, work: Work, may_seat: bool) -> None:
-        """Chunks, within the budget. Who waits is seated when its turn comes: its prefix may be cached by then."""
+    def _prefill(self, work: ScheduledStep, may_seat: bool) -> None:
+        """Chunks, within the budget. Who waits is row_of when its turn comes: its prefix may be cached by then."""
         budget = self._budget
         begun = iter([request for request in self.running if not self._decodes(request)])
         while budget > 0:
@@ -132,7 +133,7 @@ class Scheduler:
                 work.chunks.append(chunk)
                 budget -= chunk.count
 
-    def _seat_next(self, work: Work) -> Request | None:
+    def _seat_next(self, work: ScheduledStep) -> Request | None:
         """The first that waits, now with a row and pages; None while there is not enough of them."""
         if not self.waiting or not self._free_rows:
             return None
@@ -148,10 +149,10 @@ class Scheduler:
         self._sit(request, held)
         request.written = cached
         request.shared = request.shared if request.preemptions else cached  # later it would find its own
-        work.seats.append(Seat(request, cached))
+        work.seats.append(Admission(request, cached))
         return request
 
-    def _sit(self, request: Request, held: Held) -> None:
+    def _sit(self, request: Request, held: RowPages) -> None:
         request.row = self._free_rows.pop()
         self.held[request.id], self._target[request.id] = held, len(request.known)
         self.running.append(request)
@@ -164,17 +165,17 @@ class Scheduler:
             request.written += count
             request.running_ahead += chunk.last
             budget -= count
-            self.memory.learn(self.held[request.id], request.known, request.written)
+            self.memory.register_prefix(self.held[request.id], request.known, request.written)
             yield chunk
 
 
-def seated(request: Request) -> int:
+def row_of(request: Request) -> int:
     """The row of a request that has one."""
     assert request.row is not None
     return request.row
 
 
-def table_of(held: Held, entries: int) -> np.ndarray:
+def table_of(held: RowPages, entries: int) -> np.ndarray:
     """[R, M], -1 where there is no page: what is written there is dropped."""
     table_RM = np.full((len(held.pages), entries), -1, np.int32)
     for rank, pages in enumerate(held.pages):

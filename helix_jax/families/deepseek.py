@@ -25,8 +25,8 @@ class Structure:
         if self.by_method and method not in (_GREEDY, _GROUPED):
             raise ValueError(f"config.json: topk_method {method!r} is not supported, only '{_GREEDY}' and '{_GROUPED}'")
         if not self.by_method or method == _GROUPED:
-            fields["experts.groups"] = value_of(published, "n_group", int)
-            fields["experts.chosen_groups"] = value_of(published, "topk_group", int)
+            fields["experts.num_groups"] = value_of(published, "n_group", int)
+            fields["experts.top_k_groups"] = value_of(published, "topk_group", int)
 
     def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
         experts = config.experts
@@ -37,11 +37,11 @@ class Structure:
             "num_key_value_heads": config.heads,
             "first_k_dense_replace": len(experts.dense_layers),
             "n_shared_experts": experts.shared_width // experts.width or None,
-            "n_group": experts.groups,
-            "topk_group": experts.chosen_groups,
+            "n_group": experts.num_groups,
+            "topk_group": experts.top_k_groups,
         }
         if self.by_method:
-            published["topk_method"] = _GREEDY if experts.groups == 1 else _GROUPED
+            published["topk_method"] = _GREEDY if experts.num_groups == 1 else _GROUPED
 
 
 PARTS = (
@@ -52,8 +52,8 @@ PARTS = (
     Key("latent.nope_width", "qk_nope_head_dim"),
     Key("latent.value_width", "v_head_dim"),
     Key("latent.query_rank", "q_lora_rank", int, None),
-    Key("experts.count", "n_routed_experts"),
-    Key("experts.chosen", "num_experts_per_tok"),
+    Key("experts.num_experts", "n_routed_experts"),
+    Key("experts.top_k", "num_experts_per_tok"),
     Key("experts.width", "moe_intermediate_size"),
     Key("experts.scale", "routed_scaling_factor", float),
 )
@@ -69,7 +69,7 @@ TENSORS = {
     "attention.k_up_NIZ": Tensor("self_attn.kv_b_proj.weight", "N(I+U) Z"),
     "attention.v_up_NZU": Tensor("self_attn.kv_b_proj.weight", "N(I+U) Z"),
     "attention.o_NUD": Tensor("self_attn.o_proj.weight", "D NU"),
-    "ff.choice_bias_E": Tensor("mlp.gate.e_score_correction_bias", "E"),
+    "ff.selection_bias_E": Tensor("mlp.gate.e_score_correction_bias", "E"),
     "ff.shared.gate_DF": Tensor("mlp.shared_experts.gate_proj.weight", "F D"),
     "ff.shared.up_DF": Tensor("mlp.shared_experts.up_proj.weight", "F D"),
     "ff.shared.down_FD": Tensor("mlp.shared_experts.down_proj.weight", "D F"),
@@ -90,7 +90,7 @@ DEEPSEEK_V3 = Family(
     architecture="DeepseekV3ForCausalLM",
     parts=(*PARTS, Key("experts.normalised", "norm_topk_prob", bool, True), Structure(by_method=False)),
     options={**OPTIONS, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "rope_interleave": True},
-    always={"experts.scoring": "sigmoid", "experts.choice_bias": True, "experts.group_score": "top2"},
+    always={"experts.scoring": "sigmoid", "experts.selection_bias": True, "experts.group_score": "top2"},
     layer_tensors=TENSORS,
     extras=(r"model\.layers\.{layers}\..*",),  # the multi-token-prediction layer, one past the last
 )

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from helix_jax.config import ModelConfig, from_mapping
+from helix_jax.config import ModelConfig
+from helix_jax.parsing import parse_dataclass
 from helix_jax.families.keys import HEADS, Fields, Published, RopeKeys, sizes
 
 
@@ -91,16 +92,16 @@ class Family:
         fields = {"family": self.model_type, **self.always}
         for part in self.parts:
             part.read(published, fields)
-        fields["stop_ids"] = _stop_ids(published.get("eos_token_id"))
+        fields["eos_token_ids"] = _eos_token_ids(published.get("eos_token_id"))
         fields["tokenizer"] = published.get("tokenizer")
-        return from_mapping(ModelConfig, _nested(fields), "config.json")
+        return parse_dataclass(ModelConfig, _nested(fields), "config.json")
 
     def write_config(self, config: ModelConfig, dtype: str) -> dict[str, Any]:
         """The config.json from which Hugging Face transformers, and `read_config`, make the same model."""
         published: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
         for part in self.parts:
             part.write(config, published)
-        stop = config.stop_ids
+        stop = config.eos_token_ids
         published |= {**self.options, "bos_token_id": None, "torch_dtype": dtype}
         published["eos_token_id"] = stop[0] if len(stop) == 1 else list(stop) or None
         return {**published, "tokenizer": config.tokenizer} if config.tokenizer else published
@@ -120,7 +121,7 @@ class Family:
         return any(re.fullmatch(pattern.format(layers=config.layers), name) for pattern in patterns)
 
 
-def _stop_ids(stop: Any) -> list[int]:
+def _eos_token_ids(stop: Any) -> list[int]:
     ids = [] if stop is None else stop if isinstance(stop, list) else [stop]
     if not all(type(i) is int for i in ids):
         raise ValueError(f"config.json: eos_token_id is {stop!r}: give a token id, or a list of them")
@@ -128,7 +129,7 @@ def _stop_ids(stop: Any) -> list[int]:
 
 
 def _nested(fields: Fields) -> Fields:
-    """{"experts.count": 8} -> {"experts": {"count": 8}}."""
+    """{"experts.num_experts": 8} -> {"experts": {"count": 8}}."""
     nested: Fields = {}
     for name, value in fields.items():
         *outer, last = name.split(".")

@@ -7,7 +7,7 @@ from typing import Any
 
 from helix_jax.config import ModelConfig, Rope
 
-# Fields of ModelConfig by name, those of its parts with a dot: "experts.count". Keys of a config.json.
+# Fields of ModelConfig by name, those of its parts with a dot: "experts.num_experts". Keys of a config.json.
 Fields = dict[str, Any]
 Published = Mapping[str, Any]
 

@@ -8,8 +8,8 @@ MIXTRAL = Family(
     architecture="MixtralForCausalLM",
     parts=(
         *(*sizes(norm_eps=1e-5), *HEADS, RopeKeys(theta=1_000_000.0), Windows(all_layers, None, layer_types=False)),
-        Key("experts.count", "num_local_experts"),
-        Key("experts.chosen", "num_experts_per_tok"),
+        Key("experts.num_experts", "num_local_experts"),
+        Key("experts.top_k", "num_experts_per_tok"),
         Key("experts.width", "intermediate_size"),
     ),
     options={"hidden_act": "silu"},

@@ -55,8 +55,8 @@ QWEN3_MOE = Family(
     parts=(
         *(*sizes(), *HEADS, *BIASES, RopeKeys()),
         Windows(all_layers, layer_types=False, switched=True),
-        Key("experts.count", ("num_experts", "num_local_experts")),
-        Key("experts.chosen", "num_experts_per_tok"),
+        Key("experts.num_experts", ("num_experts", "num_local_experts")),
+        Key("experts.top_k", "num_experts_per_tok"),
         Key("experts.width", "moe_intermediate_size"),
         Key("experts.normalised", "norm_topk_prob", bool, False),
         DenseLayers(),

@@ -1,4 +1,4 @@
-"""Which code attends: the reference in XLA, or its twin for one kind of machine, imported once it is chosen.
+"""Which code attends: the reference in XLA, or its twin for one kind of machine, imported once it is choose_backend.
 
 A twin takes the arrays of `attend`, `scale` and `v_width`, and gives the same partials.
 """
@@ -9,9 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
 
 from helix_jax.attention import Partial, attend
+from helix_jax.kernels.page_format import PageFormat
 from helix_jax.mesh import Device
 
 _SHORT_PAGES = (8, 16, 32, 64)
@@ -20,30 +20,21 @@ _HOPPER = "9"  # major number of the compute capability
 _MOSAIC_GPU_SINCE = (0, 11)
 
 
-class PageFormat(NamedTuple):
-    """What a kernel has to cope with: widths as they are stored. v_width None: values lie beside the keys."""
-
-    width: int
-    page: int
-    dtype: DTypeLike
-    v_width: int | None = None
-
-
-class Twin(NamedTuple):
+class Backend(NamedTuple):
     """What a kernel has against a device or pages: what it wants, what it found, and the cure; None if nothing."""
 
-    against_device: Callable[[Device | None], str | None]
-    against_pages: Callable[[PageFormat], str | None]
+    device_unsupported_reason: Callable[[Device | None], str | None]
+    pages_unsupported_reason: Callable[[PageFormat], str | None]
 
 
-def chosen(kernel: str, device: Device | None, pages: PageFormat) -> str:
+def choose_backend(kernel: str, device: Device | None, pages: PageFormat) -> str:
     """What attends to such pages on such a device; `auto` takes the fastest that can. device None: an abstract one.
 
     Raises:
         ValueError: a kernel asked for by name that cannot.
     """
     if kernel == "auto":
-        fitting = [name for name, twin in _TWINS.items() if device and not _objection(twin, device, pages)]
+        fitting = [name for name, twin in _BACKENDS.items() if device and not _objection(twin, device, pages)]
         return fitting[0] if fitting else "xla"
     check_device(kernel, device)
     check_pages(kernel, pages)
@@ -52,14 +43,14 @@ def chosen(kernel: str, device: Device | None, pages: PageFormat) -> str:
 
 def check_device(kernel: str, device: Device | None) -> None:
     """Raises ValueError if a kernel asked for by name does not run there."""
-    if kernel in _TWINS:
-        _refuse(kernel, _TWINS[kernel].against_device(device))
+    if kernel in _BACKENDS:
+        _refuse(kernel, _BACKENDS[kernel].device_unsupported_reason(device))
 
 
 def check_pages(kernel: str, pages: PageFormat) -> None:
     """Raises ValueError if the kernel cannot read them."""
-    if kernel in _TWINS:
-        _refuse(kernel, _TWINS[kernel].against_pages(pages))
+    if kernel in _BACKENDS:
+        _refuse(kernel, _BACKENDS[kernel].pages_unsupported_reason(pages))
 
 
 def check_arrays(kernel: str, q_BTNH: Array, k_AKWH: Array, v_AKWH: Array | None, v_width: int | None) -> None:
@@ -79,8 +70,8 @@ def check_arrays(kernel: str, q_BTNH: Array, k_AKWH: Array, v_AKWH: Array | None
         )
 
 
-def attend_by(kernel: str) -> Callable[..., Partial]:
-    """`attend`, or the twin that was `chosen`. Raises ValueError for any other name."""
+def backend_attend(kernel: str) -> Callable[..., Partial]:
+    """`attend`, or the twin that was `choose_backend`. Raises ValueError for any other name."""
     if kernel == "xla":
         return attend
     if kernel == "mosaic_gpu":
@@ -91,11 +82,11 @@ def attend_by(kernel: str) -> Callable[..., Partial]:
         from helix_jax.kernels import tpu
 
         return tpu.attend
-    raise ValueError(f"'{kernel}' attends to nothing: choose xla or {' or '.join(_TWINS)}")
+    raise ValueError(f"'{kernel}' attends to nothing: choose xla or {' or '.join(_BACKENDS)}")
 
 
-def _objection(twin: Twin, device: Device, pages: PageFormat) -> str | None:
-    return twin.against_device(device) or twin.against_pages(pages)
+def _objection(twin: Backend, device: Device, pages: PageFormat) -> str | None:
+    return twin.device_unsupported_reason(device) or twin.pages_unsupported_reason(pages)
 
 
 def _refuse(kernel: str, objection: str | None) -> None:
@@ -150,5 +141,5 @@ def _of_another_width(pages: PageFormat, widths: tuple[int, ...], latent: int) -
     return None
 
 
-_TWINS = {"mosaic_gpu": Twin(_not_a_hopper, _not_for_hopper), "tpu": Twin(_not_a_tpu, _not_for_a_tpu)}
-KERNELS = ("auto", "xla", *_TWINS)
+_BACKENDS = {"mosaic_gpu": Backend(_not_a_hopper, _not_for_hopper), "tpu": Backend(_not_a_tpu, _not_for_a_tpu)}
+KERNELS = ("auto", "xla", *_BACKENDS)

@@ -34,7 +34,7 @@ class ExpertWeights(NamedTuple):
     up_bias_EF: Float[Array, "E F"] | None = None
 
 
-class Choice(NamedTuple):
+class Routing(NamedTuple):
     """Which experts each token was sent to, of the C that it may have, and what their words weigh.
 
     An expert outside of those at hand, -1 say, is another device's, or nobody's.
@@ -44,30 +44,30 @@ class Choice(NamedTuple):
     weight_BTC: Float[Array, "B T C"]
 
 
-def spread(choice: Choice, experts: int) -> Array:
+def dense_weights(choice: Routing, experts: int) -> Array:
     """The weight of every expert for every token, 0 where it was not chosen."""
     return (jax.nn.one_hot(choice.expert_BTC, experts) * choice.weight_BTC[..., None]).sum(-2)
 
 
-def on_one_device(config: ModelConfig, x_BTD: Array, choice: Choice, weights: ExpertWeights) -> Array:
+def run_dense(config: ModelConfig, x_BTD: Array, choice: Routing, weights: ExpertWeights) -> Array:
     """All experts on all tokens, weighted: what the other forms are held to. Differentiable."""
-    weight_BTE = spread(choice, weights.gate_EDF.shape[0]).astype(x_BTD.dtype)
+    weight_BTE = dense_weights(choice, weights.gate_EDF.shape[0]).astype(x_BTD.dtype)
     gate_BTEF = einsum("btd,edf->btef", x_BTD, weights.gate_EDF)
     up_BTEF = einsum("btd,edf->btef", x_BTD, weights.up_EDF)
     hidden_BTEF = _hidden(config, gate_BTEF, up_BTEF, weights.gate_bias_EF, weights.up_bias_EF)
     return einsum("btef,efd->btd", weight_BTE[..., None] * hidden_BTEF, weights.down_EFD)
 
 
-def run_here(config: ModelConfig, x_BTD: Array, choice: Choice, weights: ExpertWeights, average: int) -> Array:
+def run_local(config: ModelConfig, x_BTD: Array, choice: Routing, weights: ExpertWeights, average: int) -> Array:
     """In tiles on a CPU, in rounds elsewhere. average: how many tokens an expert gets on average."""
 
     def form(run: Callable[..., Array]) -> Callable[..., Array]:
         return lambda x_BTD, choice, weights: run(config, x_BTD, choice, weights, average)
 
-    return lax.platform_dependent(x_BTD, choice, weights, cpu=form(in_tiles), default=form(in_rounds))
+    return lax.platform_dependent(x_BTD, choice, weights, cpu=form(run_in_tiles), default=form(run_in_rounds))
 
 
-def in_tiles(config: ModelConfig, x_BTD: Array, choice: Choice, weights: ExpertWeights, average: int) -> Array:
+def run_in_tiles(config: ModelConfig, x_BTD: Array, choice: Routing, weights: ExpertWeights, average: int) -> Array:
     """One expert's tile in each step of the loop."""
     B, T, D = x_BTD.shape
     x_XD, weight_X = x_BTD.reshape(B * T, D), choice.weight_BTC.reshape(-1)
@@ -90,7 +90,7 @@ def in_tiles(config: ModelConfig, x_BTD: Array, choice: Choice, weights: ExpertW
     return _loop(tiles_to_E[-1], work_off, x_XD).astype(x_BTD.dtype).reshape(B, T, D)
 
 
-def in_rounds(config: ModelConfig, x_BTD: Array, choice: Choice, weights: ExpertWeights, average: int) -> Array:
+def run_in_rounds(config: ModelConfig, x_BTD: Array, choice: Routing, weights: ExpertWeights, average: int) -> Array:
     """Some tokens of every expert in each step of the loop."""
     B, T, D = x_BTD.shape
     E, C = weights.gate_EDF.shape[0], choice.expert_BTC.shape[-1]
@@ -141,7 +141,7 @@ class _Pairs(NamedTuple):
         return jnp.take(self.sorted_X, self.before_E[expert] + rank, mode="clip")
 
 
-def _sort(choice: Choice, experts: int) -> _Pairs:
+def _sort(choice: Routing, experts: int) -> _Pairs:
     expert_X = choice.expert_BTC.reshape(-1)
     expert_X = jnp.where((expert_X >= 0) & (expert_X < experts), expert_X, experts)
     sorted_X = jnp.argsort(expert_X, stable=True)

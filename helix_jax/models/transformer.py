@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from helix_jax.config import ModelConfig
 from helix_jax.models.attention import Attention, SelfAttention
-from helix_jax.models.experts import on_one_device
+from helix_jax.models.experts import run_dense
 from helix_jax.models.mla import LatentAttention
 from helix_jax.models.moe import MixtureOfExperts, RunExperts
 from helix_jax.models.parts import FeedForward, Parameters, lookup, rms_norm
@@ -81,7 +81,7 @@ class Transformer(nnx.Module):
         position_BT: Int[Array, "B T"],
         attention: Attention,
         states: Sequence[Any],
-        run_experts: RunExperts = on_one_device,
+        run_experts: RunExperts = run_dense,
         drop: Callable[[Array], Array] = lambda x_BTD: x_BTD,
         around: Callable[[Layer], Callable[..., tuple[Array, Any]]] = lambda layer: layer,
     ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
@@ -99,19 +99,24 @@ class Transformer(nnx.Module):
             after.append(state)
         return rms_norm(x_BTD, self.norm_D, self.config), tuple(after)
 
+    @property
+    def dtype(self) -> Any:
+        """The type of the weights, in which the model computes."""
+        return self.embed_VD[...].dtype
+
     def head(self) -> Float[Array, "V D"]:
         return self.embed_VD[...] if self.config.tied_head else self.head_VD[...]
 
     def logits(self, x_BTD: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The next token's logits, in float32; -inf where the vocabulary is padding."""
-        return logits_of(self.config, self.head(), x_BTD)
+        return compute_logits(self.config, self.head(), x_BTD)
 
     def weights(self) -> Weights:
         """Its parameters, as a step takes them. `assemble` is the inverse."""
         return nnx.to_pure_dict(nnx.state(self, nnx.Param))
 
 
-def logits_of(config: ModelConfig, head_VD: Float[Array, "V D"], x_BTD: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+def compute_logits(config: ModelConfig, head_VD: Float[Array, "V D"], x_BTD: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """As `Transformer.logits`."""
     logits_BTV = einsum("...d,vd->...v", x_BTD, head_VD, out=jnp.float32)
     return jnp.where(jnp.arange(head_VD.shape[0]) < config.vocab, logits_BTV, -jnp.inf)

@@ -1,7 +1,7 @@
 """Attention on TPUs by Pallas' Mosaic, a twin of `attend`: pages are read where they lie, a block ahead of their use.
 
 work    how queries, heads and pages are cut into tiles and blocks; what each tile sees
-tile    its pages are fetched while those before them are attended to
+tile    its pages are fetch while those before them are attended to
 """
 
 from functools import partial

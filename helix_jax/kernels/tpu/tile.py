@@ -1,4 +1,4 @@
-"""A tile of queries and what it sees: blocks of pages, fetched into the two halves of a ring.
+"""A tile of queries and what it sees: blocks of pages, fetch into the two halves of a ring.
 
 While one half is attended to, the next block is on its way into the other: of this tile, or of the next tile that sees
 anything. Scores, maximum and sum are float32.

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from helix_jax.cache import KVCache, make_cache, per_row
-from helix_jax.generation import DEFAULT_PAGE, cache_shape, check_placed
-from helix_jax.mesh import CP, REPLICATED, ROWS_B, put
+from helix_jax.arrays import put
+from helix_jax.cache import CacheSpec, KVCache, make_cache, per_row
+from helix_jax.generation import DEFAULT_PAGE, check_placed
+from helix_jax.mesh import CP, REPLICATED, ROWS_B
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.sampling import make_sampling
@@ -28,7 +29,7 @@ class Reader:
         check_placed(model, plan)
         self.model, self.plan, self._weights = model, plan, model.weights()
         lens = [len(prompt) for prompt in prompts]
-        self.cache, self.rows = make_cache(plan, lens, [most] * len(lens), page=DEFAULT_PAGE, **cache_shape(model))
+        self.cache, self.rows = make_cache(plan, CacheSpec.from_config(model.config, model.dtype), lens, [most] * len(lens), page=DEFAULT_PAGE)
         self._sampling = put(make_sampling(len(prompts)), plan.mesh, ROWS_B)
         self._next_B = np.zeros(len(prompts), np.int32)
         self.read(prompts, CHUNK)
@@ -90,7 +91,7 @@ class Reader:
 
 
 def forced_nats(model: Transformer, plan: Plan, text: bytes, position: int, span: int, windows: int, most: int) -> Any:
-    """The surprise of each byte of a span that follows `position` bytes, read one by one, as if it had been decoded.
+    """The token_loss of each byte of a span that follows `position` bytes, read one by one, as if it had been decoded.
 
     [windows, span]: at so many places of the text. most: positions that each row has room for.
     """

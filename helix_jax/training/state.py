@@ -1,4 +1,4 @@
-"""What a run keeps and is given: weights and the optimizer's memory in shares of all devices, batches as dealt."""
+"""What a run keeps and is given: weights and the optimizer's opt_state in shares of all devices, batches as positions_by_rank."""
 
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -11,42 +11,43 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Int
 
+from helix_jax.arrays import put
 from helix_jax.config import ModelConfig
-from helix_jax.layout import dealt
-from helix_jax.mesh import DEALT_BS, DEALT_XBS, REPLICATED, put, sharding, stored_sharding
+from helix_jax.layout import positions_by_rank
+from helix_jax.mesh import SEQ_BS, SEQ_XBS, REPLICATED, sharding, stored_sharding
 from helix_jax.models.transformer import Transformer, Weights
-from helix_jax.train.run import TrainConfig, Training
+from helix_jax.training.plan import TrainConfig, TrainPlan
 
 
 class TrainState(NamedTuple):
     """Float32 master weights, what the optimizer remembers, and steps done. A step takes it over (donated)."""
 
     weights: Weights
-    memory: optax.OptState
+    opt_state: optax.OptState
     step: Int[Array, ""]
 
 
 class Batch(NamedTuple):
-    """X parts of B sequences; along S stand positions in the order of `dealt(layout, S)`.
+    """X parts of B sequences; along S stand positions in the order of `positions_by_rank(layout, S)`.
 
     first: where the document of each position starts. counted: whether the target is one to learn from.
     """
 
     tokens_XBS: Int[Array, "*X B S"]
     targets_XBS: Int[Array, "*X B S"]
-    first_XBS: Int[Array, "*X B S"]
-    counted_XBS: Bool[Array, "*X B S"]
+    document_start_XBS: Int[Array, "*X B S"]
+    loss_mask_XBS: Bool[Array, "*X B S"]
 
 
-def deal(run: Training, tokens_BS: np.ndarray, first_BS: np.ndarray, counted_BS: np.ndarray, parts: int = 1) -> Batch:
+def shard_batch(run: TrainPlan, tokens_BS: np.ndarray, document_start_BS: np.ndarray, loss_mask_BS: np.ndarray, parts: int = 1) -> Batch:
     """Puts sequences on the mesh. tokens [B, S + 1]; first and counted [B, S], of the targets.
 
     parts 0: as a batch without parts, to be evaluated.
     """
-    order = dealt(run.layout, first_BS.shape[1])
-    halves = tokens_BS[:, :-1], tokens_BS[:, 1:], first_BS
-    arrays = [np.asarray(x[:, order], np.int32) for x in halves] + [counted_BS[:, order]]
-    where = DEALT_XBS if parts else DEALT_BS
+    order = positions_by_rank(run.layout, document_start_BS.shape[1])
+    halves = tokens_BS[:, :-1], tokens_BS[:, 1:], document_start_BS
+    arrays = [np.asarray(x[:, order], np.int32) for x in halves] + [loss_mask_BS[:, order]]
+    where = SEQ_XBS if parts else SEQ_BS
     shape = (parts, -1, len(order)) if parts else (-1, len(order))
     return Batch(*(put(x.reshape(shape), run.mesh, where) for x in arrays))
 
@@ -70,7 +71,7 @@ def _name(path: tuple[Any, ...]) -> str:
     return str(path[-1].key)
 
 
-def abstract_state(run: Training) -> Any:
+def abstract_state(run: TrainPlan) -> Any:
     """Shapes, types and places of a run's TrainState."""
 
     def stored(path: tuple[Any, ...], like: Any) -> jax.ShapeDtypeStruct:
@@ -83,23 +84,23 @@ def abstract_state(run: Training) -> Any:
     shapes = nnx.to_pure_dict(nnx.state(Transformer(run.model, rngs=None), nnx.Param))
     weights = jax.tree.map_with_path(stored, shapes)
     optimizer = make_optimizer(run.config)
-    memory = jax.eval_shape(optimizer.init, weights)
-    memory = optax.tree_map_params(
-        optimizer, lambda _, weight: weight, memory, weights, transform_non_params=everywhere
+    opt_state = jax.eval_shape(optimizer.init, weights)
+    opt_state = optax.tree_map_params(
+        optimizer, lambda _, weight: weight, opt_state, weights, transform_non_params=everywhere
     )
-    return TrainState(weights, memory, cast(Any, everywhere(jax.ShapeDtypeStruct((), jnp.int32))))
+    return TrainState(weights, opt_state, cast(Any, everywhere(jax.ShapeDtypeStruct((), jnp.int32))))
 
 
-def abstract_batch(run: Training) -> Any:
+def abstract_batch(run: TrainPlan) -> Any:
     """Shapes, types and places of a run's Batch."""
     config = run.config
     shape = (config.accumulate, config.batch // config.accumulate, config.context)
-    ints = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding(run.mesh, DEALT_XBS))
+    ints = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding(run.mesh, SEQ_XBS))
     counted = jax.ShapeDtypeStruct(shape, bool, sharding=ints.sharding)
     return Batch(*cast(Any, (ints, ints, ints, counted)))
 
 
-def start(run: Training, weights: Weights | None = None) -> TrainState:
+def init_state(run: TrainPlan, weights: Weights | None = None) -> TrainState:
     """A run's first state. The weights may lie anywhere; None: random ones, made where they are kept."""
     places = jax.tree.map(lambda like: like.sharding, abstract_state(run))
 
@@ -112,8 +113,8 @@ def start(run: Training, weights: Weights | None = None) -> TrainState:
         dealt_weights = make()
     else:
         dealt_weights = jax.tree.map(placed, weights, places.weights)
-    memory = jax.jit(make_optimizer(run.config).init, out_shardings=places.memory)(dealt_weights)
-    return TrainState(dealt_weights, memory, put(np.zeros((), np.int32), run.mesh, REPLICATED))
+    opt_state = jax.jit(make_optimizer(run.config).init, out_shardings=places.opt_state)(dealt_weights)
+    return TrainState(dealt_weights, opt_state, put(np.zeros((), np.int32), run.mesh, REPLICATED))
 
 
 def _random_weights(model: ModelConfig, seed: int) -> Weights:

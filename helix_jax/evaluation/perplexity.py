@@ -20,7 +20,7 @@ from reporting import new_figure, write_json
 from rich.console import Console
 from rich.table import Table
 
-from helix_jax.train import LOG2_E
+from helix_jax.training import LOG2_E
 
 CLOSE_NATS = 1e-3
 

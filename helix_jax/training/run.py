@@ -11,11 +11,12 @@ import jax.numpy as jnp
 
 from helix_jax import checkpoint
 from helix_jax.cli.devices import open_mesh, processes_of
-from helix_jax.config import ModelConfig, from_mapping
-from helix_jax.data import Corpus, check_corpus, open_corpus
+from helix_jax.config import ModelConfig
+from helix_jax.parsing import parse_dataclass
+from helix_jax.training.data import Corpus, check_corpus, open_corpus
 from helix_jax.layout import BlockLayout
 from helix_jax.text import Tokenizer, open_tokenizer
-from helix_jax.train import TrainConfig, Training
+from helix_jax.training import TrainConfig, TrainPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class DataConfig:
 class Run:
     """What a command line comes to."""
 
-    training: Training
+    training: TrainPlan
     data: DataConfig
     corpus: Corpus
     out: Path
@@ -46,14 +47,14 @@ def read_run(options: argparse.Namespace) -> Run:
     """Everything that can be refused before a step is compiled."""
     tables = read_tables(options.config, needed={"data", "train"} | (set() if options.init else {"model"}))
     where = str(options.config)
-    data = from_mapping(DataConfig, tables["data"], f"{where} [data]")
-    config = from_mapping(TrainConfig, tables["train"], f"{where} [train]")
+    data = parse_dataclass(DataConfig, tables["data"], f"{where} [data]")
+    config = parse_dataclass(TrainConfig, tables["train"], f"{where} [train]")
     if options.init and "model" in tables:
         raise ValueError(f"{where} has a [model], and --init brings its own: leave out one of them")
     if options.init:
         model = checkpoint.read_config(options.init)
     else:
-        model = from_mapping(ModelConfig, tables["model"], f"{where} [model]")
+        model = parse_dataclass(ModelConfig, tables["model"], f"{where} [model]")
     checkpoint.describe(model, "bfloat16")  # what cannot be written in the end is better known now
     home = options.init or options.config.parent
     tokenizer = open_tokenizer(home, model)
@@ -70,7 +71,7 @@ def read_run(options: argparse.Namespace) -> Run:
     corpus = open_data(options.config.parent, data, tokenizer, model, config)
     dtype = jnp.dtype(options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     layout = BlockLayout(options.cp, options.block, "striped")
-    training = Training(model, config, mesh, layout, dtype, corpus.documents)
+    training = TrainPlan(model, config, mesh, layout, dtype, corpus.documents)
     return Run(training, data, corpus, options.out, options.init, home if model.tokenizer != "bytes" else None)
 
 

@@ -68,13 +68,13 @@ def held_out_text(options: argparse.Namespace, least: int) -> bytes:
 def plans_of(options: argparse.Namespace) -> dict[str, Plan]:
     """One device first, then the placements."""
     mesh = open_mesh(options.platform, options.tp, options.cp)
-    plans = {ALONE: Plan(make_mesh(devices=list(mesh.devices.flat)), BlockLayout(1, options.block))}
+    plans = {ALONE: Plan(make_mesh(1, 1, devices=list(mesh.devices.flat)), options.block)}
     for name in options.placement or PLACEMENTS:
-        plans[name] = Plan(mesh, BlockLayout(options.cp, options.block, name))
+        plans[name] = Plan(mesh, options.block, name)
     return plans
 
 
 def models_of(options: argparse.Namespace, plans: dict[str, Plan]) -> Iterator[tuple[str, Plan, Transformer]]:
     """The model on each, one after the other."""
     for name, plan in plans.items():
-        yield name, plan, checkpoint.load(options.model, plan.mesh, jnp.float32)  # pyright: ignore[reportArgumentType]
+        yield name, plan, checkpoint.load(options.model, plan, jnp.float32)

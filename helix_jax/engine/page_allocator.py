@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from helix_jax.cache import pages_needed
 from helix_jax.layout import BlockLayout
 
 
 @dataclass(eq=False)  # a run is itself: two of the same content are two
-class Run:
+class PrefixBlock:
     """A stretch of a prefix, as long as a turn of the ranks in whole pages, and its pages on each rank.
 
     key: the run before it, and its tokens. users: rows that begin with it.
@@ -21,7 +22,7 @@ class Run:
 
 
 @dataclass
-class Held:
+class RowPages:
     """The pages of one row, per rank and in the order of slots.
 
     length: positions that they are enough for. runs: those of its first tokens. Where it was there first, or came when
@@ -30,10 +31,10 @@ class Held:
 
     pages: list[list[int]]
     length: int = 0
-    runs: list[Run] = field(default_factory=list)
+    runs: list[PrefixBlock] = field(default_factory=list)
 
 
-class Memory:
+class PageAllocator:
     """Pages of all ranks: free, held by rows, or kept with a prefix for whoever comes with it again.
 
     A rank hands out pages for the blocks that it will own and for no other. Runs of prefixes are known by their tokens
@@ -43,36 +44,36 @@ class Memory:
 
     def __init__(self, layout: BlockLayout, pages: int, page: int, *, share: bool):
         self.layout, self.pages, self.page = layout, pages, page
-        self.run_tokens = run_length(layout, page) if share else None
+        self.prefix_block_len = prefix_block_len(layout, page) if share else None
         self._free = [list(range(pages - 1, -1, -1)) for _ in range(layout.ranks)]
-        self._runs: dict[tuple[int, bytes], Run] = {}
-        self._idle: dict[Run, None] = {}  # those that no row reads, in the order in which they were let go
+        self._runs: dict[tuple[int, bytes], PrefixBlock] = {}
+        self._idle: dict[PrefixBlock, None] = {}  # those that no row reads, in the order in which they were let go
         self.releases = 0
 
     def needed(self, length: int, prompt_len: int) -> np.ndarray:
         """Pages on each rank for the first `length` positions."""
         filled_R = self.layout.filled(length, prompt_len, np.arange(self.layout.ranks))
-        return -(-filled_R // self.page)
+        return pages_needed(filled_R, self.page)
 
-    def nothing(self) -> Held:
+    def nothing(self) -> RowPages:
         """Of a row that holds no page yet."""
-        return Held([[] for _ in range(self.layout.ranks)])
+        return RowPages([[] for _ in range(self.layout.ranks)])
 
-    def start(self, tokens: Sequence[int]) -> tuple[Held, int]:
+    def start(self, tokens: Sequence[int]) -> tuple[RowPages, int]:
         """The longest known prefix of these tokens, now held, and its length: at least one token is left to compute."""
         held = self.nothing()
-        if self.run_tokens is None:
+        if self.prefix_block_len is None:
             return held, 0
-        for index in range((len(tokens) - 1) // self.run_tokens):
+        for index in range((len(tokens) - 1) // self.prefix_block_len):
             run = self._runs.get(self._key(held, tokens, index))
             if run is None:
                 break
             self._read(held, run)
             for mine, theirs in zip(held.pages, run.pages, strict=True):
                 mine.extend(theirs)
-        return held, len(held.runs) * self.run_tokens
+        return held, len(held.runs) * self.prefix_block_len
 
-    def grow(self, held: Held, length: int, prompt_len: int) -> list[tuple[int, int, int]] | None:
+    def grow(self, held: RowPages, length: int, prompt_len: int) -> list[tuple[int, int, int]] | None:
         """Hands out what `length` positions still need, as (rank, entry, page); None, and nothing, if there is less."""
         if length <= held.length:
             return []
@@ -88,18 +89,18 @@ class Memory:
         held.length = length
         return given
 
-    def learn(self, held: Held, tokens: Sequence[int], length: int) -> None:
+    def register_prefix(self, held: RowPages, tokens: Sequence[int], length: int) -> None:
         """The first `length` of these tokens are cached in this row: whoever starts with them may read them now."""
-        if self.run_tokens is None:
+        if self.prefix_block_len is None:
             return
-        for index in range(len(held.runs), length // self.run_tokens):
+        for index in range(len(held.runs), length // self.prefix_block_len):
             key = self._key(held, tokens, index)
             if key not in self._runs:
                 span = slice(index * self._pages_per_run, (index + 1) * self._pages_per_run)
-                self._runs[key] = Run(key, [mine[span] for mine in held.pages])
+                self._runs[key] = PrefixBlock(key, [mine[span] for mine in held.pages])
             self._read(held, self._runs[key])
 
-    def release(self, held: Held) -> None:
+    def release(self, held: RowPages) -> None:
         """The row lets go of its pages; those of runs stay where they are."""
         self.releases += 1
         kept = [{page for run in held.runs for page in run.pages[rank]} for rank in range(self.layout.ranks)]
@@ -121,11 +122,11 @@ class Memory:
 
     @property
     def _pages_per_run(self) -> int:
-        return 0 if self.run_tokens is None else self.run_tokens // self.layout.ranks // self.page
+        return 0 if self.prefix_block_len is None else self.prefix_block_len // self.layout.ranks // self.page
 
-    def _key(self, held: Held, tokens: Sequence[int], index: int) -> tuple[int, bytes]:
-        assert self.run_tokens is not None
-        mine = tokens[index * self.run_tokens : (index + 1) * self.run_tokens]
+    def _key(self, held: RowPages, tokens: Sequence[int], index: int) -> tuple[int, bytes]:
+        assert self.prefix_block_len is not None
+        mine = tokens[index * self.prefix_block_len : (index + 1) * self.prefix_block_len]
         return id(held.runs[-1]) if held.runs else 0, np.asarray(mine, np.int32).tobytes()
 
     def _free_up(self, wanted_R: list[int]) -> bool:
@@ -137,20 +138,20 @@ class Memory:
             self._forget(next(iter(self._idle)))
         return True
 
-    def _read(self, held: Held, run: Run) -> None:
+    def _read(self, held: RowPages, run: PrefixBlock) -> None:
         run.users += 1
         self._idle.pop(run, None)
         held.runs.append(run)
 
-    def _forget(self, run: Run) -> None:
+    def _forget(self, run: PrefixBlock) -> None:
         del self._runs[run.key], self._idle[run]
         for free, pages in zip(self._free, run.pages, strict=True):
             free.extend(reversed(pages))
 
 
-def run_length(layout: BlockLayout, page: int) -> int | None:
+def prefix_block_len(layout: BlockLayout, page: int) -> int | None:
     """Tokens of a stretch that fills whole pages on every rank, wherever it is cached; None if there is none such."""
     block = layout.block
-    if layout.placement != "striped" or max(block, page) % min(block, page):
+    if not layout.prefix_stable or max(block, page) % min(block, page):
         return None
     return layout.ranks * max(block, page)

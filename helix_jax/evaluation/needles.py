@@ -23,8 +23,8 @@ from rich.table import Table
 
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
-from helix_jax.recall import DIGITS, NAMES, fact, haystack, new_key, question
-from helix_jax.train import LOG2_E
+from helix_jax.training.passkeys import DIGITS, NAMES, fact, haystack, new_key, question
+from helix_jax.training import LOG2_E
 
 
 def main() -> int:

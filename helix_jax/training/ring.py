@@ -1,4 +1,4 @@
-"""Attention for training: whole sequences lie dealt over the cp ranks, and no device ever holds more than its share.
+"""Attention for training: whole sequences lie positions_by_rank over the cp ranks, and no device ever holds more than its share.
 
 Queries stay where they are; keys and values travel around the ranks, and each rank attends to the share that passes by.
 The partials meet by their log-sum-exp. Backward it is the same ring: the gradients of keys and values travel with them.
@@ -19,20 +19,20 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from helix_jax.attention import Partial, finite_or_zero, merge, normalise, with_sink
-from helix_jax.combine import pass_on, varying
-from helix_jax.layout import BlockLayout, dealt
-from helix_jax.mesh import CP, DEALT_BS, DEALT_BSKH, DEALT_LATENT_BSKH, DEALT_S, DEALT_SINK_N, TP, AnyMesh
+from helix_jax.attention import Partial, finite_or_zero, merge, normalise, merge_sink
+from helix_jax.combine import ring_shift, mark_varying
+from helix_jax.layout import BlockLayout, positions_by_rank
+from helix_jax.mesh import CP, SEQ_BS, SEQ_BSKH, SEQ_LATENT_BSKH, SEQ_S, SEQ_SINK_N, TP, AnyMesh
 from helix_jax.numerics import einsum
 
 _LARGEST_TILE = 512
 _TILES = 16  # of a share at least: half of the tiles on the diagonal are seen in vain
 
 
-def ring_attention(mesh: AnyMesh, layout: BlockLayout, first_BS: Int[Array, "B S"]) -> Callable[..., tuple[Array, Any]]:
+def ring_attention(mesh: AnyMesh, layout: BlockLayout, document_start_BS: Int[Array, "B S"]) -> Callable[..., tuple[Array, Any]]:
     """Causal attention within whole sequences, in the form that a Transformer takes; its state is None.
 
-    Along S stand the positions in the order of `dealt(layout, S)`: rank after rank, each its own. first_BS: where the
+    Along S stand the positions in the order of `positions_by_rank(layout, S)`: rank after rank, each its own. document_start_BS: where the
     document of each position starts; nothing before it is seen.
 
     Raises, when it is called:
@@ -52,15 +52,15 @@ def ring_attention(mesh: AnyMesh, layout: BlockLayout, first_BS: Int[Array, "B S
     ) -> tuple[Float[Array, "B S N Hv"], None]:
         S, latent = q_BSNH.shape[1], v_BSKH is None
         check_length(layout, S)
-        keys = DEALT_LATENT_BSKH if latent else DEALT_BSKH
-        island = jax.shard_map(
-            partial(_island, _How(layout, scale, window, tile_for(S // layout.ranks)), v_width),
+        keys = SEQ_LATENT_BSKH if latent else SEQ_BSKH
+        sharded = jax.shard_map(
+            partial(_attention_shard, _How(layout, scale, window, tile_for(S // layout.ranks)), v_width),
             mesh=mesh,
-            in_specs=(DEALT_BSKH, keys, keys, DEALT_BS, DEALT_S, DEALT_SINK_N),
-            out_specs=DEALT_BSKH,
+            in_specs=(SEQ_BSKH, keys, keys, SEQ_BS, SEQ_S, SEQ_SINK_N),
+            out_specs=SEQ_BSKH,
         )
-        position_S = jnp.asarray(dealt(layout, S))
-        return island(q_BSNH, k_BSKH, v_BSKH, first_BS, position_S, sink_N), state
+        position_S = jnp.asarray(positions_by_rank(layout, S))
+        return sharded(q_BSNH, k_BSKH, v_BSKH, document_start_BS, position_S, sink_N), state
 
     return attention
 
@@ -92,29 +92,29 @@ class _How(NamedTuple):
 class _Seen(NamedTuple):
     """By each of this rank's queries: positions [first, position]."""
 
-    first_BT: Array
+    document_start_BT: Array
     position_T: Array
 
 
-def _island(
+def _attention_shard(
     how: _How,
     v_width: int | None,
     q_BTNH: Array,
     k_BTKH: Array,
     v_BTKH: Array | None,
-    first_BT: Array,
+    document_start_BT: Array,
     position_T: Array,
     sink_N: Array | None,
 ) -> Array:
     B, T, N, H = q_BTNH.shape
     if v_BTKH is None:
-        k_BTKH = varying(k_BTKH, TP)  # each device of tp has its own gradient of the latents; here they are summed
+        k_BTKH = mark_varying(k_BTKH, TP)  # each device of tp has its own gradient of the latents; here they are summed
         v_BTKH = k_BTKH[..., :v_width]
     q_BTKGH = q_BTNH.reshape(B, T, k_BTKH.shape[2], -1, H)
-    found: Any = _around(how, q_BTKGH, k_BTKH, v_BTKH, _Seen(first_BT, position_T))
+    found: Any = _around(how, q_BTKGH, k_BTKH, v_BTKH, _Seen(document_start_BT, position_T))
     whole = Partial(found.o_BTNH.reshape(B, T, N, -1), found.lse_BTN.reshape(B, T, N))
     if sink_N is not None:
-        whole = with_sink(whole, sink_N)
+        whole = merge_sink(whole, sink_N)
     return whole.o_BTNH.astype(q_BTNH.dtype)
 
 
@@ -159,16 +159,16 @@ _around.defvjp(_around_forward, _around_backward)
 def _ring(how: _How, seen: _Seen, work: Callable[..., tuple[Any, Any]], mine: Any, shares: Any) -> tuple[Any, Any]:
     """`work`(mine, shares, lo, hi) -> (mine, shares) on every rank's in turn. The shares end where they began."""
     layout, rank = how.layout, lax.axis_index(CP)
-    first_BT, past_T = seen.first_BT, seen.position_T + 1
+    document_start_BT, past_T = seen.document_start_BT, seen.position_T + 1
     if how.window is not None:
-        first_BT = jnp.maximum(first_BT, past_T - how.window)
+        document_start_BT = jnp.maximum(document_start_BT, past_T - how.window)
 
     def visit(carry: tuple[Any, Any], step: Array) -> tuple[tuple[Any, Any], None]:
         mine, shares = carry
         source, length = (rank - step) % layout.ranks, seen.position_T.shape[0] * layout.ranks
-        lo_BT, hi_T = (layout.filled(n, length, source) for n in (first_BT, past_T))
+        lo_BT, hi_T = (layout.filled(n, length, source) for n in (document_start_BT, past_T))
         mine, shares = work(mine, shares, lo_BT, jnp.broadcast_to(hi_T, lo_BT.shape))
-        return (mine, pass_on(shares, CP)), None
+        return (mine, ring_shift(shares, CP)), None
 
     return lax.scan(visit, (mine, shares), jnp.arange(layout.ranks))[0]
 

@@ -15,7 +15,7 @@ from rich.progress import (
 )
 
 
-class Notes:
+class Reporter:
     """stderr. The library's own warnings come out here too, as lines like every other."""
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Notes:
         log = logging.getLogger("helix_jax")
         log.handlers, log.propagate = [_Lines(self)], False
 
-    def say(self, line: str) -> None:
+    def info(self, line: str) -> None:
         self.console.print(f"helix-jax: {line}")
 
     def counting(self) -> Progress:
@@ -39,9 +39,9 @@ class Notes:
 
 
 class _Lines(logging.Handler):
-    def __init__(self, notes: Notes):
+    def __init__(self, reporter: Reporter):
         super().__init__()
-        self._notes = notes
+        self._reporter = reporter
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._notes.say(record.getMessage())
+        self._reporter.info(record.getMessage())

@@ -30,25 +30,26 @@ from rich.console import Console
 from train_log import mfu, open_log
 from train_run import Run, read_run
 
+from helix_jax.arrays import fetch
 from helix_jax import checkpoint
-from helix_jax.checkpoint.states import States
+from helix_jax.training.checkpointer import Checkpointer
 from helix_jax.checkpoint.tensors import read_json
 from helix_jax.cli.devices import add_process_arguments
-from helix_jax.data import Sequences, cut, held_out_windows, sequences_of
-from helix_jax.layout import dealt
-from helix_jax.mesh import DP, fetched
+from helix_jax.training.data import Sequences, slice_sequences, held_out_windows, training_sequences
+from helix_jax.layout import positions_by_rank
+from helix_jax.mesh import DP
 from helix_jax.models.transformer import Weights, assemble
-from helix_jax.processes import by_first, is_first
-from helix_jax.recall import plant
-from helix_jax.train import (
+from helix_jax.processes import on_first_process, is_first
+from helix_jax.training.passkeys import insert_passkeys
+from helix_jax.training import (
     LOG2_E,
     Batch,
-    Told,
+    StepMetrics,
     TrainState,
     abstract_state,
-    deal,
-    evaluate,
-    start,
+    shard_batch,
+    eval_step,
+    init_state,
     train_step,
 )
 
@@ -73,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--tp", type=int, default=1, metavar="N", help="devices that share heads and widths (default: 1)")
     add("--cp", type=int, default=1, metavar="N", help="devices that share each sequence (default: 1)")
     add("--dp", type=int, default=1, metavar="N", help="devices that share the batch (default: 1)")
-    add("--block", type=int, default=16, metavar="TOKENS", help="in which sequences are dealt (default: 16)")
+    add("--block", type=int, default=16, metavar="TOKENS", help="in which sequences are positions_by_rank (default: 16)")
     add("--dtype", choices=("float32", "bfloat16"), help="to compute in (default: bfloat16; float32 on a CPU)")
     add("--platform", choices=("auto", "cpu", "gpu", "tpu"), default="auto", help="cpu: fake devices")
     add_process_arguments(parser)
@@ -83,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
 def train(run: Run) -> None:
     training, config = run.training, run.training.config
     with claimed(run):
-        states = States(run.out / "states")
+        states = Checkpointer(run.out / "states")
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         try:
             first, state = states.restore(abstract_state(training)) or (0, first_state(run))
@@ -109,16 +110,16 @@ def train(run: Run) -> None:
 
 def first_state(run: Run) -> TrainState:
     if run.init is None:
-        return start(run.training)
-    mesh = cast(Mesh, run.training.mesh)  # of devices that are there
-    return start(run.training, checkpoint.load(run.init, mesh, jnp.float32, to_train=True).weights())
+        return init_state(run.training)
+    mesh = cast(Mesh, run.training.mesh)
+    return init_state(run.training, checkpoint.load_for_training(run.init, mesh).weights())
 
 
 @contextmanager
 def claimed(run: Run) -> Iterator[None]:
     """The first process makes the folder of a run, and keeps others out of it. Raises as `_claimed_here`."""
     with ExitStack() as held:
-        by_first(lambda: held.enter_context(_claimed_here(run)))
+        on_first_process(lambda: held.enter_context(_claimed_here(run)))
         yield
 
 
@@ -163,7 +164,7 @@ def describe(run: Run, state: TrainState, first: int, console: Console) -> None:
         console.print(f"going on after step {first}, of the state in '{run.out / 'states'}'")
 
 
-def figures(run: Run, step: int, told: Told, began: float, state: TrainState) -> dict[str, float]:
+def figures(run: Run, step: int, told: StepMetrics, began: float, state: TrainState) -> dict[str, float]:
     """What is told of a step, waited for. Raises ValueError if it leads nowhere."""
     found = {"nats": float(told.nats), "gradient_norm": float(told.gradient_norm)}
     speed = run.training.config.batch * run.training.config.context / (time.perf_counter() - began)
@@ -183,17 +184,17 @@ def _check_finite(run: Run, step: int, found: dict[str, float]) -> None:
 
 
 def batch_of(run: Run, step: int) -> Batch:
-    return deal(run.training, *planted(run, step), parts=run.training.config.accumulate)
+    return shard_batch(run.training, *with_passkeys(run, step), parts=run.training.config.accumulate)
 
 
-def planted(run: Run, step: int) -> Sequences:
+def with_passkeys(run: Run, step: int) -> Sequences:
     """The sequences of a step, some with things to remember hidden in them; a function of the seed and the step."""
     config = run.training.config
-    found = sequences_of(run.corpus, config.context, config.batch, config.seed, step)
+    found = training_sequences(run.corpus, config.context, config.batch, config.seed, step)
     random = np.random.default_rng((config.seed, step, 1))
     for row in np.flatnonzero(random.random(config.batch) < run.data.passkeys):
-        if not found.first_BS[row].any() and found.counted_BS[row].all():  # all of one document
-            text = plant(found.tokens_BS[row].astype(np.uint8).tobytes(), random)
+        if not found.document_start_BS[row].any() and found.loss_mask_BS[row].all():  # all of one document
+            text = insert_passkeys(found.tokens_BS[row].astype(np.uint8).tobytes(), random)
             found.tokens_BS[row] = np.frombuffer(text, np.uint8)
     return found
 
@@ -206,12 +207,12 @@ def score(run: Run, step: int, weights: Weights) -> dict[str, float]:
     starts, counted = held_out_windows(run.corpus, config.context)
     dp = training.mesh.shape[DP]
     rows = min(config.batch // config.accumulate, -(-len(starts) // dp) * dp)  # no more than a step has at once
-    order, total, count = dealt(training.layout, config.context), 0.0, 0
+    order, total, count = positions_by_rank(training.layout, config.context), 0.0, 0
     for i in range(0, len(starts), rows):
         some = np.resize(starts[i : i + rows], rows)  # the last batch is filled up with some of its own
-        found = cut(run.corpus, some, config.context)
-        nats_BS = fetched(evaluate(training, weights, deal(training, *found, parts=0)))
-        mine = (counted[i : i + rows] & found.counted_BS[: len(counted[i : i + rows])])[:, order]
+        found = slice_sequences(run.corpus, some, config.context)
+        nats_BS = fetch(eval_step(training, weights, shard_batch(training, *found, parts=0)))
+        mine = (counted[i : i + rows] & found.loss_mask_BS[: len(counted[i : i + rows])])[:, order]
         total += float(nats_BS[: len(mine)][mine].sum(dtype=np.float64))
         count += int(mine.sum())
     scores = {"held_out_nats": total / max(count, 1), "held_out_tokens": count}

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from helix_jax.text import TextStream, Tokenizer
+from helix_jax.text import Detokenizer, Tokenizer
 
 
-class Text:
+class OutputText:
     """Holds back what may be the start of a character, or of a stop string. Without a tokenizer there is none: None."""
 
     def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str]):
-        self._stream = TextStream(tokenizer) if tokenizer else None
+        self._stream = Detokenizer(tokenizer) if tokenizer else None
         self._stops = stops
         self._held = ""
         self._stopped = False

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from helix_jax.config import ModelConfig
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import CP, DP, TP, AnyMesh
-from helix_jax.ring import check_length
+from helix_jax.training.ring import check_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainPlan:
     """A run: everything that is compiled into its step. dtype: of what is computed; the weights are float32.
 
     documents: whether a sequence may hold several. If none does and cp is 1, a GPU attends by cuDNN where it can.

@@ -16,14 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from helix_jax.mesh import EXPERT_WEIGHTS
 from helix_jax.models.transformer import Weights
 from helix_jax.processes import is_first
-from helix_jax.train import Training
+from helix_jax.training import TrainPlan
 
 LOG_FILE, CURVE_FILE = "train_log.jsonl", "curve.png"
 # Dense bfloat16 FLOP/s of one device, as its maker says.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "v5 lite": 197e12, "v5p": 459e12, "v6": 918e12}
 
 
-def mfu(run: Training, weights: Weights, tokens_per_s: float) -> float | None:
+def mfu(run: TrainPlan, weights: Weights, tokens_per_s: float) -> float | None:
     """The share of the devices' FLOP/s that the model's own come to; None of devices whose peak is not known.
 
     Six per parameter and token, without lookups and experts that were not chosen, and twelve per pair of a query and a
@@ -33,7 +33,7 @@ def mfu(run: Training, weights: Weights, tokens_per_s: float) -> float | None:
     if peak is None:
         return None
     model = run.model
-    chosen = model.experts.chosen / model.experts.count if model.experts else 1
+    chosen = model.experts.top_k / model.experts.num_experts if model.experts else 1
 
     def used(path: tuple[Any, ...], weight: Any) -> float:
         name = str(path[-1].key)

@@ -17,10 +17,10 @@ BAD_INPUT, INTERRUPTED = 2, 130
 
 
 def complain(message: str, code: int = BAD_INPUT) -> int:
-    who = Path(sys.argv[0]).name + ("" if processes.is_first() else f", process {processes.number()}")
-    print(f"{who}: {' '.join(message.split())}", file=sys.__stderr__ if processes.count() > 1 else sys.stderr)
-    if processes.count() > 1:
-        processes.leave(code)
+    who = Path(sys.argv[0]).name + ("" if processes.is_first() else f", process {processes.process_index()}")
+    print(f"{who}: {' '.join(message.split())}", file=sys.__stderr__ if processes.process_count() > 1 else sys.stderr)
+    if processes.process_count() > 1:
+        processes.exit_now(code)
     return code
 
 
@@ -41,8 +41,8 @@ def exit_status(main: Callable[[], None], if_too_large: str) -> int:
     except (ValueError, OSError) as error:
         return complain(str(error))
     except jax.errors.JaxRuntimeError as error:
-        if said := processes.lost(error):
-            return complain(said, processes.LOST)
+        if said := processes.lost_process_message(error):
+            return complain(said, processes.LOST_PROCESS)
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return complain(f"out of device memory ({str(error).splitlines()[0]}): {if_too_large}")

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 _log = logging.getLogger("helix_jax")
 
 
-class States:
+class Checkpointer:
     """The last few states in a folder. One that is half written, or was harmed since, is as if it were not there."""
 
     def __init__(self, folder: Path, keep: int = 2):

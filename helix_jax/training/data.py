@@ -35,8 +35,8 @@ class Sequences(NamedTuple):
     """
 
     tokens_BS: np.ndarray  # [B, S + 1]
-    first_BS: np.ndarray
-    counted_BS: np.ndarray
+    document_start_BS: np.ndarray
+    loss_mask_BS: np.ndarray
 
 
 def open_corpus(
@@ -121,10 +121,10 @@ def _check_ids(file: Path, tokens_X: np.ndarray, vocab: int) -> None:
         )
 
 
-def sequences_of(corpus: Corpus, context: int, batch: int, seed: int, step: int) -> Sequences:
-    """What a step trains on. An epoch's windows lie side by side; each has another order, and is cut elsewhere."""
+def training_sequences(corpus: Corpus, context: int, batch: int, seed: int, step: int) -> Sequences:
+    """What a step trains on. An epoch's windows lie side by side; each has another order, and is slice_sequences elsewhere."""
     starts = [_start(corpus.held_out, context, seed, index) for index in range(step * batch, (step + 1) * batch)]
-    return cut(corpus, np.asarray(starts), context)
+    return slice_sequences(corpus, np.asarray(starts), context)
 
 
 def check_corpus(corpus: Corpus, context: int) -> None:
@@ -137,12 +137,12 @@ def check_corpus(corpus: Corpus, context: int) -> None:
         )
 
 
-def cut(corpus: Corpus, start_B: np.ndarray, context: int) -> Sequences:
+def slice_sequences(corpus: Corpus, start_B: np.ndarray, context: int) -> Sequences:
     """The sequences that start there."""
     at_BS = start_B[:, None] + np.arange(context + 1)
     document_BS = np.searchsorted(corpus.starts, at_BS, side="right") - 1
-    first_BS = np.maximum(corpus.starts[document_BS[:, :-1]] - start_B[:, None], 0)
-    return Sequences(corpus.tokens_X[at_BS].astype(np.int32), first_BS, document_BS[:, 1:] == document_BS[:, :-1])
+    document_start_BS = np.maximum(corpus.starts[document_BS[:, :-1]] - start_B[:, None], 0)
+    return Sequences(corpus.tokens_X[at_BS].astype(np.int32), document_start_BS, document_BS[:, 1:] == document_BS[:, :-1])
 
 
 def _start(length: int, context: int, seed: int, index: int) -> int:

@@ -8,12 +8,12 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from helix_jax.engine.params import SamplingParams, sampling_params
-from helix_jax.engine.requests import Result
+from helix_jax.engine.requests import RequestOutput
 
 _START, _KINDS = b'{"id": ', {"tokens", "error"}  # how every result begins, and one of what it holds
 
 
-class Asked(NamedTuple):
+class RequestLine(NamedTuple):
     """A request, and the number of its line, counted from 1."""
 
     line: int
@@ -22,7 +22,7 @@ class Asked(NamedTuple):
     params: SamplingParams
 
 
-class Refused(NamedTuple):
+class RejectedLine(NamedTuple):
     """A line that is no request."""
 
     line: int
@@ -30,7 +30,7 @@ class Refused(NamedTuple):
     error: str
 
 
-def read_requests(lines: Iterable[bytes], done: Container[str]) -> Iterator[Asked | Refused]:
+def read_requests(lines: Iterable[bytes], done: Container[str]) -> Iterator[RequestLine | RejectedLine]:
     """Line by line, as they are wanted; an empty line, and one whose id is in `done`, is passed over.
 
     An id that is left out is the number of the line. Ids are told apart as text: 7 is "7".
@@ -48,9 +48,9 @@ def read_requests(lines: Iterable[bytes], done: Container[str]) -> Iterator[Aske
                 raise ValueError(f"id {name!r} is that of line {before} already: give each line its own")
             if str(name) not in done:
                 prompt = _prompt(given)
-                yield Asked(number, name, prompt, sampling_params(given))
+                yield RequestLine(number, name, prompt, sampling_params(given))
         except ValueError as error:
-            yield Refused(number, name, str(error))
+            yield RejectedLine(number, name, str(error))
 
 
 def _object(line: bytes) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _prompt(given: dict[str, Any]) -> str | list[int]:
     return prompt
 
 
-class Results:
+class ResultsFile:
     """A file of results, to which more are added.
 
     done: the ids that it has a result of. Those that only failed are not among them: they are tried again, and an error
@@ -98,7 +98,7 @@ class Results:
     def __init__(self, file: Path):
         self.done: set[str] = set()
         self.answered, self.failed = 0, 0
-        self.first_failed: Refused | None = None
+        self.first_failed: RejectedLine | None = None
         self._errors: set[bytes] = set()
         try:
             whole_bytes, self.mended = self._read(file) if file.is_file() else (0, False)  # a pipe has no past
@@ -108,17 +108,17 @@ class Results:
         if self.mended:
             self._file.truncate(whole_bytes)
 
-    def __enter__(self) -> "Results":
+    def __enter__(self) -> "ResultsFile":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._file.close()
 
-    def add(self, name: str | int, result: Result) -> None:
+    def add(self, name: str | int, result: RequestOutput) -> None:
         self._write(_line(_entry(name, result)))
         self.answered += 1
 
-    def add_error(self, refused: Refused) -> None:
+    def add_error(self, refused: RejectedLine) -> None:
         line = _line({"id": refused.id, "line": refused.line, "error": refused.error})
         if line not in self._errors:
             self._write(line)
@@ -155,7 +155,7 @@ class Results:
         return "id" in found and bool(_KINDS & found.keys())
 
 
-class WrittenElsewhere(Results):
+class NonWritingResults(ResultsFile):
     """Of one of several processes that is not the first: it counts as that one does, and writes nothing."""
 
     def __init__(self, done: Iterable[str]):
@@ -185,14 +185,14 @@ def _line(entry: dict[str, Any]) -> bytes:
     return json.dumps(entry).encode() + b"\n"
 
 
-def _entry(name: str | int, result: Result) -> dict[str, Any]:
+def _entry(name: str | int, result: RequestOutput) -> dict[str, Any]:
     told = result.logprobs
     return {
         "id": name,
         "text": result.text,
         "tokens": list(result.tokens),
         "prompt_tokens": result.prompt_tokens,
-        "finish_reason": result.reason,
+        "finish_reason": result.finish_reason,
         "ttft_s": result.ttft_s,
         "s_per_token": result.s_per_token,
         "logprobs": None if told is None else [{"logprob": one, "top": top} for one, top in told],

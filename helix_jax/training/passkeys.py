@@ -27,7 +27,7 @@ def new_key(random: np.random.Generator, digits: int = DIGITS) -> str:
     return "".join(map(str, random.integers(0, 10, digits)))
 
 
-def plant(text: bytes, random: np.random.Generator) -> bytes:
+def insert_passkeys(text: bytes, random: np.random.Generator) -> bytes:
     """The text with facts and lines in it that are asked for later on, and their answers; cut to its length.
 
     Half of the keys are asked for often and soon, which is how copying is learned; the others once, however far.

@@ -1,0 +1,42 @@
+"""Moves arrays between the host and the devices of a mesh, and counts their bytes."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec
+
+from helix_jax.mesh import AnyMesh, sharding
+
+
+def put(values: Any, mesh: AnyMesh, spec: PartitionSpec) -> Any:
+    """Place host arrays, or a pytree of them, on `mesh` as `spec` says.
+
+    With several processes, each passes the same values.
+    """
+    where = sharding(mesh, spec)
+    if where.is_fully_addressable:
+        return jax.device_put(values, where)
+
+    def assemble(value: Any) -> jax.Array:  # device_put would compare the values of all processes on every call
+        whole = np.asarray(value)
+        return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
+
+    return jax.tree.map(assemble, values)
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """Copy an array to the host of every process.
+
+    This is a collective call if part of `x` is on the devices of another process.
+    """
+    is_local = x.is_fully_addressable or x.is_fully_replicated
+    return np.asarray(x) if is_local else np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Return the bytes that each device stores of a pytree of arrays, or of `jax.ShapeDtypeStruct` with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)

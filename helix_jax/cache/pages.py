@@ -1,0 +1,147 @@
+"""The pages of the key/value cache, sharded over cp, and the integers per row that determine what is in them."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Int
+
+from helix_jax.arrays import put
+from helix_jax.cache.paging import pages_needed, split_slot
+from helix_jax.cache.spec import CacheSpec
+from helix_jax.kernels.page_format import stored_width
+from helix_jax.layout import Integer
+from helix_jax.mesh import CP, DP, PAGES_AKWH, PAGES_LATENT_AKWH, ROWS_B, TABLE_RBM, first_device, sharding
+from helix_jax.plan import Plan
+from helix_jax.validation import check_int
+
+
+class Pages(NamedTuple):
+    """The pages of one layer. Globally A counts the pages of all ranks; under `shard_map`, those of this rank.
+
+    v_AKWH is None for latent attention, where one vector per token stands for the keys and values of all heads.
+    """
+
+    k_AKWH: Float[Array, "A K W H"]
+    v_AKWH: Float[Array, "A K W H"] | None
+
+
+class KVCache(NamedTuple):
+    """The sharded pages of each layer. A step takes the cache as a donated argument and returns it, updated in place."""
+
+    layers: tuple[Pages, ...]
+
+
+class Rows(NamedTuple):
+    """The state of each sequence of the batch. `prompt_len` and `length` determine every slot on every rank.
+
+    table_RBM holds a page table for every rank: entry m is the page of slots [m W, (m + 1) W). length_B counts the
+    positions written so far. prompt_len_B is the length of the whole prompt, known before it is written.
+    """
+
+    table_RBM: Int[Array, "R B M"]
+    length_B: Int[Array, "B"]
+    prompt_len_B: Int[Array, "B"]
+
+
+def make_cache(
+    plan: Plan, spec: CacheSpec, prompt_lens: Sequence[int], max_lens: Sequence[int], *, page: int = 64
+) -> tuple[KVCache, Rows]:
+    """Create an empty cache, and rows that each have pages of their own.
+
+    Args:
+        plan: The mesh and the placement.
+        spec: What the model caches.
+        prompt_lens: The length of each row's prompt.
+        max_lens: The positions that each row has room for.
+        page: Tokens per page.
+
+    Returns:
+        The cache, sharded over (dp, cp) and tp from the start, with as many pages on every rank as the fullest rank can
+        need; and the rows.
+
+    Raises:
+        ValueError: `page` is below 1, dp does not divide the batch, a prompt is longer than its room, or tp does not
+            divide the key/value heads.
+    """
+    rows = _empty_rows(plan, prompt_lens, max_lens, page)
+    if not spec.latent:
+        plan.check_kv_heads(spec.kv_heads)
+    _, B, M = rows.table_RBM.shape
+    return make_pools(plan, spec, plan.mesh.shape[CP] * B * M, page), rows
+
+
+def make_pools(plan: Plan, spec: CacheSpec, pages: int, page: int) -> KVCache:
+    """Create a cache of `pages` empty pages, counted over all ranks, of `page` tokens each."""
+    where = sharding(plan.mesh, PAGES_LATENT_AKWH if spec.latent else PAGES_AKWH)
+    shape = (pages, spec.kv_heads, page, stored_width(spec.head_width, first_device(plan.mesh)))
+
+    def pool() -> Array:
+        return jnp.zeros(shape, spec.dtype, device=where)
+
+    return KVCache(tuple(Pages(pool(), None if spec.latent else pool()) for _ in range(spec.layers)))
+
+
+def _empty_rows(plan: Plan, prompt_lens: Sequence[int], max_lens: Sequence[int], page: int) -> Rows:
+    check_int("page", page, least=1)
+    dp, rows = plan.mesh.shape[DP], len(prompt_lens)
+    if rows == 0 or rows % dp:
+        raise ValueError(f"dp {dp} does not divide {rows} rows: give a positive multiple of {dp}")
+    if len(max_lens) != rows:
+        raise ValueError(f"there are {rows} prompt_lens, but {len(max_lens)} max_lens: give one of each per row")
+    for row, (prompt, most) in enumerate(zip(prompt_lens, max_lens, strict=True)):
+        if not 0 <= prompt <= most:
+            raise ValueError(f"row {row}: a prompt of {prompt} tokens does not fit its room of {most}: give more room")
+
+    slots_B = plan.layout.max_filled(np.asarray(max_lens), np.asarray(prompt_lens))
+    pages_per_row = max(1, pages_needed(int(slots_B.max()), page))
+    table_BM = (np.arange(rows) % (rows // dp))[:, None] * pages_per_row + np.arange(pages_per_row)
+    table_RBM = np.broadcast_to(table_BM.astype(np.int32), (plan.layout.ranks, *table_BM.shape))
+    return Rows(put(table_RBM, plan.mesh, TABLE_RBM), per_row(plan, np.zeros(rows)), per_row(plan, prompt_lens))
+
+
+def per_row(plan: Plan, values: ArrayLike | Sequence[Any]) -> Array:
+    """Place integers, one or more per row, as a step expects them."""
+    return put(np.asarray(values, np.int32), plan.mesh, ROWS_B)
+
+
+def append(
+    pages: Pages,
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"] | None,
+    table_BM: Int[Array, "B M"],
+    slot_BT: Int[Array, "B T"],
+    owned_BT: Bool[Array, "B T"],
+) -> Pages:
+    """Write the tokens that this rank owns at their slots; other tokens are out of bounds and dropped.
+
+    The write is in place when `pages` is donated. A slot past the table, or one whose table entry is negative, is
+    dropped too: it is never clamped or wrapped onto another page. Tokens that are narrower than the pages are padded.
+    """
+    A, K, W, _ = pages.k_AKWH.shape
+    entry_BT, offset_BT = split_slot(slot_BT, W)
+    page_BT = jnp.take_along_axis(table_BM, entry_BT, axis=1, mode="fill", fill_value=A)
+    page_BT = jnp.where(owned_BT & (page_BT >= 0), page_BT, A)
+
+    # All indexed axes come first: a scatter over (page, offset) with the heads between makes XLA transpose the pool.
+    index = (page_BT[..., None], jnp.arange(K), offset_BT[..., None])
+
+    def write(pool_AKWH: Array, new_BTKH: Any) -> Array:
+        return pool_AKWH.at[index].set(pad_width(new_BTKH, pool_AKWH).astype(pool_AKWH.dtype), mode="drop")
+
+    k_AKWH = write(pages.k_AKWH, k_BTKH)
+    return Pages(k_AKWH, None if pages.v_AKWH is None else write(pages.v_AKWH, v_BTKH))
+
+
+def pad_width(x_BTNH: Array, pool_AKWH: Array) -> Array:
+    """Append zeros to each vector, up to the width that the pages store."""
+    missing = pool_AKWH.shape[-1] - x_BTNH.shape[-1]
+    return jnp.pad(x_BTNH, ((0, 0),) * 3 + ((0, missing),)) if missing else x_BTNH
+
+
+def tokens_per_rank(plan: Plan, length: Integer, prompt_len: Integer) -> list[int]:
+    """Return how many positions each rank stores, summed over the rows."""
+    return [int(np.sum(plan.layout.filled(length, prompt_len, rank))) for rank in range(plan.layout.ranks)]
