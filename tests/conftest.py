@@ -1,8 +1,9 @@
-"""Every test runs on a CPU split into 8 fake devices, with the shapes in the library's signatures checked."""
+"""Runs every test on a CPU that is split into 8 fake devices, and checks the shapes in the library's signatures."""
 
 import importlib.util
 import os
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import pytest
@@ -11,11 +12,10 @@ jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 
 ROOT = pathlib.Path(__file__).parents[1]
-GOLDEN = pathlib.Path(
-    os.environ.get("HELIX_GOLDEN", ROOT / "tests" / "golden")
-)  # or what make_golden.py made elsewhere
-COMPILED = ROOT / ".cache" / "jax"
-jax.config.update("jax_compilation_cache_dir", str(COMPILED))
+# scripts/make_golden.py --out can write other folders to test with.
+GOLDEN = pathlib.Path(os.environ.get("HELIX_GOLDEN", ROOT / "tests" / "golden"))
+COMPILATION_CACHE = ROOT / ".cache" / "jax"
+jax.config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 if importlib.util.find_spec("beartype"):
@@ -24,9 +24,27 @@ if importlib.util.find_spec("beartype"):
     install_import_hook("helix_jax", "beartype.beartype")
 
 
+# Compilation is most of the time of the tests. Most of them check values, for which unoptimised programs do.
+FAST_COMPILATION = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # for the tests that start processes
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(autouse=True)
+def _optimisations(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compile with all optimisations in tests marked `optimized`, which read programs, memory or times."""
+    if "optimized" not in request.keywords:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(scope="session")
 def byte_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The folder of a byte model of random weights, which compiles faster than the one that ships."""
+    """Return the folder of a byte model with random weights, which compiles faster than the demo model."""
     from helix_jax.checkpoint import save
     from tests.reference import BYTES, tiny_model
 
@@ -43,4 +61,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--all"):
         for item in items:
             if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="the long form: scripts/test --all"))
+                item.add_marker(pytest.mark.skip(reason="a long test: run scripts/test --all"))

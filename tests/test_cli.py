@@ -17,13 +17,13 @@ import pytest
 from helix_jax import __version__
 from helix_jax.cli import main
 from helix_jax.layout import PLACEMENTS
-from tests.conftest import COMPILED, GOLDEN, ROOT
+from tests.conftest import COMPILATION_CACHE, FAST_COMPILATION, GOLDEN, ROOT
 from tests.test_families import PLAIN
 
 PASSAGE = ROOT / "scripts" / "data" / "passage.txt"
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_", "PYTEST"))}
 ENVIRONMENT |= {"JAX_PLATFORMS": "cpu"}  # on a machine with GPUs too
-ENVIRONMENT |= {"JAX_COMPILATION_CACHE_DIR": str(COMPILED), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+ENVIRONMENT |= {"JAX_COMPILATION_CACHE_DIR": str(COMPILATION_CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
 
 
 def helix(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
