@@ -1,5 +1,5 @@
-# Sourced by the other scripts: makes .venv beside the code (or $VENV), if there is none, and installs helix_jax[$1] into
-# it, unless that is done. Leaves the repository's folder in $root and puts the environment first on the path.
+# Sourced by the other scripts. Creates .venv in the repository (or $VENV) if there is none, and installs helix_jax[$1] into it
+# unless that has been done. Sets $root to the repository and puts the environment first on the path.
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VENV:-$root/.venv}
@@ -12,7 +12,7 @@ suitable_python() {
             return
         fi
     done
-    echo "no Python 3.11 or later with venv found: install one, or name it in PYTHON" >&2
+    echo "no Python 3.11 or later with venv was found: install one, or name it in PYTHON" >&2
     return 1
 }
 
@@ -23,11 +23,12 @@ install() {
     if [ ! -x "$venv/bin/python" ]; then
         local python
         python=$(suitable_python) || return
-        echo "making $venv with $("$python" --version)" >&2
+        echo "creating $venv with $("$python" --version)" >&2
         "$python" -m venv "$venv" || return
     fi
-    echo "installing helix_jax[$1] into $venv: a minute or two, once" >&2
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root[$1]" || return
+    echo "installing helix_jax[$1] into $venv, which takes a minute or two" >&2
+    # Modules are compiled when they are first imported: most of what is installed never is.
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --editable "$root[$1]" || return
     echo "$wanted" >"$stamp"
 }
 

@@ -1,9 +1,8 @@
-"""The README tells the truth: its code runs, its island is the one in the source, its files exist."""
+"""Checks README.md: its code runs, the core it shows is the source, its figure and its file list are right."""
 
 import re
 
 import numpy as np
-import pytest
 
 from tests.conftest import ROOT
 
@@ -11,7 +10,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_code_in_someones_own_model_runs(monkeypatch):
+def test_the_python_examples_run(monkeypatch):
     monkeypatch.chdir(ROOT)
     names: dict = {}
     for block in BLOCKS[:3]:
@@ -20,24 +19,24 @@ def test_the_code_in_someones_own_model_runs(monkeypatch):
     assert names["rows"].length_B.tolist() == [7, 3]
     assert np.asarray(names["o_BTNH"], np.float32)[1, 3:].sum() == 0
     assert len(names["tokens"]) == 32
-    first, second = names["said"].values()
+    first, second = names["tokens_of"].values()
     assert (first, len(second)) == (names["tokens"][:8], 4)
 
 
-def test_the_island_shown_is_the_one_that_runs():
+def test_the_core_shown_is_the_source():
     source = (ROOT / "helix_jax" / "helix.py").read_text()
     shown = "".join(f"    {line}" if line.strip() else line for line in BLOCKS[3].splitlines(keepends=True))
     assert shown in source
 
 
-@pytest.mark.parametrize("folder", ["helix_jax"])
-def test_the_tree_names_every_room(folder: str):
-    tree = README[README.index("## The tree") : README.index("## The model that ships")]
-    rooms = {path.name + "/" * path.is_dir() for path in (ROOT / folder).iterdir() if not path.name.startswith("_")}
-    assert rooms == set(re.findall(r"^  (\S+)", tree, re.MULTILINE))
+def test_the_source_tree_names_every_module():
+    tree = README[README.index("## The source tree") : README.index("## The demo model")]
+    folder = ROOT / "helix_jax"
+    modules = {path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("_")}
+    assert modules == set(re.findall(r"^  (\S+)", tree, re.MULTILINE))
 
 
-def test_the_picture_is_what_layout_says():
+def test_the_figure_is_what_layout_reports():
     from helix_jax.layout import BlockLayout, rank_ranges
 
     assert "prompt 400, decode 400, block 100, cp 4" in README
