@@ -1,4 +1,4 @@
-"""`python -m helix_jax` is `helix-jax`."""
+"""Runs the command `helix-jax` as `python -m helix_jax`."""
 
 import sys
 

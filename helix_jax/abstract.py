@@ -1,4 +1,4 @@
-"""What a step takes, as shapes, types and places: to trace and compile it for devices that are not there."""
+"""Describes the arguments of a step by shape, type and sharding, to trace and compile it without its devices."""
 
 from typing import Any
 
@@ -18,6 +18,7 @@ from helix_jax.mesh import (
     ROWS_B,
     TABLE_RBM,
     AnyMesh,
+    Spec,
     first_device,
     flat_size,
     sharding,
@@ -29,25 +30,42 @@ from helix_jax.sampling import make_sampling
 
 
 def abstract_weights(config: ModelConfig, mesh: AnyMesh, dtype: DTypeLike, experts: str = "flat") -> Any:
-    """Of a model that decodes over `mesh`; experts: as in Plan."""
+    """Return the weights of a model that decodes on `mesh`, as a pytree of `jax.ShapeDtypeStruct`.
+
+    Args:
+        config: The model.
+        mesh: The mesh, which may be abstract.
+        dtype: The type of the weights. A few parameters are float32 nevertheless.
+        experts: How experts are sharded, as in `Plan`.
+    """
     padded = nnx.to_flat_state(nnx.state(Transformer(config, devices=flat_size(mesh), rngs=None), nnx.Param))
 
-    def placed(path: Any, shape: tuple[int, ...]) -> Any:
+    def describe(path: Any, shape: tuple[int, ...]) -> Any:
         where = weight_sharding(mesh, str(path[-1]), experts)
         return jax.ShapeDtypeStruct(shape, parameter_dtype(path, dtype), sharding=where)
 
-    return nnx.to_pure_dict(nnx.from_flat_state([(path, placed(path, x.shape)) for path, x in padded]))
+    return nnx.to_pure_dict(nnx.from_flat_state([(path, describe(path, x.shape)) for path, x in padded]))
 
 
 def abstract_arguments(
     config: ModelConfig, plan: Plan, *, rows: int, slots: int, T: int = 1, page: int, dtype: DTypeLike
 ) -> tuple[Any, ...]:
-    """All arguments of `step`: (config, plan, weights, cache, rows, tokens, counts, sampling).
+    """Return all arguments of `step`, with `jax.ShapeDtypeStruct` in place of arrays.
 
-    rows: sequences. slots: of each, on each rank. T: new tokens of each. dtype: of weights and cache.
+    Args:
+        config: The model.
+        plan: The mesh, which may be abstract, and how it decodes.
+        rows: The number of sequences.
+        slots: The cache slots of each sequence on each rank.
+        T: The new tokens of each sequence.
+        page: Tokens per page.
+        dtype: The type of weights and cache.
+
+    Returns:
+        (config, plan, weights, cache, rows, tokens_BT, count_B, sampling).
     """
 
-    def like(shape: tuple[int, ...], dtype: DTypeLike, spec: Any) -> Any:
+    def like(shape: tuple[int, ...], dtype: DTypeLike, spec: Spec) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(plan.mesh, spec))
 
     ranks, M = plan.mesh.shape[CP], pages_needed(slots, page)
@@ -55,9 +73,8 @@ def abstract_arguments(
     width = stored_width(config.cache_width, first_device(plan.mesh))
     pool = like((ranks * rows * M, config.kv_heads, page, width), dtype, spec)
     cache = KVCache((Pages(pool, None if config.latent else pool),) * config.layers)
-    ints_B = like((rows,), jnp.int32, ROWS_B)
-    state = Rows(like((ranks, rows, M), jnp.int32, TABLE_RBM), ints_B, ints_B)
+    int_B = like((rows,), jnp.int32, ROWS_B)
+    state = Rows(like((ranks, rows, M), jnp.int32, TABLE_RBM), int_B, int_B)
     sampling = jax.tree.map(lambda x: like(x.shape, x.dtype, ROWS_B), jax.eval_shape(lambda: make_sampling(rows)))
     weights = abstract_weights(config, plan.mesh, dtype, plan.experts)
-    return config, plan, weights, cache, state, like((rows, T), jnp.int32, ROWS_B), ints_B, sampling
-
+    return config, plan, weights, cache, state, like((rows, T), jnp.int32, ROWS_B), int_B, sampling

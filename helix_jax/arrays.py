@@ -6,15 +6,17 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import PartitionSpec
 
-from helix_jax.mesh import AnyMesh, sharding
+from helix_jax.mesh import AnyMesh, Spec, sharding
 
 
-def put(values: Any, mesh: AnyMesh, spec: PartitionSpec) -> Any:
-    """Place host arrays, or a pytree of them, on `mesh` as `spec` says.
+def put(values: Any, mesh: AnyMesh, spec: Spec) -> Any:
+    """Place host arrays on the devices of a mesh.
 
-    With several processes, each passes the same values.
+    Args:
+        values: An array, or a pytree of them. With several processes, each passes the same values.
+        mesh: The mesh.
+        spec: How every array is sharded, one of the constants in helix_jax/mesh.py.
     """
     where = sharding(mesh, spec)
     if where.is_fully_addressable:

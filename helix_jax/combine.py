@@ -1,11 +1,13 @@
-"""Every collective that this library calls by hand: the partials of the cp ranks meet.
+"""Contains every collective that this library calls by hand, above all the combine of partial attention results.
 
-Each rank comes with a partial of all the heads of its tp group, over its own slots, and leaves with the whole result
-for 1 / cp of these heads, the ones whose rows of the output projection it holds. Three ways, equal to rounding:
+Each cp rank has a partial of all heads of its tp group, over its own slots. The combine returns the result over all
+slots for 1 / cp of these heads, those whose rows of the output projection the rank stores. There are three methods,
+equal up to rounding:
 
-    psum            a maximum, then a sum of the re-weighted partials; each rank keeps its heads of it
-    psum_scatter    a maximum, then the same sum, delivered in parts: a fraction 1 / cp of the bytes
-    all_to_all      heads are traded for ranks, outputs and log-sum-exps in one packed message, then merged at home
+    psum            a maximum, then a sum of the re-weighted partials, of which each rank keeps its heads
+    psum_scatter    a maximum, then the same sum, reduced and scattered: a fraction 1 / cp of the bytes
+    all_to_all      each rank receives its heads from all ranks, outputs and log-sum-exps in one packed message, and
+                    merges them
 """
 
 from typing import Any
@@ -15,53 +17,56 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from helix_jax.attention import Partial, finite_or_zero, merge, normalise
+from helix_jax.validation import check_choice
 
 COMBINES = ("psum", "psum_scatter", "all_to_all")
 
 
 def combine(partial: Partial, how: str = "psum", axis: str = "cp") -> Partial:
-    """Merges the partials of the ranks on `axis`, inside `shard_map`.
+    """Merge the partials of the ranks on a mesh axis. Call it inside `shard_map`.
 
-    Takes all N heads of this device's group (o_BTNH, lse_BTN), returns this rank's N / cp of them (o_BTnH, lse_BTn).
+    Args:
+        partial: All N heads of this device's group, over the slots of this rank.
+        how: The method: "psum", "psum_scatter" or "all_to_all".
+        axis: The mesh axis.
+
+    Returns:
+        The partial over the slots of all ranks, for this rank's N / ranks heads (o_BTnH, lse_BTn).
 
     Raises:
-        ValueError: an unknown `how`, or heads that the ranks do not divide.
+        ValueError: The method is unknown, or the ranks do not divide the heads.
     """
+    check_choice("combine", how, COMBINES)
     ranks = lax.axis_size(axis)
     heads = partial.lse_BTN.shape[-1]
     if heads % ranks:
         raise ValueError(
-            f"{heads} heads cannot be shared among {ranks} ranks of '{axis}': choose a {axis} that divides them"
+            f"{axis} {ranks} does not divide the {heads} heads of a device: choose a {axis} that divides them"
         )
-    if how == "psum":
-        return _by_psum(partial, axis, ranks)
-    if how == "psum_scatter":
-        return _by_psum_scatter(partial, axis, ranks)
-    if how == "all_to_all":
-        return _by_all_to_all(partial, axis, ranks)
-    raise ValueError(f"unknown combine '{how}': choose one of {', '.join(COMBINES)}")
+    methods = {"psum": _by_psum, "psum_scatter": _by_psum_scatter, "all_to_all": _by_all_to_all}
+    return methods[how](partial, axis, ranks)
 
 
 def sum_over_devices(x: Array, axes: tuple[str, ...]) -> Array:
-    """The sum over the devices of `axes`, inside `shard_map`: what each expert's device has computed, put together."""
+    """Return the sum of `x` over the devices of some mesh axes. Call it inside `shard_map`."""
     return lax.psum(x, axes)
 
 
 def ring_shift(x: Any, axis: str) -> Any:
-    """What each rank of `axis` has, arrays in any nest, to the next one, the last one's to the first."""
+    """Send a pytree of arrays from each rank of `axis` to the next, and from the last to the first."""
     ranks = lax.axis_size(axis)
     ring = [(rank, (rank + 1) % ranks) for rank in range(ranks)]
     return jax.tree.map(lambda leaf: lax.ppermute(leaf, axis, ring), x) if ranks > 1 else x
 
 
 def mark_varying(x: Array, axis: str) -> Array:
-    """The same numbers, each device's own from here on: their gradients are summed over `axis`."""
+    """Mark a replicated array as different on each device of `axis`, so that its gradients are summed over `axis`."""
     return lax.pcast(x, axis, to="mark_varying")
 
 
 def _by_psum(partial: Partial, axis: str, ranks: int) -> Partial:
     packed_BTNX, top_BTN = _reweighted(partial, axis)
-    # Inside the island, not after it: were the sum to leave replicated over cp, XLA would gather the weights of the
+    # Select the heads inside the shard_map: if the sum left it replicated over cp, XLA would gather the weights of the
     # output projection to match.
     return _unpack(_own_heads(lax.psum(packed_BTNX, axis), axis, ranks), _own_heads(top_BTN, axis, ranks))
 
@@ -81,7 +86,7 @@ def _by_all_to_all(partial: Partial, axis: str, ranks: int) -> Partial:
 
 
 def _reweighted(partial: Partial, axis: str) -> tuple[Array, Array]:
-    """This rank's terms of the sum, numerator and denominator packed, and the maximum that scales them."""
+    """Return this rank's terms of the sum, numerator and denominator packed, and the maximum that scales them."""
     top_BTN = finite_or_zero(lax.pmax(partial.lse_BTN, axis))
     weight_BTN1 = jnp.exp(partial.lse_BTN - top_BTN)[..., None]
     return jnp.concatenate([partial.o_BTNH * weight_BTN1, weight_BTN1], -1), top_BTN

@@ -1,40 +1,40 @@
-"""The shape of a model, as data: frozen, and validated before anything runs. Families differ here, not in code."""
+"""Describes the shape of a model as data: frozen dataclasses, validated before anything runs."""
 
 import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from helix_jax.validation import check_choice, check_in_vocabulary, check_int, check_positive
+
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 ACTIVATIONS = ("silu", "gelu_tanh")
-
-
-def _check_numbers(config: Any, what: str, may_be_zero: tuple[str, ...] = ()) -> None:
-    """Raises ValueError for a size below 1 or a number that is not positive; None, where it may stand, is neither."""
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if value is None or (value == 0 and f.name in may_be_zero):
-            continue
-        if f.type in (int, int | None) and value < 1:
-            raise ValueError(f"{what}{f.name} is {value}: give a whole number of at least 1")
-        if f.type in (float, float | None) and not 0 < value < math.inf:
-            raise ValueError(f"{what}{f.name} is {value}: give a positive number")
-
-
-def _check_even(name: str, width: int) -> None:
-    if width % 2:
-        raise ValueError(f"{name} is {width}: rotary positions need an even one")
+SCORINGS = ("softmax", "sigmoid")
+GROUP_SCORES = ("best", "top2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary positions, under the names that config.json files have for them.
+    """Rotary position embeddings. The fields have the names of the keys in config.json files where they agree.
 
-    kind: how the rates were stretched to reach further than at first: 'default' (not at all), 'linear', 'llama3' or
-    'yarn'. original_positions: how far the model reached before. interleaved: the pairs that turn together are
-    neighbours, not half a head apart.
+    Args:
+        theta: The base of the frequencies.
+        kind: How the frequencies were scaled to extend the context: "default" (not at all), "linear", "llama3" or
+            "yarn".
+        factor: By how much the context was extended.
+        original_positions: The context length before it was extended.
+        low_freq_factor: For "llama3": frequencies below this many turns per original context are divided by `factor`.
+        high_freq_factor: For "llama3": frequencies above this many turns per original context are kept.
+        beta_fast: For "yarn": frequencies above this many turns per original context are kept.
+        beta_slow: For "yarn": frequencies below this many turns per original context are divided by `factor`.
+        truncate: For "yarn": round the bounds that follow from `beta_fast` and `beta_slow` to whole dimensions.
+        attention_factor: For "yarn": the factor on the rotated queries and keys. None: it follows from `factor`.
+        mscale: For "yarn" in DeepSeek models: a parameter of that factor.
+        mscale_all_dim: For "yarn" in DeepSeek models: a parameter of that factor, and of the softmax scale.
+        interleaved: Rotate neighbouring dimensions as pairs. Otherwise the two of a pair are half a head apart.
 
     Raises:
-        ValueError: an unknown kind, a number that is not positive, a stretched kind without its original positions.
+        TypeError: A number has the wrong type.
+        ValueError: The kind is unknown, a number is not positive, or "llama3" or "yarn" lacks `original_positions`.
     """
 
     theta: float = 10_000.0
@@ -52,24 +52,31 @@ class Rope:
     interleaved: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in ROPE_KINDS:
-            raise ValueError(f"rope type {self.kind!r} is not supported: known are {', '.join(ROPE_KINDS)}")
+        check_choice("rope kind", self.kind, ROPE_KINDS)
         _check_numbers(self, "rope ", may_be_zero=("original_positions",))
         if self.theta <= 1:
             raise ValueError(f"rope theta is {self.theta}: give a number above 1")
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             low, high = self.low_freq_factor, self.high_freq_factor
-            raise ValueError(f"rope high_freq_factor {high} is not above low_freq_factor {low}: mend the config")
+            raise ValueError(f"rope high_freq_factor {high} is not above low_freq_factor {low}: correct the config")
         if self.kind in ("llama3", "yarn") and not self.original_positions:
-            raise ValueError(f"rope type '{self.kind}' needs original_max_position_embeddings: mend the config")
+            raise ValueError(f"rope kind '{self.kind}' needs original_max_position_embeddings: add it to the config")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latent:
-    """Multi-head latent attention: one vector per token is cached for all heads, `width` + `rope_width` numbers.
+    """Multi-head latent attention: one vector per token is cached for all heads, `width + rope_width` numbers.
 
-    query_rank: the queries come through a latent of this width too; None: straight from the residual stream.
-    nope_width: what of a query and key is not rotated. value_width: of each head.
+    Args:
+        width: The width of the latent from which keys and values are computed.
+        rope_width: The width of the rotated part of queries and keys, which all heads share.
+        nope_width: The width of the part of queries and keys that is not rotated, per head.
+        value_width: The width of values, per head.
+        query_rank: The width of the latent from which queries are computed. None: they are projected directly.
+
+    Raises:
+        TypeError: A width is not an int.
+        ValueError: A width is below 1, or `rope_width` is odd.
 
     Source: arXiv 2405.04434, section 2.1.
     """
@@ -87,27 +94,39 @@ class Latent:
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """A mixture of experts in every layer but the `dense_layers`: each token is sent to the `chosen` best of `count`.
+    """A mixture of experts: each token is routed to the `top_k` best of `num_experts` experts.
 
-    width: of one expert. shared_width: of an expert that every token passes as well (0: none). scoring: 'softmax' or
-    'sigmoid' of the router's logits. normalised: the weights of the chosen sum to one, before `scale`.
-    groups, top_k_groups: only experts of the best groups can be chosen; group_score: a group's score is that of its
-    'best' expert, or the sum of its best two ('top2'). selection_bias: a bias that counts in choosing, not in weighing.
-    router_bias, bias: whether the router, and the experts themselves, have biases.
+    Args:
+        num_experts: The number of experts.
+        top_k: How many experts each token is routed to.
+        width: The feed-forward width of one expert.
+        dense_layers: The layers that have an ordinary feed-forward network instead.
+        shared_width: The feed-forward width of an expert that processes every token. 0: there is none.
+        scoring: How router logits become scores: "softmax" or "sigmoid".
+        normalised: Whether the weights of a token's experts are divided by their sum, before `scale`.
+        scale: A factor on the weights.
+        num_groups: The number of groups into which the experts are divided.
+        top_k_groups: How many groups a token's experts may come from.
+        group_score: The score of a group: that of its best expert ("best"), or the sum of its best two ("top2").
+        selection_bias: Whether the router has a bias that influences which experts are selected, but not their weights.
+        router_bias: Whether the router logits have a bias.
+        bias: Whether the experts have biases.
 
     Raises:
-        ValueError: more chosen than there are, groups that do not divide the experts, an unknown word.
+        TypeError: A number has the wrong type.
+        ValueError: The groups do not divide the experts, `top_k` exceeds the experts that can be selected, a number is
+            out of range, or a choice is unknown.
     """
 
-    count: int
-    chosen: int
+    num_experts: int
+    top_k: int
     width: int
     dense_layers: tuple[int, ...] = ()
     shared_width: int = 0
     scoring: str = "softmax"
     normalised: bool = True
     scale: float = 1.0
-    groups: int = 1
+    num_groups: int = 1
     top_k_groups: int = 1
     group_score: str = "best"
     selection_bias: bool = False
@@ -116,33 +135,64 @@ class Experts:
 
     def __post_init__(self) -> None:
         _check_numbers(self, "experts ", may_be_zero=("shared_width",))
-        if self.groups > self.count or self.count % self.groups or self.top_k_groups > self.groups:
+        check_choice("experts scoring", self.scoring, SCORINGS)
+        check_choice("experts group_score", self.group_score, GROUP_SCORES)
+        if self.num_experts % self.num_groups:
             raise ValueError(
-                f"{self.count} experts in {self.groups} groups, of which {self.top_k_groups} are chosen, do not "
-                f"divide: mend the config"
+                f"{self.num_groups} groups do not divide the {self.num_experts} experts: correct the config"
             )
-        if self.chosen > self.count // self.groups * self.top_k_groups:
-            raise ValueError(f"{self.chosen} experts are chosen of too few ({self.count}): mend the config")
-        for name, known in (("scoring", ("softmax", "sigmoid")), ("group_score", ("best", "top2"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"experts {name} is {getattr(self, name)!r}: choose one of {', '.join(known)}")
-        if self.group_score == "top2" and self.count // self.groups < 2:
-            raise ValueError(f"{self.groups} groups of {self.count} experts have no best two: mend the config")
+        if self.top_k_groups > self.num_groups:
+            raise ValueError(
+                f"top_k_groups {self.top_k_groups} exceeds num_groups {self.num_groups}: correct the config"
+            )
+        per_group = self.num_experts // self.num_groups
+        selectable = per_group * self.top_k_groups
+        if self.top_k > selectable:
+            raise ValueError(f"top_k {self.top_k} exceeds the {selectable} selectable experts: correct the config")
+        if self.group_score == "top2" and per_group < 2:
+            raise ValueError("group_score is 'top2', but groups have one expert: correct the config")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a decoder-only transformer. Families differ in these values, not in code.
+    """The shape of a decoder-only transformer. Families differ in these values, not in code; the defaults are Llama's.
 
-    The defaults are Llama's. window: how many positions, its own included, a query of `windowed_layers` sees.
-    rope_local: the rotary positions of these layers, if they have their own. softmax_scale: None is 1 / sqrt(width of a
-    query). swiglu_limit: the experts' gates are clamped to it. norm_offset: norms multiply by 1 + weight. post_norms:
-    what attention and feed-forward add is normed too. sinks: every head has a logit that takes part in the softmax and
-    has no value. latent: attention caches a latent; kv_heads is then 1, head_width that of a query.
+    Args:
+        layers: The number of layers.
+        width: The width of the residual stream.
+        heads: Query heads.
+        kv_heads: Key/value heads. 1 for latent attention.
+        head_width: The width of a query and key head.
+        ff_width: The feed-forward width of layers without experts.
+        vocab: The size of the vocabulary.
+        max_positions: The longest context.
+        rope: Rotary position embeddings.
+        rope_local: Those of the `windowed_layers`, if they differ.
+        window: How many positions a query of the `windowed_layers` sees, its own included.
+        windowed_layers: The layers with sliding-window attention.
+        softmax_scale: The factor on attention logits. None: 1 / sqrt(head_width).
+        latent: The widths of latent attention. None: keys and values are cached per head.
+        experts: The mixture of experts. None: all layers are dense.
+        activation: The activation of the feed-forward gates: "silu" or "gelu_tanh".
+        swiglu_limit: The bound to which the gate and up projections of experts are clamped (gpt-oss).
+        swiglu_alpha: The factor in the sigmoid of the clamped gates.
+        qkv_bias: Whether the query, key and value projections have biases.
+        o_bias: Whether the output projection has a bias.
+        qk_norm: Whether queries and keys are normalised, per head.
+        sinks: Whether every head has a logit that takes part in the softmax and has no value.
+        norm_eps: The epsilon of all norms.
+        norm_offset: Whether norms multiply by 1 + weight.
+        post_norms: Whether the outputs of attention and feed-forward are normalised before they are added.
+        embed_scale: A factor on the embeddings.
+        tied_head: Whether the output head is the embedding.
+        eos_token_ids: The tokens that end a sequence.
+        tokenizer: The kind of tokenizer if no tokenizer.json is needed: "bytes".
+        family: The `model_type` of config.json files.
 
     Raises:
-        ValueError: a size below 1, a stop id outside of the vocabulary, query heads that the key/value heads do not
-            divide, a layer that is not there, parts that do not fit each other.
+        TypeError: A number has the wrong type.
+        ValueError: A size is below 1, an end token is outside the vocabulary, `kv_heads` does not divide `heads`, a
+            layer does not exist, or two fields contradict each other.
     """
 
     layers: int
@@ -178,51 +228,56 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self, "")
-        for stop in self.eos_token_ids:
-            if not 0 <= stop < self.vocab:
-                raise ValueError(f"stop id {stop} is outside of the vocabulary of {self.vocab}: mend the config")
+        check_in_vocabulary("eos_token_ids", self.eos_token_ids, self.vocab)
+        check_choice("activation", self.activation, ACTIVATIONS)
         if self.heads % self.kv_heads:
-            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}: mend the config")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation {self.activation!r} is not known: choose one of {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}: correct the config")
         for layer in (*self.windowed_layers, *(self.experts.dense_layers if self.experts else ())):
             if not 0 <= layer < self.layers:
-                raise ValueError(f"layer {layer} is not one of the {self.layers}: mend the config")
+                raise ValueError(f"layer {layer} is not one of the {self.layers} layers: correct the config")
         if bool(self.windowed_layers) != (self.window is not None):
-            raise ValueError(f"window {self.window} with windowed_layers {self.windowed_layers}: give both or neither")
+            raise ValueError(
+                f"window is {self.window}, but windowed_layers is {self.windowed_layers}: give both or neither"
+            )
         if self.latent:
             self._check_latent(self.latent)
         else:
             _check_even("head_width", self.head_width)
 
     def _check_latent(self, latent: Latent) -> None:
-        wanted = latent.nope_width + latent.rope_width
-        if self.kv_heads != 1 or self.head_width != wanted:
+        expected = latent.nope_width + latent.rope_width
+        if self.kv_heads != 1 or self.head_width != expected:
             raise ValueError(
-                f"latent attention has kv_heads 1 and head_width {wanted}, not {self.kv_heads} and {self.head_width}"
+                f"kv_heads is {self.kv_heads} and head_width {self.head_width}: "
+                f"give 1 and {expected} for latent attention"
             )
-        unknown = [name for name in ("window", "qkv_bias", "o_bias", "qk_norm", "sinks") if getattr(self, name)]
-        if unknown:
-            raise ValueError(f"latent attention has no {unknown[0]}: leave it out")
+        for name in ("window", "qkv_bias", "o_bias", "qk_norm", "sinks"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}: leave it out, latent attention does not support it")
 
     @property
     def cache_width(self) -> int:
-        """Numbers that are cached per token and key/value head, of keys, or of what stands for keys and values."""
+        """The numbers that are cached per token and key/value head, for keys, or for keys and values of a latent."""
         return self.latent.width + self.latent.rope_width if self.latent else self.head_width
 
     def window_of(self, layer: int) -> int | None:
+        """Return the window of a layer, or None if its queries see all positions before them."""
         return self.window if layer in self.windowed_layers else None
 
     def experts_of(self, layer: int) -> Experts | None:
+        """Return the experts of a layer, or None if it is dense."""
         return None if self.experts is None or layer in self.experts.dense_layers else self.experts
 
     def rope_of(self, layer: int) -> Rope:
+        """Return the rotary position embeddings of a layer."""
         return self.rope_local if self.rope_local and layer in self.windowed_layers else self.rope
 
     def dims(self, devices: int = 1, ff_width: int | None = None) -> dict[str, int]:
-        """The size of each letter of the shape key; E, F and V rounded up to what `devices` can share evenly.
+        """Return the size of each dimension letter of the parameters.
 
-        ff_width: of which feed-forward F is to be; an expert's is not that of a dense layer.
+        Args:
+            devices: E, F and V are rounded up to a multiple of this.
+            ff_width: The size of F, if it is not that of a dense layer.
         """
         dims = {
             "D": self.width,
@@ -239,6 +294,23 @@ class ModelConfig:
             dims |= {"Z": latent.width, "I": latent.nope_width, "U": latent.value_width, "Y": self.cache_width}
             dims |= {"Q": latent.query_rank} if latent.query_rank else {}
         return dims
+
+
+def _check_numbers(config: Any, prefix: str, may_be_zero: tuple[str, ...] = ()) -> None:
+    """Check that the ints of a dataclass are at least 1, and its floats positive and finite."""
+    for field in fields(config):
+        name, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if value is None and field.type in (int | None, float | None):
+            continue
+        if field.type in (int, int | None):
+            check_int(name, value, least=0 if field.name in may_be_zero else 1)
+        if field.type in (float, float | None):
+            check_positive(name, value)
+
+
+def _check_even(name: str, width: int) -> None:
+    if width % 2:
+        raise ValueError(f"{name} is {width}: give an even number, because rotary embeddings rotate pairs")
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -1,22 +1,24 @@
-"""The island: append -> attend -> combine, on every device by itself, under `shard_map`.
+"""Decoding attention over the sharded cache: append, attend and combine, on each device, under `shard_map`.
 
-This is all of the manual parallelism of attention; experts have an island of their own (models/moe.py). Outside, the
-model is ordinary JAX over sharded arrays.
+This is all of the manual parallelism of attention. Experts have a second `shard_map` (models/moe.py). Everything else
+in the model is ordinary JAX over sharded arrays.
 """
 
-from functools import partial
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from helix_jax.attention import merge_sink
+from helix_jax.attention import Partial, merge_sink
 from helix_jax.cache import Pages, Rows, append, pad_width
 from helix_jax.combine import combine
 from helix_jax.kernels import backend_attend
 from helix_jax.kernels.page_format import PageFormat
 from helix_jax.mesh import (
+    ATTENTION_OUT_BTNH,
     CP,
     NEW_KEYS_BTKH,
     NEW_LATENT_BTKH,
@@ -26,13 +28,22 @@ from helix_jax.mesh import (
     ROWS_B,
     SINK_N,
     TABLE_RBM,
-    ATTENTION_OUT_BTNH,
 )
 from helix_jax.plan import Plan
+from helix_jax.validation import check_int
 
 
-# Compiled once when it is called by itself (an eager shard_map compiles anew in every call); inlined under another jit.
-@partial(jax.jit, static_argnames=("plan", "scale", "window", "v_width"), inline=True)
+class _Options(NamedTuple):
+    """The static arguments of `helix_attention`."""
+
+    plan: Plan
+    scale: float
+    window: int | None
+    v_width: int | None
+
+
+# Jitted, because an eager shard_map compiles again in every call. Under another jit it is inlined.
+@functools.partial(jax.jit, static_argnames=("plan", "scale", "window", "v_width"), inline=True)
 def helix_attention(
     plan: Plan,
     pages: Pages,
@@ -47,32 +58,37 @@ def helix_attention(
     sink_N: Float[Array, "N"] | None = None,
     v_width: int | None = None,
 ) -> tuple[Float[Array, "B T N Hv"], Pages]:
-    """Appends the first `count_B` of T new tokens to each row, and attends from them to all that the row then holds.
+    """Append new tokens to the cache, and attend from them causally to everything that their rows have cached.
 
-    Causal, exact, and equal for every mesh, placement and combine. Writes `pages` in place if the caller donates them.
-    Tokens past `count_B` write nothing; their output is 0. The caller adds `count_B` to `rows.length_B` once all layers
-    are done, and keeps within the room that the rows were made with: lengths are traced, and a token that finds no page
-    is lost. On a CPU split into devices, wait for a result before the next call: steps that pile up can deadlock.
+    The result is exact, and equal for every mesh, placement and combine. `pages` is updated in place if donated. The
+    caller adds `count_B` to `rows.length_B` after the last layer, and stays within the pages of `rows`: lengths are
+    traced, and a token without a page is dropped. On a CPU that is split into devices, wait for a result before the
+    next call, because queued steps can deadlock.
 
-    window: a query sees this many positions, its own included. sink_N: a logit per head that takes part in the softmax
-    and has no value. v_BTKH None: of latent attention; K is 1, the values are the first `v_width` numbers of the keys,
-    and the pages were made with `latent=True`.
+    Args:
+        count_B: How many of the T new tokens each row appends. The others write nothing, and their output is 0.
+        scale: The factor on the logits.
+        window: How many positions a query sees, its own included. None: all.
+        sink_N: A logit per head that takes part in the softmax and has no value.
+        v_width: For latent attention, with `v_BTKH` None and one head: the values are the first `v_width` numbers of
+            the keys, and the pages come from a `CacheSpec` with `latent=True`.
 
-    Returns the attention output in the type of `q_BTNH`, its heads sharded over the flat axis (tp, cp), and the pages.
+    Returns:
+        The output in the type of `q_BTNH`, its heads sharded over the flat axis (tp, cp); and the pages.
 
     Raises:
-        ValueError: heads that the mesh does not divide, a window below 1.
+        ValueError: The mesh does not divide the heads, or the window is below 1.
 
     Source: arXiv 2507.07120, section 2; sinks: arXiv 2309.17453; latents: arXiv 2405.04434.
     """
     latent = v_BTKH is None
     plan.check_heads(q_BTNH.shape[2], None if latent else k_BTKH.shape[2])
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}: give at least 1 position, or None")
+    if window is not None:
+        check_int("window", window, least=1)
     pools, new_keys = (PAGES_LATENT_AKWH, NEW_LATENT_BTKH) if latent else (PAGES_AKWH, NEW_KEYS_BTKH)
     rows_specs = Rows._make((TABLE_RBM, ROWS_B, ROWS_B))
     sharded = jax.shard_map(
-        partial(_attention_shard, plan, scale, window, v_width),
+        functools.partial(_attention_shard, _Options(plan, scale, window, v_width)),
         mesh=plan.mesh,
         in_specs=(pools, QUERIES_BTNH, new_keys, new_keys, rows_specs, ROWS_B, SINK_N),
         out_specs=(ATTENTION_OUT_BTNH, pools),
@@ -81,10 +97,7 @@ def helix_attention(
 
 
 def _attention_shard(
-    plan: Plan,
-    scale: float,
-    window: int | None,
-    v_width: int | None,
+    options: _Options,
     pages: Pages,
     q_BTNH: Array,
     k_BTKH: Array,
@@ -93,29 +106,36 @@ def _attention_shard(
     count_B: Array,
     sink_n: Array | None,
 ) -> tuple[Array, Pages]:
-    attend = backend_attend(plan.kernel_for(_format(pages, v_width)))
-    table_BM = rows.table_RBM[0]  # this rank's
-    step_T = jnp.arange(q_BTNH.shape[1])
-    position_BT = rows.length_B[:, None] + step_T
-    live_BT = step_T < count_B[:, None]
+    """Run `helix_attention` on one device. All arrays are the share of this device."""
+    plan, table_BM = options.plan, rows.table_RBM[0]
+    token_T = jnp.arange(q_BTNH.shape[1])
+    position_BT = rows.length_B[:, None] + token_T
+    is_new_BT = token_T < count_B[:, None]
 
-    def filled(length_BT: Array) -> Array:
+    def filled(length_BT: Array) -> Array:  # how many of the first `length` positions this rank stores
         return plan.layout.filled(length_BT, rows.prompt_len_B[:, None], lax.axis_index(CP))
 
-    slot_BT, hi_BT = filled(position_BT), filled(position_BT + 1)
-    owned_BT = live_BT & (hi_BT > slot_BT)
+    # Append: the owner of a position stores its key and value in the next free slot.
+    slot_BT, end_BT = filled(position_BT), filled(position_BT + 1)
+    owned_BT = is_new_BT & (end_BT > slot_BT)
     pages = append(pages, k_BTKH, v_BTKH, table_BM, slot_BT, owned_BT)
 
-    lo_BT = filled(position_BT + 1 - window) if window else jnp.zeros_like(hi_BT)
-    hi_BT = jnp.where(live_BT, hi_BT, 0)
-    q_wide, narrow = pad_width(q_BTNH, pages.k_AKWH), v_width or q_BTNH.shape[-1]
-    part = attend(q_wide, *pages, table_BM, lo_BT, hi_BT, scale=scale, v_width=v_width)
-    whole = combine(part._replace(o_BTNH=part.o_BTNH[..., :narrow]), plan.combine)
+    # Attend: a query sees the slots [lo, hi) of this rank.
+    hi_BT = jnp.where(is_new_BT, end_BT, 0)
+    lo_BT = filled(position_BT + 1 - options.window) if options.window else jnp.zeros_like(hi_BT)
+    partial = _attend(options, q_BTNH, pages, table_BM, lo_BT, hi_BT)
+
+    # Combine: exchange partial results with the other ranks. Each rank keeps 1 / cp of the heads.
+    result = combine(partial, plan.combine)
     if sink_n is not None:
-        whole = merge_sink(whole, sink_n)
-    return whole.o_BTNH.astype(q_BTNH.dtype), pages
+        result = merge_sink(result, sink_n)
+    return result.o_BTNH.astype(q_BTNH.dtype), pages
 
 
-def _format(pages: Pages, v_width: int | None) -> PageFormat:
+def _attend(options: _Options, q_BTNH: Array, pages: Pages, table_BM: Array, lo_BT: Array, hi_BT: Array) -> Partial:
+    """Attend with the kernel of the plan. Pages may store heads wider than they are, padded with zeros."""
     _, _, page, width = pages.k_AKWH.shape
-    return PageFormat(width, page, pages.k_AKWH.dtype, v_width)
+    attend = backend_attend(options.plan.kernel_for(PageFormat(width, page, pages.k_AKWH.dtype, options.v_width)))
+    q_wide_BTNH = pad_width(q_BTNH, pages.k_AKWH)
+    partial = attend(q_wide_BTNH, *pages, table_BM, lo_BT, hi_BT, scale=options.scale, v_width=options.v_width)
+    return partial._replace(o_BTNH=partial.o_BTNH[..., : options.v_width or q_BTNH.shape[-1]])

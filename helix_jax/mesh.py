@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -20,6 +19,7 @@ from helix_jax.validation import check_int
 
 Device = Any  # jax.Device, which type checkers do not accept as a type
 AnyMesh = Mesh | AbstractMesh  # an abstract mesh has no devices: programs can be traced and sizes computed for it
+Spec = P  # for annotations elsewhere: only this module creates specs
 
 DP, TP, CP = "dp", "tp", "cp"
 FLAT = (TP, CP)
@@ -110,13 +110,22 @@ def make_mesh(tp: int = 1, cp: int | None = None, dp: int = 1, devices: Sequence
         ValueError: A size is below 1, there are too few devices, or the devices are TPUs of several slices.
     """
     devices = jax.devices() if devices is None else devices
-    cp = max(1, len(devices) // max(1, tp * dp)) if cp is None else cp
+    check_int(TP, tp, least=1)
+    check_int(DP, dp, least=1)
+    cp = max(1, len(devices) // (tp * dp)) if cp is None else cp
+    check_int(CP, cp, least=1)
     sizes = {DP: dp, TP: tp, CP: cp}
-    for axis, size in sizes.items():
-        check_int(axis, size, least=1)
+    used = _first_devices(devices, sizes)
+    # Like jax.make_mesh, but also for v5p and v6e, where tp 8 x cp 2 on 4 x 4 chips splits a physical axis.
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), used, allow_split_physical_axes=True)
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def _first_devices(devices: Sequence[Device], sizes: dict[str, int]) -> Sequence[Device]:
+    """Return as many of `devices` as a mesh of these sizes needs."""
     needed = math.prod(sizes.values())
     if needed > len(devices):
-        shape = f"tp {tp} x cp {cp}" + (f" x dp {dp}" if dp > 1 else "")
+        shape = f"tp {sizes[TP]} x cp {sizes[CP]}" + (f" x dp {sizes[DP]}" if sizes[DP] > 1 else "")
         raise ValueError(
             f"{shape} needs {needed} devices, but there are {len(devices)} of platform '{devices[0].platform}': "
             f"choose a smaller mesh, or use fake devices with --platform cpu (in Python, "
@@ -125,9 +134,7 @@ def make_mesh(tp: int = 1, cp: int | None = None, dp: int = 1, devices: Sequence
     slices = {getattr(device, "slice_index", 0) for device in devices[:needed] if device.platform == "tpu"}
     if len(slices) > 1:
         raise ValueError(f"the devices belong to {len(slices)} TPU slices: pass the devices of one slice")
-    # Like jax.make_mesh, but also for v5p and v6e, where tp 8 x cp 2 on 4 x 4 chips splits a physical axis.
-    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices[:needed], allow_split_physical_axes=True)
-    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+    return devices[:needed]
 
 
 def flat_size(mesh: AnyMesh) -> int:
@@ -140,7 +147,7 @@ def first_device(mesh: AnyMesh) -> Device | None:
     return mesh.devices.flat[0] if isinstance(mesh, Mesh) else None
 
 
-def sharding(mesh: AnyMesh, spec: P) -> NamedSharding:
+def sharding(mesh: AnyMesh, spec: Spec) -> NamedSharding:
     """Return `spec` on `mesh` in the form that XLA gives to results: no axes of size 1, no trailing None.
 
     The results of a step then have exactly the shardings of its arguments, and the next step needs no new compilation.

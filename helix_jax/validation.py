@@ -4,6 +4,7 @@ A value of the wrong type raises TypeError, a value out of range ValueError, and
 """
 
 import importlib
+import math
 import operator
 from collections.abc import Collection, Iterable, Mapping
 from types import ModuleType
@@ -37,6 +38,18 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name} is {value!r}: give a number")
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Check that `value` is a finite number above 0.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is not positive, or not finite.
+    """
+    check_number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}: give a positive number")
+
+
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Check that `value` is one of `choices`.
 
@@ -51,12 +64,18 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
 def check_keys(where: str, values: Mapping[str, Any], known: Collection[str], required: Iterable[str] = ()) -> None:
     """Check that a mapping has only known keys, and all required ones.
 
+    Args:
+        where: The source of the mapping, as error messages name it, such as a file.
+        values: The mapping.
+        known: The keys that it may have.
+        required: The keys that it must have.
+
     Raises:
         ValueError: A key is unknown or missing. The message names it.
     """
     for key in values:
         if key not in known:
-            raise ValueError(f"{where}: unknown key '{key}': choose among {', '.join(sorted(known))}")
+            raise ValueError(f"{where}: unknown key '{key}': choose one of {', '.join(sorted(known))}")
     for key in required:
         if key not in values:
             raise ValueError(f"{where}: '{key}' is missing: add it")
@@ -66,7 +85,7 @@ def check_token_ids(name: str, ids: Iterable[Any], vocab: int) -> list[int]:
     """Return `ids` as a list of ints, each in the vocabulary.
 
     Args:
-        name: What the ids are, as error messages say it, such as "the prompt".
+        name: The ids, as error messages name them, such as "the prompt".
         ids: Python ints or NumPy integers.
         vocab: The size of the vocabulary.
 
@@ -75,13 +94,13 @@ def check_token_ids(name: str, ids: Iterable[Any], vocab: int) -> list[int]:
         ValueError: There are no ids, or one is outside the vocabulary.
     """
     try:
-        found = [_token_id(token) for token in ids]
+        tokens = [_token_id(token) for token in ids]
     except TypeError:
         raise TypeError(f"{name} is not a sequence of token ids: give whole numbers") from None
-    if not found:
+    if not tokens:
         raise ValueError(f"{name} is empty: give at least one token")
-    check_in_vocabulary(name, found, vocab)
-    return found
+    check_in_vocabulary(name, tokens, vocab)
+    return tokens
 
 
 def check_in_vocabulary(name: str, ids: Iterable[int], vocab: int) -> None:
@@ -102,7 +121,7 @@ def require_package(package: str, purpose: str, install: str) -> ModuleType:
 
     Args:
         package: The module to import.
-        purpose: What needs it, as error messages say it, such as "--plot".
+        purpose: The feature that needs it, as error messages name it, such as "--plot".
         install: The argument of `pip install` that provides it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The format of a cache page, as kernels see it."""
+"""Describes cache pages as kernels see them."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,15 @@ _TPU_LANES = 128
 
 
 class PageFormat(NamedTuple):
-    """What a kernel needs to support. Widths are those in memory. v_width is None if pages of values exist."""
+    """The properties of cache pages on which it depends whether a kernel can read them.
+
+    Attributes:
+        width: Numbers per token and head, as stored.
+        page: Tokens per page.
+        dtype: The type of the numbers.
+        v_width: The width of the values if they are the first numbers of the keys. None if they have pages of their
+            own.
+    """
 
     width: int
     page: int
@@ -19,10 +27,10 @@ class PageFormat(NamedTuple):
 
 
 def stored_width(width: int, device: Device | None) -> int:
-    """Return the width at which a page stores heads of `width` numbers: on TPUs a multiple of 128, padded with zeros.
+    """Return the width at which pages store heads of `width` numbers: on TPUs a multiple of 128, padded with zeros.
 
-    XLA lays out a TPU array of another width with the pages innermost. It takes as much memory without the padding, but
-    no kernel can read it, and a step copied the whole cache of a layer in and out.
+    XLA lays out a TPU array of another width with the pages innermost. It takes as much memory as with padding, but no
+    kernel can read it, and each step copies the whole cache of a layer in and out.
     """
     on_tpu = device is not None and device.platform == "tpu"
     return -(-width // _TPU_LANES) * _TPU_LANES if on_tpu else width
