@@ -1,33 +1,40 @@
-"""The engine on devices: what a request says is its own, whatever comes, goes and runs out around it."""
+"""The engine on devices: the output of a request does not depend on other requests, on preemptions or on transfers."""
 
+import re
 from collections import Counter
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from helix_jax import (
-    BlockLayout,
-    FinishedEvent,
     Engine,
+    FinishedEvent,
     Plan,
-    TokenEvent,
     SamplingParams,
+    TokenEvent,
     generate,
-    transfer,
     load,
-    make_mesh,
     make_sampling,
     shard,
+    transfer,
 )
+from helix_jax.engine import engine as engine_module
 from helix_jax.engine import programs, sampling_params
-from helix_jax.layout import PLACEMENTS
 from helix_jax.sampling import apply_repetition_penalty
-from helix_jax.text import Bytes
+from helix_jax.text import ByteTokenizer
 from tests.conftest import GOLDEN
 from tests.reference import TIE, TINY, gaps_of, naive_logits, plan_of, tiny_model
 
 BLOCK = 4
+# One shape for most tests, so that each program is compiled once per mesh and placement. The pages are few enough that
+# random requests are preempted.
+SHAPE = {"rows": 4, "page": 4, "pages": 12, "max_len": 160, "chunk": 32}
+PADDED = 160  # one program for the reference, too
+# Another mesh, placement and page size, to transfer requests to and from.
+OTHER = {"tp": 1, "cp": 2, "page": 2, "pages": 200}
+TEN = SamplingParams(max_new_tokens=10)
 
 
 @pytest.fixture(scope="module")
@@ -36,183 +43,252 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def engine_of(model):
-    """Makes engines; the weights of a mesh are placed once."""
-    placed = {}
+def make_engine(model):
+    """Return a function that creates engines. It shards the weights once per mesh."""
+    sharded = {}
 
-    def make(tp=2, cp=4, placement="helix", **options):
-        if (tp, cp) not in placed:
-            placed[tp, cp] = shard(tiny_model(), plan_of(tp, cp))
-        mesh = placed[tp, cp].embed_VD[...].sharding.mesh
-        options = {"rows": 4, "page": 4, "max_len": 160, "chunk": 32} | options
-        return Engine(placed[tp, cp], Plan(mesh, BLOCK, placement), **options)
+    def make(tp=2, cp=4, placement="helix", **options) -> Engine:
+        if (tp, cp) not in sharded:
+            sharded[tp, cp] = shard(tiny_model(), plan_of(tp, cp))
+        mesh = sharded[tp, cp].embed_VD[...].sharding.mesh
+        return Engine(sharded[tp, cp], Plan(mesh, BLOCK, placement), **(SHAPE | options))
 
     return make
 
 
-def prompts_of(seed: int, count: int, longest: int, vocab: int = TINY.vocab) -> list[list[int]]:
+def random_prompts(seed: int, count: int, longest: int, vocab: int = TINY.vocab) -> list[list[int]]:
     random = np.random.default_rng(seed)
     return [random.integers(0, vocab, n).tolist() for n in random.integers(1, longest, count)]
 
 
+def short_prompts(seed: int, count: int) -> list[list[int]]:
+    """Prompts of 8 tokens, which one prefill program serves."""
+    return np.random.default_rng(seed).integers(0, TINY.vocab, (count, 8)).tolist()
+
+
+def finished_outputs(events) -> list:
+    return [event.result for event in events if isinstance(event, FinishedEvent)]
+
+
 def check_pages(engine: Engine) -> None:
-    """None is lost, none is held beyond what rows need, and no rank is far ahead of another."""
-    memory, layout = engine.scheduler.memory, engine.plan.layout
-    free = np.array([len(free) for free in memory._free])
-    assert (free + memory.in_use() + memory.cached() == memory.pages).all()
+    """Check that no page is lost, that each row has the pages that it needs, and that the ranks differ by the skew."""
+    allocator, layout = engine.scheduler.allocator, engine.plan.layout
+    free_R = np.array([len(free) for free in allocator._free_pages])
+    assert (free_R + allocator.pages_in_use + allocator.pages_cached == allocator.pages).all()
     for request in engine.scheduler.running:
-        pages = np.array([len(mine) for mine in engine.scheduler.held[request.id].pages])
-        assert (pages >= memory.needed(request.written, len(request.prompt))).all()
-        skew = {"helix": 3 * layout.block - 1, "striped": layout.block}[layout.placement]
-        ahead = -(-layout.block // memory.page)
-        assert pages.max() - pages.min() <= -(-skew // memory.page) + ahead
+        pages_R = np.array([len(pages) for pages in engine.scheduler.row_pages[request.id].pages])
+        assert (pages_R >= allocator.count_pages(request.num_computed, len(request.prompt))).all()
+        ahead = -(-layout.block // allocator.page)
+        assert pages_R.max() - pages_R.min() <= -(-layout.max_skew // allocator.page) + ahead
 
 
-def crowd(engine: Engine, requests: int, longest: int, most: int, cancelled: int, seed: int = 0):
-    """Submits them over time, cancels some. Returns the prompts and the results of the others, by id."""
+def run_random_requests(engine: Engine, requests: int, longest: int, most: int, cancelled: int, seed: int = 0):
+    """Submit random requests over time, and cancel some of them.
+
+    Returns:
+        The prompts and outputs of the others, by number.
+    """
     random = np.random.default_rng(seed)
-    prompts = prompts_of(seed, requests, longest, engine.config.vocab)
+    prompts = random_prompts(seed, requests, longest, engine.config.vocab)
     prompts = [prompt[: max(1, int(len(prompt) * random.random() ** 3))] for prompt in prompts]  # most are short
-    for alike in prompts[::4]:  # and some begin as others do
-        alike[:] = (prompts[int(random.integers(0, 4))][: longest // 2] + alike)[:longest]
-    doomed = set(random.choice(requests, cancelled, replace=False).tolist())
-    results, index = {}, 0
+    for prompt in prompts[::4]:  # and some start like another
+        prompt[:] = (prompts[int(random.integers(0, 4))][: longest // 2] + prompt)[:longest]
+    to_cancel = set(random.choice(requests, cancelled, replace=False).tolist())
+    outputs, index = {}, 0
     while engine.busy or index < requests:
         for _ in range(random.integers(0, 3)):
             if index < requests:
                 engine.submit(prompts[index], SamplingParams(max_new_tokens=int(random.integers(1, most))), str(index))
                 index += 1
-        living = [id for id in engine.requests if int(id) in doomed]
-        if living and random.random() < 0.1:
-            engine.cancel(living[0])
-        for event in engine.step():
-            if isinstance(event, FinishedEvent):
-                results[event.id] = event.result
+        cancellable = [id for id in engine.requests if int(id) in to_cancel]
+        if cancellable and random.random() < 0.1:
+            engine.cancel(cancellable[0])
+        for output in finished_outputs(engine.step()):
+            outputs[output.id] = output
         check_pages(engine)
-    assert engine.scheduler.memory.in_use() == (0,) * engine.plan.layout.ranks
-    assert len(results) == requests
-    return {int(id): (prompts[int(id)], r) for id, r in results.items() if r.reason != "cancelled"}
+    assert engine.stats().pages_in_use == (0,) * engine.plan.layout.ranks
+    assert len(outputs) == requests
+    return {int(id): (prompts[int(id)], o) for id, o in outputs.items() if o.finish_reason != "cancelled"}
 
 
-def check_greedy(model, said) -> None:
-    """Each token is the likeliest after what came before, by a model without a cache; or it is a tie."""
+def check_greedy(model, results) -> None:
+    """Check that each token is the most probable one by a model without a cache, or that the two best are a tie."""
     ties = 0
-    for prompt, result in said.values():
-        length = len(prompt) + len(result.tokens)
-        gaps = gaps_of(model, prompt, result.tokens, padded_to=max(128, 1 << (length - 1).bit_length()))
+    for prompt, output in results.values():
+        length = len(prompt) + len(output.tokens)
+        padded_to = PADDED if length <= PADDED else 1 << (length - 1).bit_length()
+        gaps = gaps_of(model, prompt, output.tokens, padded_to)
         assert gaps.max() < TIE
         ties += gaps.max() > 0
-    assert ties <= max(1, len(said) // 300)
+    assert ties <= max(1, len(results) // 300)
 
 
 @pytest.mark.parametrize("placement", ["helix", "striped"])
-def test_a_crowd_with_too_few_pages_says_what_each_would_say_alone(model, engine_of, placement):
-    engine = engine_of(placement=placement, pages=8)
-    said = crowd(engine, requests=40, longest=80, most=40, cancelled=6)
+def test_outputs_do_not_change_when_pages_run_out(model, make_engine, placement):
+    engine = make_engine(placement=placement)
+    results = run_random_requests(engine, requests=24, longest=110, most=50, cancelled=4, seed=4)
     assert engine.stats().preemptions >= 5
-    check_greedy(model, said)
-    assert [r.reason for _, r in said.values()] == ["length"] * len(said)
+    check_greedy(model, results)
+    assert [output.finish_reason for _, output in results.values()] == ["length"] * len(results)
 
 
 @pytest.mark.parametrize(("family", "tp", "cp"), [("gpt_oss", 2, 2), ("deepseek_v3", 1, 4)])
-def test_a_crowd_of_windows_sinks_latents_and_experts_does_too(family: str, tp: int, cp: int):
-    model, mesh = load(GOLDEN / family, plan_of(), jnp.float32), make_mesh(tp, cp)
-    options = {"rows": 3, "pages": 5 * 4 // cp, "page": 4, "max_len": 100, "chunk": 16}
-    plan = Plan(mesh, BLOCK, "striped")
+def test_nor_do_those_of_models_with_windows_sinks_latents_and_experts(family: str, tp: int, cp: int):
+    plan = plan_of(tp, cp, block=BLOCK, placement="striped")
+    options = {"rows": 3, "pages": 5 * 4 // cp, "page": 4, "max_len": 100, "chunk": 3, "budget": 16}
     engine = Engine(load(GOLDEN / family, plan, jnp.float32), plan, **options)
-    said = crowd(engine, requests=16, longest=60, most=30, cancelled=2)
+    results = run_random_requests(engine, requests=10, longest=60, most=30, cancelled=2)
     assert engine.stats().preemptions >= 1
     assert engine.stats().shared_tokens >= 16
-    check_greedy(model, said)
+    check_greedy(load(GOLDEN / family, plan_of(), jnp.float32), results)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("placement", ["helix", "striped"])
-def test_a_great_crowd_with_too_few_pages(model, engine_of, placement):
-    engine = engine_of(placement=placement, page=16, pages=38, max_len=2400, chunk=256, rows=8)
-    said = crowd(engine, requests=300, longest=2000, most=400, cancelled=30)
+def test_outputs_of_many_long_requests_do_not_change_when_pages_run_out(model, make_engine, placement):
+    engine = make_engine(placement=placement, page=16, pages=38, max_len=2400, chunk=256, rows=8)
+    results = run_random_requests(engine, requests=300, longest=2000, most=400, cancelled=30)
     assert engine.stats().preemptions >= 50
-    check_greedy(model, said)
+    check_greedy(model, results)
 
 
-def test_one_program_serves_every_step_of_a_shape(engine_of):
-    before = Counter(
-        {name: getattr(programs, name)._cache_size() for name in ("decode", "prefill", "seat", "edit_page_table")}
-    )
-    engine = engine_of(4, 2, "striped", rows=3)
+def test_warm_up_compiles_every_program_of_a_shape_once():
+    """Greedy programs first: one per chunk width (4 and 1) and one for decoding. The sampling programs are as many."""
+
+    def count_programs() -> Counter:
+        return Counter({name: getattr(programs, name)._cache_size() for name in names})
+
+    names = ("admit", "edit_page_table", "prefill", "decode")
+    plan = plan_of(1, 2, block=BLOCK, placement="striped")
+    model = shard(tiny_model(replace(TINY, layers=1)), plan)
+    engine = Engine(model, plan, rows=3, page=4, max_len=64, chunk=4)
+    before = count_programs()
+    engine.warm_up(sampling=False)
+    run_random_requests(engine, requests=6, longest=30, most=10, cancelled=1)
+    assert count_programs() - before == {"admit": 1, "edit_page_table": 1, "prefill": 2, "decode": 1}
     engine.warm_up()
-    crowd(engine, requests=12, longest=100, most=20, cancelled=2)
-    after = Counter({name: getattr(programs, name)._cache_size() for name in before})
-    assert after - before == {"decode": 1, "prefill": 3, "seat": 1, "edit_page_table": 1}
+    params = [SamplingParams(max_new_tokens=4 + i, temperature=i % 2, logprobs=3 * (i % 3) or None) for i in range(6)]
+    engine.generate(random_prompts(1, 6, 20), params)
+    assert count_programs() - before == {"admit": 1, "edit_page_table": 1, "prefill": 4, "decode": 2}
 
 
-def test_a_draw_depends_on_the_seed_and_not_on_the_batch(engine_of):
-    """Every rule at once, alone and in a crowd; and `generate`, which knows no engine, draws the same."""
-    prompts = prompts_of(3, 6, 30)
+def test_a_draw_depends_on_the_seed_and_not_on_the_batch(model, make_engine):
+    """All settings at once, alone and in a batch, where greedy rows run in the sampling program. `generate` agrees."""
+    prompts = short_prompts(3, 6)
     params = [
         SamplingParams(max_new_tokens=12, temperature=1.0, seed=7),
-        SamplingParams(max_new_tokens=12, temperature=2.0, top_k=9, seed=8),
-        SamplingParams(max_new_tokens=12, temperature=1.5, top_p=0.8, min_p=0.05, seed=9),
+        SamplingParams(max_new_tokens=9, temperature=2.0, top_k=9, seed=8),
+        SamplingParams(max_new_tokens=7, temperature=1.5, top_p=0.8, min_p=0.05, seed=9),
         SamplingParams(max_new_tokens=12, repetition_penalty=1.3),
         SamplingParams(max_new_tokens=12, logprobs=3),
-        SamplingParams(max_new_tokens=12),
+        SamplingParams(max_new_tokens=20),
     ]
-    engine = engine_of()
+    engine = make_engine()
     together = engine.generate(prompts, params)
     alone = [engine.generate([prompt], one)[0] for prompt, one in zip(prompts, params, strict=True)]
-    assert [r.tokens for r in together] == [r.tokens for r in alone]
-    assert together[3].tokens != engine.generate([prompts[3]], SamplingParams(max_new_tokens=12))[0].tokens
-    model = shard(tiny_model(), plan_of())
-    plan = Plan(model.embed_VD[...].sharding.mesh)
-    for row, rules in ((0, make_sampling(1, 1.0, seed=7)), (1, make_sampling(1, 2.0, 9, seed=8))):
-        assert generate(model, [prompts[row]], plan, max_new_tokens=12, sampling=rules)[0] == list(alone[row].tokens)
+    assert [output.tokens for output in together] == [output.tokens for output in alone]
+    assert [output.seed for output in together] == [7, 8, 9, None, None, None]
+    plan = plan_of()
+    unsharded = shard(tiny_model(), plan)
+    for row, sampling in ((0, make_sampling(1, 1.0, seed=7)), (1, make_sampling(1, 2.0, 9, seed=8))):
+        tokens = generate(unsharded, [prompts[row]], plan, max_new_tokens=7, sampling=sampling)[0]
+        assert tokens == list(alone[row].tokens)[:7]
+    check_penalised(model, prompts[3], together[3].tokens, 1.3)
+    check_greedy(model, {row: (prompts[row], together[row]) for row in (4, 5)})
 
 
-def test_logprobs_are_those_of_the_logits(model, engine_of):
-    prompt = prompts_of(4, 1, 20)[0]
-    result = engine_of().generate([prompt], SamplingParams(max_new_tokens=5, logprobs=4))[0]
-    assert len(result.logprobs) == 5
-    for (chosen, top), token in zip(result.logprobs, result.tokens, strict=True):
+def check_penalised(model, prompt: list[int], tokens: tuple[int, ...], penalty: float) -> None:
+    """Check greedy tokens with a repetition penalty, which must make a difference."""
+    logits_TV = naive_logits(model, [[*prompt, *tokens]], PADDED)[0, len(prompt) - 1 :]
+    greedy = []
+    for index, token in enumerate(tokens):
+        logits_V = logits_TV[index].copy()
+        greedy.append(int(logits_V.argmax()))
+        seen = list({*prompt, *tokens[:index]})
+        logits_V[seen] = np.where(logits_V[seen] > 0, logits_V[seen] / penalty, logits_V[seen] * penalty)
+        assert logits_V.max() - logits_V[token] < TIE
+    assert tokens != tuple(greedy)
+
+
+def test_a_request_without_a_seed_draws_one_and_can_be_repeated(make_engine, monkeypatch):
+    engine = make_engine()
+    [prompt] = short_prompts(10, 1)
+    params = SamplingParams(max_new_tokens=8, temperature=2)
+    samples = engine.generate([prompt] * 3, params)
+    assert len({output.tokens for output in samples}) == 3
+    assert len({output.seed for output in samples}) == 3
+    assert all(0 <= output.seed < 2**64 for output in samples)
+    repeated = engine.generate([prompt] * 3, [replace(params, seed=output.seed) for output in samples])
+    assert [(o.tokens, o.seed) for o in repeated] == [(o.tokens, o.seed) for o in samples]
+    # Several processes agree on the entropy of an engine, and submit in the same order.
+    monkeypatch.setattr(engine_module, "on_first_process", lambda do: 5)
+    seeds = []
+    for engine in (make_engine(), make_engine()):
+        ids = [engine.submit(prompt, params) for _ in range(2)]
+        seeds.append([engine.requests[id].params.seed for id in ids])
+    assert seeds[0] == seeds[1]
+    assert seeds[0][0] != seeds[0][1]
+
+
+def test_seeds_that_differ_by_2_to_the_32_differ(make_engine):
+    [prompt] = short_prompts(11, 1)
+    params = [SamplingParams(max_new_tokens=8, temperature=2, seed=7 + i * 2**32) for i in range(3)]
+    outputs = make_engine().generate([prompt] * 3, params)
+    assert len({output.tokens for output in outputs}) == 3
+    assert [output.seed for output in outputs] == [one.seed for one in params]
+
+
+def test_logprobs_are_those_of_the_logits(model, make_engine):
+    [prompt] = short_prompts(4, 1)
+    [output] = make_engine().generate([prompt], SamplingParams(max_new_tokens=5, logprobs=4))
+    assert len(output.logprobs) == 5
+    for (chosen, top), token in zip(output.logprobs, output.tokens, strict=True):
         ids, values = zip(*top, strict=True)
         assert ids[0] == token
         assert chosen == values[0] == max(values)
         assert len(top) == 4
-    text = [*prompt, *result.tokens]
-    logits = naive_logits(model, [text], 32)[0, len(prompt) - 1 : len(text) - 1]
-    expected = (
-        logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1)[:, None]
-    )
-    np.testing.assert_allclose([c for c, _ in result.logprobs], expected.max(-1), atol=1e-5)
+    text = [*prompt, *output.tokens]
+    logits = naive_logits(model, [text], PADDED)[0, len(prompt) - 1 : len(text) - 1]
+    expected = -np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1))
+    np.testing.assert_allclose([chosen for chosen, _ in output.logprobs], expected, atol=1e-5)
 
 
 def test_a_repeated_token_is_penalised():
     logits_BV = jnp.asarray([[2.0, -2.0, 1.0], [2.0, -2.0, 1.0]])
     seen_BV = jnp.asarray([[True, True, False]] * 2)
-    found = apply_repetition_penalty(logits_BV, seen_BV, jnp.asarray([2.0, 1.0]))
-    np.testing.assert_array_equal(found, [[1.0, -4.0, 1.0], [2.0, -2.0, 1.0]])
+    penalised_BV = apply_repetition_penalty(logits_BV, seen_BV, jnp.asarray([2.0, 1.0]))
+    np.testing.assert_array_equal(penalised_BV, [[1.0, -4.0, 1.0], [2.0, -2.0, 1.0]])
 
 
-def test_a_request_ends_at_a_stop_id_or_a_stop_string_and_wastes_no_page(engine_of):
-    engine = engine_of(tokenizer=Bytes())
-    prompt = prompts_of(5, 1, 20)[0]
-    said = engine.generate([prompt], SamplingParams(max_new_tokens=20))[0]
-    third = said.tokens[2]
-    first_at = said.tokens.index(third)
-    by_id = engine.generate([prompt], SamplingParams(max_new_tokens=20, stop_token_ids=(third,)))[0]
-    assert (by_id.tokens, by_id.reason) == (said.tokens[: first_at + 1], "stop")
-    by_text = engine.generate([prompt], SamplingParams(max_new_tokens=20, stop=(chr(third),)))[0]
-    assert (by_text.reason, by_text.text) == ("stop", Bytes().decode(list(said.tokens[:first_at])))
-    assert engine.scheduler.memory.in_use() == (0,) * 4
+def test_a_stop_token_or_a_stop_string_ends_a_request_and_frees_its_pages(make_engine):
+    engine = make_engine(tokenizer=ByteTokenizer())
+    [prompt] = short_prompts(5, 1)
+    [whole] = engine.generate([prompt], SamplingParams(max_new_tokens=20))
+    third = whole.tokens[2]
+    index = whole.tokens.index(third)
+    [by_id] = engine.generate([prompt], SamplingParams(max_new_tokens=20, stop_token_ids=(third,)))
+    assert (by_id.tokens, by_id.finish_reason) == (whole.tokens[: index + 1], "stop")
+    [by_text] = engine.generate([prompt], SamplingParams(max_new_tokens=20, stop=(chr(third),)))
+    assert (by_text.finish_reason, by_text.text) == ("stop", ByteTokenizer().decode(list(whole.tokens[:index])))
+    assert engine.stats().pages_in_use == (0,) * 4
 
 
-def test_half_a_character_is_refused(engine_of):
-    with pytest.raises(ValueError, match=r"the prompt holds '\\ud800', half of a character"):
-        engine_of(tokenizer=Bytes()).submit("a\ud800b")
+def test_the_end_tokens_of_the_model_end_a_request_unless_they_are_ignored(make_engine):
+    engine = make_engine()
+    engine.config = replace(engine.config, eos_token_ids=(7, 8))
+    params = [SamplingParams(), SamplingParams(ignore_eos=True), SamplingParams(stop_token_ids=[9])]
+    ids = [engine.submit([1], one) for one in params]
+    assert [engine.requests[id].stop_token_ids for id in ids] == [{7, 8}, set(), {9}]
 
 
-def test_text_comes_as_it_is_said(engine_of):
-    engine = engine_of(tokenizer=Bytes())
+def test_invalid_unicode_is_rejected(make_engine):
+    with pytest.raises(ValueError, match=r"'\\ud800', half of a character: give valid Unicode"):
+        make_engine(tokenizer=ByteTokenizer()).submit("a\ud800b")
+
+
+def test_events_contain_the_text_piece_by_piece(make_engine):
+    engine = make_engine(tokenizer=ByteTokenizer())
     id = engine.submit("0123 567", SamplingParams(max_new_tokens=15))
     events = list(engine.events())
     pieces = [event.text for event in events if isinstance(event, TokenEvent)]
@@ -221,209 +297,251 @@ def test_text_comes_as_it_is_said(engine_of):
     assert len(pieces) == 15
 
 
-def test_a_shared_prefix_is_prefilled_once(model, engine_of):
-    """Both are in a run of 16 tokens (4 ranks of a block); the second computes what is left, and says the same."""
-    first = (prompts_of(6, 1, 90)[0] * 9)[:100]
+def test_a_shared_prefix_is_prefilled_once(model, make_engine):
+    """Prefix blocks have 16 tokens (a block of 4 on each of 4 ranks). What is not shared is computed."""
+    first = (random_prompts(6, 1, 90)[0] * 9)[:100]
     second = [*first[:90], 1, 2, 3]
-    engine = engine_of(placement="striped")
-    assert engine.sharing == "on"
-    params = SamplingParams(max_new_tokens=10)
-    results = [engine.generate([prompt], params)[0] for prompt in (first, second, first)]
-    assert [r.shared_tokens for r in results] == [0, 80, 96]
+    engine = make_engine(placement="striped")
+    assert engine.prefix_caching_status == "on"
+    outputs = [engine.generate([prompt], TEN)[0] for prompt in (first, second, first)]
+    assert [output.shared_tokens for output in outputs] == [0, 80, 96]
     assert engine.stats().prefilled_tokens == 100 + 13 + 4
-    assert results[0].tokens == results[2].tokens
-    check_greedy(model, dict(enumerate(zip((first, second), results, strict=False))))
-    at_once = engine_of(placement="striped", budget=512).generate([first, second, first], params)
-    assert [(r.shared_tokens, r.tokens) for r in at_once] == [(r.shared_tokens, r.tokens) for r in results]
-    apart = engine_of(placement="striped", share_prefixes=False)
-    assert [r.tokens for r in apart.generate([first, second], params)] == [r.tokens for r in results[:2]]
-    assert apart.sharing == "off: not asked for"
-    assert engine_of().sharing == "off: under helix places depend on the prompt's length (choose striped)"
+    assert outputs[0].tokens == outputs[2].tokens
+    check_greedy(model, dict(enumerate(zip((first, second), outputs, strict=False))))
+    at_once = make_engine(placement="striped", budget=512).generate([first, second, first], TEN)
+    assert [(o.shared_tokens, o.tokens) for o in at_once] == [(o.shared_tokens, o.tokens) for o in outputs]
+    without = make_engine(placement="striped", prefix_caching=False)
+    separate = without.generate([first, second], TEN)
+    assert [(o.shared_tokens, o.tokens) for o in separate] == [(0, o.tokens) for o in outputs[:2]]
+    assert without.prefix_caching_status == "off: prefix_caching is False"
+    assert "choose striped" in make_engine().prefix_caching_status
 
 
-def test_a_long_prompt_does_not_hold_up_the_others(engine_of):
-    """While it is prefilled, in 5 chunks, the other says a token in every step."""
-    engine = engine_of(chunk=32)
+def test_a_long_prompt_does_not_delay_other_requests(make_engine):
+    """While its 4 chunks are prefilled, the other request gets a token in every step."""
+    engine = make_engine()
     engine.submit([1, 2, 3], SamplingParams(max_new_tokens=30), "short")
     for _ in range(3):
         engine.step()
     engine.submit(list(range(60)) * 2 + [1, 2], SamplingParams(max_new_tokens=2), "long")
     steps = [[event.id for event in engine.step() if isinstance(event, TokenEvent)] for _ in range(8)]
-    assert all("short" in said for said in steps)
-    assert [("long" in said) for said in steps].index(True) >= 4
+    assert all("short" in ids for ids in steps)
+    assert ["long" in ids for ids in steps].index(True) >= 4
+
+
+SLOW_TRANSFERS = [
+    ({"tp": 2, "cp": 1}, {"tp": 1, "cp": 4, "page": 8}),
+    ({"tp": 2, "cp": 1, "placement": "striped"}, {"tp": 1, "cp": 4, "placement": "striped"}),
+    ({"tp": 1, "cp": 4}, {"tp": 1, "cp": 2, "page": 2}),
+]
 
 
 @pytest.mark.parametrize(
     ("source", "target"),
     [
-        ({"tp": 2, "cp": 1}, {"tp": 1, "cp": 4, "page": 8}),
-        ({"tp": 2, "cp": 1, "placement": "striped"}, {"tp": 1, "cp": 4, "placement": "striped"}),
-        pytest.param({"tp": 1, "cp": 4}, {"tp": 1, "cp": 2, "page": 2}, marks=pytest.mark.slow),
-        ({"tp": 1, "cp": 4, "placement": "striped"}, {"tp": 1, "cp": 2, "placement": "helix"}),
+        ({"placement": "striped"}, OTHER),
+        (OTHER, {}),
+        *(pytest.param(*({"pages": 200} | one for one in pair), marks=pytest.mark.slow) for pair in SLOW_TRANSFERS),
     ],
 )
-def test_a_request_goes_on_in_another_engine(model, engine_of, source, target):
-    """Decoding, in the middle of its prompt, and not yet begun."""
-    source, target = engine_of(**source), engine_of(**target)
-    prompts = prompts_of(8, 6, 90)
-    prompts[3] = prompts[3] * 60
-    prompts[3] = prompts[3][:120]
-    for index, prompt in enumerate(prompts):
-        source.submit(prompt, SamplingParams(max_new_tokens=10), str(index))
-    tokens = {str(index): [] for index in range(6)}
-    for _ in range(6):
-        for event in source.step():
+def test_a_transferred_request_continues_in_the_other_engine(model, make_engine, source, target):
+    """While it decodes, in the middle of its prompt, and before it has a row."""
+    source, target = make_engine(**source), make_engine(**target)
+    lengths = {"decoding": 8, "other": 8, "prefilling": 120, "waiting": 8, "last": 8}
+    prompts = {id: (random_prompts(8, 1, 90)[0] * 60)[-length:] for id, length in lengths.items()}
+    for id, prompt in prompts.items():
+        source.submit(prompt, TEN, id)
+    tokens = {id: [] for id in prompts}
+
+    def collect(events) -> None:
+        for event in events:
             if isinstance(event, TokenEvent):
                 tokens[event.id].append(event.token)
-    for id in ("0", "3", "5"):
-        if id in source.requests:
-            transfer(id, source, target)
-    assert target.requests
+
+    for _ in range(3):
+        collect(source.step())
+    assert source.requests["decoding"].num_computed > lengths["decoding"]
+    assert 0 < source.requests["prefilling"].num_computed < lengths["prefilling"]
+    assert source.requests["waiting"].row is None
+    for id in ("decoding", "prefilling", "waiting"):
+        transfer(id, source, target)
+    assert set(target.requests) == {"decoding", "prefilling", "waiting"}
     for engine in (source, target):
-        for event in engine.events():
-            if isinstance(event, TokenEvent):
-                tokens[event.id].append(event.token)
-        assert engine.scheduler.memory.in_use() == (0,) * engine.plan.layout.ranks
-    for index, prompt in enumerate(prompts):
-        assert len(tokens[str(index)]) == 10
-        assert gaps_of(model, prompt, tokens[str(index)], 160).max() < TIE
+        collect(engine.events())
+        assert engine.stats().pages_in_use == (0,) * engine.plan.layout.ranks
+    for id, prompt in prompts.items():
+        assert len(tokens[id]) == 10
+        assert gaps_of(model, prompt, tokens[id], PADDED).max() < TIE
 
 
-def test_what_cannot_be_handed_over_stays(engine_of):
-    source, target = engine_of(), engine_of(tp=1, cp=2, pages=2)
-    prompt = list(range(40))
+def test_a_request_that_cannot_be_transferred_stays(make_engine):
+    source, small = make_engine(), make_engine(**(OTHER | {"pages": 2}))
+    [prompt] = short_prompts(13, 1)
     params = SamplingParams(max_new_tokens=8)
     id = source.submit(prompt, params)
     source.step()
-    with pytest.raises(ValueError, match="need 6 pages of 4 on one rank, and it has 2"):
-        transfer(id, source, target)
+    with pytest.raises(ValueError, match="need 4 pages of 2 on one rank, and it has 2"):
+        transfer(id, source, small)
     with pytest.raises(ValueError, match="no request 'x' is waiting or running"):
-        transfer("x", source, target)
-    target = engine_of(tp=1, cp=2, rows=1)
-    target.submit(prompt, params, "mine")
-    target.step()
+        transfer("x", source, small)
+    full = make_engine(**OTHER)
+    for row in range(4):
+        full.submit(prompt, params, f"row {row}")
+    full.step()
     with pytest.raises(ValueError, match="no free row, or too few free pages"):
-        transfer(id, source, target)
-    target.submit(prompt, params, id)
+        transfer(id, source, full)
+    full.submit(prompt, params, id)
     with pytest.raises(ValueError, match="has a request 'request-0' already"):
-        transfer(id, source, target)
-    assert [e.result.tokens for e in source.events() if isinstance(e, FinishedEvent)] == [
-        e.result.tokens for e in target.events() if isinstance(e, FinishedEvent) and e.id == "mine"
-    ]
+        transfer(id, source, full)
+    [output] = finished_outputs(source.events())
+    assert [o.tokens for o in finished_outputs(full.events())] == [output.tokens] * 5
+
+
+@pytest.fixture(scope="module")
+def small_engine(make_engine):
+    """Return an engine that never runs."""
+    return make_engine(pages=9)
 
 
 @pytest.mark.parametrize(
-    ("prompt", "params", "message"),
+    ("prompt", "params", "error", "message"),
     [
-        ([], {}, "the prompt is empty"),
-        ([1, 61], {}, "token id 61 is not one of the vocabulary: give ids from 0 to 60"),
-        ("words", {}, "text needs a tokenizer, and the engine has none"),
-        ([1] * 150, {"max_new_tokens": 11}, "150 tokens and 11 new ones exceed the 160 positions of a row"),
-        ([1] * 100, {"max_new_tokens": 50}, "need 11 pages of 4 on one rank, and it has 9: ask for fewer"),
-        ([1], {"temperature": -1}, "temperature is -1: give 0"),
-        ([1], {"top_p": 0}, "top_p is 0: give a probability above 0"),
-        ([1], {"min_p": 2}, "min_p is 2: give a share from 0 to 1"),
-        ([1], {"repetition_penalty": 0}, "repetition_penalty is 0: give"),
-        ([1], {"max_new_tokens": 0}, "max_new_tokens is 0: give at least 1"),
-        ([1], {"top_k": -3}, "top_k is -3: give 0"),
-        ([1], {"stop": [""]}, "stop is ('',): give a list of strings that are not empty"),
-        ([1], {"logprobs": 21}, "logprobs is 21: give 0 to 20"),
-        ([1], {"beams": 2}, "unknown field 'beams': choose among max_new_tokens, temperature"),
+        ([], {}, ValueError, "the prompt is empty"),
+        ([1, 61], {}, ValueError, "token id 61 is outside the vocabulary of 61"),
+        ([1, True], {}, TypeError, "the prompt is not a sequence of token ids"),
+        ("words", {}, ValueError, "text needs a tokenizer, and the engine has none"),
+        ([1] * 150, {"max_new_tokens": 11}, ValueError, "150 tokens and 11 new ones exceed the 160 positions"),
+        ([1] * 100, {"max_new_tokens": 50}, ValueError, "need 11 pages of 4 on one rank, and it has 9"),
+        ([1], {"temperature": -1}, ValueError, "temperature is -1: give 0"),
+        ([1], {"temperature": "hot"}, TypeError, "temperature"),
+        ([1], {"top_p": 0}, ValueError, "top_p is 0: give a probability above 0"),
+        ([1], {"min_p": 2}, ValueError, "min_p is 2: give a number from 0 to 1"),
+        ([1], {"repetition_penalty": 0}, ValueError, "repetition_penalty is 0: give a positive number"),
+        ([1], {"max_new_tokens": 0}, ValueError, "max_new_tokens is 0: give at least 1"),
+        ([1], {"max_new_tokens": 1.5}, TypeError, "max_new_tokens"),
+        ([1], {"top_k": -3}, ValueError, "top_k is -3: give 0"),
+        ([1], {"seed": 2**64}, ValueError, "seed is 18446744073709551616: give a whole number from 0 to 2^64 - 1"),
+        ([1], {"seed": True}, TypeError, "seed"),
+        ([1], {"stop": [""]}, ValueError, "stop is ('',): give a list of strings that are not empty"),
+        ([1], {"stop": [1]}, TypeError, "stop"),
+        ([1], {"stop_token_ids": [True]}, TypeError, "stop_token_ids"),
+        ([1], {"ignore_eos": 1}, TypeError, "ignore_eos"),
+        ([1], {"logprobs": 21}, ValueError, "logprobs is 21: give 0 to 20"),
+        ([1], {"beams": 2}, ValueError, "unknown key 'beams': choose one of"),
     ],
 )
-def test_a_bad_request_is_refused_alone(engine_of, prompt, params, message):
-    engine = engine_of(pages=9)
-    engine.submit([1, 2], SamplingParams(max_new_tokens=3), "good")
-    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
-        engine.submit(prompt, sampling_params(params))
-    with pytest.raises(ValueError, match="a request 'good' has not ended yet"):
-        engine.submit([1], id="good")
+def test_an_invalid_request_is_rejected_and_others_continue(small_engine, prompt, params, error, message):
+    """Under the type checks of the tests, the message of a TypeError is that of beartype. It names the parameter too."""
+    small_engine.submit([1, 2], SamplingParams(max_new_tokens=3), "good")
+    with pytest.raises(error, match=re.escape(message)):
+        small_engine.submit(prompt, sampling_params(params))
+    with pytest.raises(ValueError, match="a request 'good' has not finished yet"):
+        small_engine.submit([1], id="good")
     with pytest.raises(ValueError, match="no request 'bad'"):
-        engine.cancel("bad")
-    assert list(engine.requests) == ["good"]
+        small_engine.cancel("bad")
+    assert list(small_engine.requests) == ["good"]
+    small_engine.cancel("good")
+    assert [event.result.finish_reason for event in small_engine.step()] == ["cancelled"]
+
+
+def test_none_in_a_mapping_means_the_default():
+    names = ("max_new_tokens", "temperature", "seed", "stop", "stop_token_ids", "logprobs")
+    assert sampling_params(dict.fromkeys(names)) == SamplingParams()
+    assert sampling_params({"stop": "x", "stop_token_ids": [3]}) == SamplingParams(stop=("x",), stop_token_ids=(3,))
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        ({"rows": 0}, "rows is 0: give a whole number, at least 1"),
-        ({"pages": 0}, "pages is 0"),
-        ({"chunk": 0}, "chunk is 0"),
-        ({"max_len": 5000}, "max_len is 5000: the model has 4096 positions"),
+        ({"rows": 0}, ValueError, "rows is 0: give at least 1"),
+        ({"rows": 1.5}, TypeError, "rows"),
+        ({"pages": 0}, ValueError, "pages is 0"),
+        ({"chunk": 0}, ValueError, "chunk is 0"),
+        ({"budget": 0}, ValueError, "budget is 0"),
+        ({"max_len": 5000}, ValueError, "max_len is 5000: give at most the model's 4096 positions"),
     ],
 )
-def test_a_bad_engine_is_refused(engine_of, options, message):
-    with pytest.raises(ValueError, match=message):
-        engine_of(**options)
+def test_invalid_options_are_rejected(make_engine, options, error, message):
+    with pytest.raises(error, match=message):
+        make_engine(**options)
 
 
-def test_misuse_is_told_in_a_line(engine_of):
-    engine = engine_of()
-    with pytest.raises(ValueError, match="the prompts are one text"):
+def test_a_mesh_with_dp_is_rejected():
+    plan = plan_of(1, 1, 2)
+    with pytest.raises(ValueError, match="the mesh has dp 2: create one engine per replica"):
+        Engine(shard(tiny_model(), plan), plan)
+
+
+def test_misuse_is_an_error_with_a_fix(make_engine):
+    engine = make_engine()
+    with pytest.raises(TypeError, match="prompts is a string: give a list"):
         engine.generate("0123")
     engine.submit(np.array([1, 2, 3]), SamplingParams(max_new_tokens=4, stop=["x"][:0]), "request-1")
     assert [engine.submit([1]), engine.submit([1])] == ["request-2", "request-3"]
     engine.step()
-    with pytest.raises(ValueError, match="3 requests are running: warm up before"):
+    with pytest.raises(ValueError, match="3 requests are running: call warm_up before"):
         engine.warm_up()
 
 
-def test_who_leaves_the_events_early_finds_the_rest_later(engine_of):
-    engine = engine_of()
+def test_events_that_were_not_consumed_are_returned_later(make_engine):
+    engine = make_engine()
     for _ in range(3):
         engine.submit([1, 2], SamplingParams(max_new_tokens=3))
-    told = []
+    ids = []
     while engine.busy:
         for event in engine.events():
-            told.append(event.id)
+            ids.append(event.id)
             break
-    assert Counter(told) == {f"request-{i}": 4 for i in range(3)}
+    assert Counter(ids) == {f"request-{i}": 4 for i in range(3)}
 
 
-def test_an_interrupted_step_loses_nothing(engine_of, monkeypatch):
-    engine = engine_of()
-    prompt = prompts_of(12, 1, 20)[0]
-    expected = engine.generate([prompt], SamplingParams(max_new_tokens=9))[0].tokens
-    engine.submit(prompt, SamplingParams(max_new_tokens=9))
+def test_an_interrupted_step_loses_nothing(make_engine, monkeypatch):
+    engine = make_engine()
+    [prompt] = short_prompts(12, 1)
+    expected = engine.generate([prompt], TEN)[0].tokens
+    engine.submit(prompt, TEN)
     engine.step()
     engine.step()
 
-    def interrupted(*_, **__):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(np, "asarray", interrupted)
+        patch.setattr(np, "asarray", interrupt)
         with pytest.raises(KeyboardInterrupt):
             engine.drain()
-    assert [event.result.tokens for event in engine.events() if isinstance(event, FinishedEvent)] == [expected]
+    assert [output.tokens for output in finished_outputs(engine.events())] == [expected]
 
 
-def test_who_comes_by_hand_over_is_the_youngest_there(engine_of):
-    source, target = engine_of(tp=1, cp=2), engine_of()
+def test_a_transferred_request_is_the_newest_in_the_other_engine(make_engine):
+    source, target = make_engine(**OTHER), make_engine()
     for _ in range(3):
-        id = source.submit([1, 2, 3], SamplingParams(max_new_tokens=9))
-    target.submit([1, 2], SamplingParams(max_new_tokens=9), "there")
+        id = source.submit([1, 2, 3], TEN)
+    target.submit([1, 2], TEN, "there")
     for engine in (source, target):
         engine.step()
     transfer(id, source, target)
     assert target.requests[id].order > target.requests["there"].order
-    assert target.submit([1], SamplingParams(max_new_tokens=2)) != id
+    assert target.submit([1], TEN) != id
 
 
-def test_prompts_that_cannot_run_leave_nothing_behind(engine_of):
-    engine = engine_of()
+def test_invalid_prompts_leave_nothing_behind(make_engine):
+    engine = make_engine()
     with pytest.raises(ValueError, match="the prompt is empty"):
         engine.generate([[1], []])
-    with pytest.raises(ValueError, match="1 params, but 2 prompts"):
+    with pytest.raises(ValueError, match="there are 1 params for 2 prompts"):
         engine.generate([[1], [2]], [SamplingParams()])
     assert not engine.busy
     other = engine.submit([1, 2], SamplingParams(max_new_tokens=3))
     assert len(engine.generate([[1]], SamplingParams(max_new_tokens=2))[0].tokens) == 2
-    assert [event.id for event in engine.events()] == [other] * 4  # three tokens and its end
+    assert [event.id for event in engine.events()] == [other] * 4  # three tokens and the end
 
 
-def test_every_placement_decodes(model, engine_of):
-    for placement in PLACEMENTS:
-        prompt = prompts_of(9, 1, 40)[0]
-        result = engine_of(placement=placement, page=16).generate([prompt], SamplingParams(max_new_tokens=30))[0]
-        assert gaps_of(model, prompt, result.tokens, 120).max() < TIE
+@pytest.mark.parametrize(
+    "options", [{}, {"placement": "striped"}, {"placement": "last_rank", "page": 16, "pages": None}], ids=str
+)
+def test_every_placement_decodes(model, make_engine, options):
+    [prompt] = random_prompts(9, 1, 40)
+    prompt = (prompt * 32)[:32]
+    [output] = make_engine(**options).generate([prompt], SamplingParams(max_new_tokens=30))
+    assert gaps_of(model, prompt, output.tokens, PADDED).max() < TIE

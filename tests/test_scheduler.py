@@ -1,4 +1,4 @@
-"""The engine's decisions without a device: what a table leads to is played out in dictionaries, and read back."""
+"""The scheduler, the page allocator and the output text, without devices: dictionaries stand for the pages."""
 
 import hypothesis.strategies as st
 import numpy as np
@@ -6,72 +6,74 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from helix_jax.engine.page_allocator import PageAllocator, prefix_block_len
+from helix_jax.cache import pages_needed, split_slot
+from helix_jax.engine.output_text import OutputText
+from helix_jax.engine.page_allocator import PageAllocator, RowPages, describe_prefix_caching, prefix_block_len
 from helix_jax.engine.params import SamplingParams
 from helix_jax.engine.requests import Request
-from helix_jax.engine.output_text import OutputText
-from helix_jax.engine.scheduler import Scheduler, ScheduledStep, table_of
+from helix_jax.engine.scheduler import ScheduledStep, Scheduler, make_page_table
 from helix_jax.layout import PLACEMENTS, BlockLayout
-from helix_jax.text import Bytes
+from helix_jax.text import ByteTokenizer
 
-VOCAB, ROWS, LONGEST = 5, 3, 40
-
-
-def next_token(known: list[int]) -> int:
-    """What a model would say: a function of all that came before, in order."""
-    return hash(tuple(known)) % VOCAB
+VOCAB, ROWS, MAX_LEN = 5, 3, 40
 
 
-class Devices:
-    """Pages as dictionaries. What a request reads is checked position by position, as its table has it."""
+def next_token(tokens: list[int]) -> int:
+    """Stand in for the model: a function of all previous tokens, in order."""
+    return hash(tuple(tokens)) % VOCAB
 
-    def __init__(self, memory: PageAllocator, entries: int):
-        self.memory, self.entries = memory, entries
-        self.words: dict[tuple[int, int, int], tuple[int, int]] = {}  # rank, page, word -> position, token
-        self.tables = np.full((memory.layout.ranks, ROWS, entries), -1)
 
-    def run(self, work: ScheduledStep, scheduler: Scheduler) -> list[tuple[Request, int]]:
-        """What is said, as (request, token): to be told later."""
-        for rank, row, entry, page in work.edits:
-            self.tables[rank, row, entry] = page
-        said = []
-        for request in work.decodes:
-            known = self._known(request)
-            self._write(request, known, len(known) - 1)
-            said.append((request, next_token(self._read(request, len(known)))))
-        for seat in work.seats:
-            self.tables[:, seat.request.row] = table_of(scheduler.held[seat.request.id], self.entries)
-        for chunk in work.chunks:
+class FakeDevices:
+    """Pages as dictionaries. Every read is checked position by position, through the page table of the row."""
+
+    def __init__(self, allocator: PageAllocator, entries: int):
+        self.allocator, self.entries = allocator, entries
+        self.words: dict[tuple[int, int, int], tuple[int, int]] = {}  # (rank, page, offset) -> (position, token)
+        self.table_RBM = np.full((allocator.layout.ranks, ROWS, entries), -1)
+
+    def run(self, step: ScheduledStep, scheduler: Scheduler) -> list[tuple[Request, int]]:
+        """Return the generated tokens as (request, token), to be appended after the next step is scheduled."""
+        for rank, row, entry, page in step.table_edits:
+            self.table_RBM[rank, row, entry] = page
+        generated = []
+        for request in step.decodes:
+            tokens = self._tokens_with_in_flight(request)
+            self._write(request, tokens, len(tokens) - 1)
+            generated.append((request, next_token(self._read(request, len(tokens)))))
+        for admission in step.admissions:
+            row_pages = scheduler.row_pages[admission.request.id]
+            self.table_RBM[:, admission.request.row] = make_page_table(row_pages, self.entries)
+        for chunk in step.chunks:
             for position in range(chunk.first, chunk.first + chunk.count):
-                self._write(chunk.request, chunk.request.known, position)
-            read = self._read(chunk.request, chunk.first + chunk.count)
-            if chunk.last:
-                said.append((chunk.request, next_token(read)))
-        return said
+                self._write(chunk.request, chunk.request.all_token_ids, position)
+            tokens = self._read(chunk.request, chunk.first + chunk.count)
+            if chunk.is_last:
+                generated.append((chunk.request, next_token(tokens)))
+        return generated
 
-    def _known(self, request: Request) -> list[int]:
-        """With the token that is still on its way."""
-        known = request.known
-        return known + [next_token(known)] * (len(known) <= request.written - 1)
+    def _tokens_with_in_flight(self, request: Request) -> list[int]:
+        tokens = request.all_token_ids
+        return tokens + [next_token(tokens)] * (len(tokens) <= request.num_computed - 1)
 
-    def _place(self, request: Request, position: int) -> tuple[int, int, int]:
-        layout, prompt_len = self.memory.layout, len(request.prompt)
+    def _locate(self, request: Request, position: int) -> tuple[int, int, int]:
+        layout, prompt_len = self.allocator.layout, len(request.prompt)
         rank, slot = layout.owner(position, prompt_len), layout.slot(position, prompt_len)
-        return rank, int(self.tables[rank, request.row, slot // self.memory.page]), slot % self.memory.page
+        entry, offset = split_slot(slot, self.allocator.page)
+        return rank, int(self.table_RBM[rank, request.row, entry]), offset
 
-    def _write(self, request: Request, known: list[int], position: int) -> None:
-        rank, page, word = self._place(request, position)
+    def _write(self, request: Request, tokens: list[int], position: int) -> None:
+        rank, page, offset = self._locate(request, position)
         assert page >= 0, f"position {position} has no page"
-        self.words[rank, page, word] = position, known[position]
+        self.words[rank, page, offset] = position, tokens[position]
 
     def _read(self, request: Request, length: int) -> list[int]:
-        read = [self.words[self._place(request, position)] for position in range(length)]
-        assert [position for position, _ in read] == list(range(length))
-        return [token for _, token in read]
+        words = [self.words[self._locate(request, position)] for position in range(length)]
+        assert [position for position, _ in words] == list(range(length))
+        return [token for _, token in words]
 
 
-class Engines(RuleBasedStateMachine):
-    """Requests come, are cancelled and end, on few pages; one step is always on its way."""
+class SchedulerMachine(RuleBasedStateMachine):
+    """Requests are submitted, cancelled and finished on few pages, with one step in flight."""
 
     @initialize(
         ranks=st.integers(1, 3),
@@ -84,89 +86,97 @@ class Engines(RuleBasedStateMachine):
     )
     def start(self, ranks, block, page, placement, pages, chunk, budget):
         layout = BlockLayout(ranks, block, placement)
-        entries = -(-LONGEST // page)
-        self.memory = PageAllocator(layout, pages, page, share=prefix_block_len(layout, page) is not None)
-        self.scheduler = Scheduler(self.memory, ROWS, budget, chunk)
-        self.devices = Devices(self.memory, entries)
-        self.live: dict[str, Request] = {}
-        self.under_way: list[tuple[Request, int]] = []
+        share = prefix_block_len(layout, page) is not None
+        self.allocator = PageAllocator(layout, pages, page, share=share)
+        self.scheduler = Scheduler(self.allocator, ROWS, budget, chunk)
+        self.devices = FakeDevices(self.allocator, pages_needed(MAX_LEN, page))
+        self.unfinished: dict[str, Request] = {}
+        self.in_flight: list[tuple[Request, int]] = []
         self.submitted = 0
 
-    @rule(start=st.integers(0, 2), more=st.lists(st.integers(0, 1), min_size=2, max_size=20), most=st.integers(2, 15))
-    def submit(self, start, more, most):
-        prompt = [start, *more]
+    @rule(start=st.integers(0, 2), more=st.lists(st.integers(0, 1), min_size=2, max_size=20), new=st.integers(2, 15))
+    def submit(self, start, more, new):
         request = Request(
-            str(self.submitted),
-            prompt,
-            SamplingParams(max_new_tokens=most),
-            frozenset({VOCAB - 1}),
-            self.submitted,
-            OutputText(None, ()),
+            id=str(self.submitted),
+            prompt=[start, *more],
+            params=SamplingParams(max_new_tokens=new),
+            stop_token_ids=frozenset({VOCAB - 1}),
+            order=self.submitted,
+            text=OutputText(None, ()),
         )
         self.submitted += 1
-        if self.memory.needed(request.most, len(prompt)).max() <= self.memory.pages:
-            self.live[request.id] = request
+        if self.allocator.count_pages(request.max_computed, len(request.prompt)).max() <= self.allocator.pages:
+            self.unfinished[request.id] = request
             self.scheduler.waiting.append(request)
 
-    @precondition(lambda self: self.live)
+    @precondition(lambda self: self.unfinished)
     @rule(data=st.data())
     def cancel(self, data):
-        self._end(self.live[data.draw(st.sampled_from(sorted(self.live)))])
+        self._finish(self.unfinished[data.draw(st.sampled_from(sorted(self.unfinished)))])
 
     @rule(steps=st.integers(1, 12))
     def steps(self, steps):
         for _ in range(steps):
-            work = self.scheduler.schedule()
-            said = self.devices.run(work, self.scheduler)
-            for request, token in self.under_way:
-                if self.live.get(request.id) is request:
-                    request.append(token)
-                    request.running_ahead -= 1
-                    if token in request.stop_token_ids or len(request.tokens) == request.params.max_new_tokens:
-                        self._end(request)
-            self.under_way = said
+            step = self.scheduler.schedule()
+            generated = self.devices.run(step, self.scheduler)
+            for request, token in self.in_flight:
+                if self.unfinished.get(request.id) is request:
+                    _, finish_reason = request.append_token(token, None, 0.0)
+                    if finish_reason:
+                        self._finish(request)
+            self.in_flight = generated
 
     @invariant()
-    def every_page_is_somewhere_once(self):
-        if not hasattr(self, "memory"):
+    def every_page_is_in_one_place(self):
+        if not hasattr(self, "allocator"):
             return
-        layout = self.memory.layout
-        for rank in range(layout.ranks):
-            runs = [page for run in self.memory._runs.values() for page in run.pages[rank]]
+        all_pages = list(range(self.allocator.pages))
+        for rank in range(self.allocator.layout.ranks):
+            cached = [page for block in self.allocator._prefix_blocks.values() for page in block.pages[rank]]
             private = []
-            for held in self.scheduler.held.values():
-                shared = {page for run in held.runs for page in run.pages[rank]}
-                private += [page for page in held.pages[rank] if page not in shared]
-            everywhere = runs + private + self.memory._free[rank]
-            assert sorted(everywhere) == list(range(self.memory.pages))
+            for row_pages in self.scheduler.row_pages.values():
+                shared = {page for block in row_pages.prefix_blocks for page in block.pages[rank]}
+                private += [page for page in row_pages.pages[rank] if page not in shared]
+            assert sorted(cached + private + self.allocator._free_pages[rank]) == all_pages
         for request in self.scheduler.running:
-            pages = [len(mine) for mine in self.scheduler.held[request.id].pages]
-            ahead = self.memory.needed(self.scheduler._ahead(request, request.written), len(request.prompt))
-            assert (np.array(pages) >= self.memory.needed(request.written, len(request.prompt))).all()
-            assert request.written < len(request.known) or (np.array(pages) <= ahead).all()
+            self._check_page_counts(request)
 
     def teardown(self):
-        """All that is left runs to its end: nobody starves, nothing leaks."""
-        if not hasattr(self, "memory"):
+        """Every remaining request finishes, and no page is lost."""
+        if not hasattr(self, "allocator"):
             return
         for _ in range(5000):
-            if not self.live:
+            if not self.unfinished:
                 break
             self.steps(1)
-        assert not self.live
-        assert self.memory.in_use() == (0,) * self.memory.layout.ranks
+        assert not self.unfinished
+        assert self.allocator.pages_in_use == (0,) * self.allocator.layout.ranks
 
-    def _end(self, request: Request) -> None:
+    def _check_page_counts(self, request: Request) -> None:
+        """A row has pages for what it has written, and for at most one block more."""
+        prompt_len = len(request.prompt)
+        counts = np.array([len(pages) for pages in self.scheduler.row_pages[request.id].pages])
+        block_end = self.scheduler._block_end(request, request.num_computed)
+        assert (counts >= self.allocator.count_pages(request.num_computed, prompt_len)).all()
+        is_prefilling = request.num_computed < len(request.all_token_ids)
+        assert is_prefilling or (counts <= self.allocator.count_pages(block_end, prompt_len)).all()
+
+    def _finish(self, request: Request) -> None:
         expected = list(request.prompt)
-        for token in request.tokens:
+        for token in request.token_ids:
             assert token == next_token(expected)
             expected.append(token)
-        del self.live[request.id]
-        self.scheduler.drop(request)
+        del self.unfinished[request.id]
+        self.scheduler.remove(request)
 
 
-TestEngines = Engines.TestCase
-TestEngines.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+class TestScheduler(SchedulerMachine.TestCase):
+    settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+@pytest.mark.slow
+class TestSchedulerLong(SchedulerMachine.TestCase):
+    settings = settings(max_examples=400, stateful_step_count=50, deadline=None)
 
 
 @pytest.mark.parametrize(
@@ -178,52 +188,54 @@ TestEngines.settings = settings(max_examples=100, stateful_step_count=30, deadli
         (BlockLayout(4, 16, "helix"), 16, None),
     ],
 )
-def test_prefixes_are_shared_in_runs_that_fill_whole_pages(layout, page, tokens):
+def test_a_prefix_block_fills_whole_pages_on_every_rank(layout: BlockLayout, page: int, tokens: int | None):
     assert prefix_block_len(layout, page) == tokens
+    status = describe_prefix_caching(layout, page, enabled=True)
+    assert (status == "on") == (tokens is not None)
+    assert describe_prefix_caching(layout, page, enabled=False).startswith("off: ")
 
 
-def test_a_prefix_that_nobody_reads_is_forgotten_for_pages_the_oldest_first():
-    memory = PageAllocator(BlockLayout(1, 2, "striped"), pages=6, page=2, share=True)
-
-    def cached(tokens):
-        held, known = memory.start(tokens)
-        assert memory.grow(held, len(tokens), len(tokens)) is not None
-        memory.register_prefix(held, tokens, len(tokens))
-        memory.release(held)
-        return known
-
-    assert cached([1, 2, 3, 4, 5]) == 0
-    assert cached([7, 8, 9, 9, 5]) == 0
-    assert (memory.in_use(), memory.cached()) == ((0,), 4)
-    assert cached([1, 2, 3, 4, 6]) == 4  # which makes the other one the oldest
-    assert cached([0, 0, 0, 0, 0, 0, 0]) == 0
-    assert cached([1, 2, 3, 4, 6]) == 4
-    assert cached([7, 8, 9, 9, 5]) < 4
+def cache_prefix(allocator: PageAllocator, tokens: list[int]) -> int:
+    """Run a row with these tokens from admission to release. Return how many were cached already."""
+    row_pages, num_cached = allocator.match_prefix(tokens)
+    assert allocator.grow(row_pages, len(tokens), len(tokens)) is not None
+    allocator.register_prefix(row_pages, tokens, len(tokens))
+    allocator.release(row_pages)
+    return num_cached
 
 
-def test_no_prefix_is_forgotten_for_pages_that_do_not_suffice():
-    memory = PageAllocator(BlockLayout(1, 2, "striped"), pages=4, page=2, share=True)
-    held, _ = memory.start([1, 2, 3])
-    memory.grow(held, 3, 3)
-    memory.register_prefix(held, [1, 2, 3], 3)
-    memory.release(held)
-    assert memory.grow(memory.nothing(), 10, 10) is None
-    assert memory.cached() == 1
+def make_allocator(pages: int) -> PageAllocator:
+    return PageAllocator(BlockLayout(1, 2, "striped"), pages=pages, page=2, share=True)
 
 
-def test_of_a_prefix_the_end_is_forgotten_first():
-    memory = PageAllocator(BlockLayout(1, 2, "striped"), pages=4, page=2, share=True)
-    held, _ = memory.start([1, 2, 3, 4, 5, 6, 7])
-    memory.grow(held, 7, 7)
-    memory.register_prefix(held, [1, 2, 3, 4, 5, 6, 7], 7)
-    memory.release(held)
-    other, _ = memory.start([9] * 4)
-    assert memory.grow(other, 4, 4)
-    assert memory.start([1, 2, 3, 4, 5, 6, 7])[1] == 4
+def test_an_unused_prefix_is_evicted_for_pages_the_oldest_first():
+    allocator = make_allocator(pages=6)
+    assert cache_prefix(allocator, [1, 2, 3, 4, 5]) == 0
+    assert cache_prefix(allocator, [7, 8, 9, 9, 5]) == 0
+    assert (allocator.pages_in_use, allocator.pages_cached) == ((0,), 4)
+    assert cache_prefix(allocator, [1, 2, 3, 4, 6]) == 4  # which makes the other one the oldest
+    assert cache_prefix(allocator, [0, 0, 0, 0, 0, 0, 0]) == 0
+    assert cache_prefix(allocator, [1, 2, 3, 4, 6]) == 4
+    assert cache_prefix(allocator, [7, 8, 9, 9, 5]) < 4
+
+
+def test_no_prefix_is_evicted_if_all_of_them_are_too_few():
+    allocator = make_allocator(pages=4)
+    cache_prefix(allocator, [1, 2, 3])
+    assert allocator.grow(RowPages.empty(1), 10, 10) is None
+    assert allocator.pages_cached == 1
+
+
+def test_the_end_of_a_prefix_is_evicted_first():
+    allocator = make_allocator(pages=4)
+    cache_prefix(allocator, [1, 2, 3, 4, 5, 6, 7])
+    other, _ = allocator.match_prefix([9] * 4)
+    assert allocator.grow(other, 4, 4)
+    assert allocator.match_prefix([1, 2, 3, 4, 5, 6, 7])[1] == 4
 
 
 @pytest.mark.parametrize(
-    ("said", "streamed", "text", "stopped"),
+    ("generated", "emitted", "text", "stopped"),
     [
         ("a quick fox", "a quick fox", "a quick fox", False),
         ("say END now", "say ", "say ", True),
@@ -231,14 +243,13 @@ def test_of_a_prefix_the_end_is_forgotten_first():
         ("EN, not the EnD", "EN, not the EnD", "EN, not the EnD", False),
     ],
 )
-def test_text_ends_before_a_stop_string_and_holds_back_its_beginning(said, streamed, text, stopped):
-    """Of two stop strings; what was held back comes when it is clear that nothing more does."""
-    found, pieces = OutputText(Bytes(), ("END", "zzz")), []
-    for token in said.encode():
-        ended = found.feed(token)
-        pieces.append(found.give(all=False))
-        if ended:
+def test_text_ends_before_a_stop_string_and_withholds_its_beginning(generated, emitted, text, stopped):
+    output, pieces, is_stopped = OutputText(ByteTokenizer(), ("END", "zzz")), [], False
+    for token in generated.encode():
+        is_stopped = output.append(token)
+        pieces.append(output.emit(final=False))
+        if is_stopped:
             break
-    assert ("".join(pieces), ended) == (streamed, stopped)
-    found.give(all=True)
-    assert found.given == text
+    assert ("".join(pieces), is_stopped) == (emitted, stopped)
+    output.emit(final=True)
+    assert output.emitted == text

@@ -1,8 +1,18 @@
-"""Many requests on one mesh: prefill and decode together, over pages that come and go."""
+"""Serves many requests on one mesh: continuous batching over a paged cache that all requests share."""
 
 from helix_jax.engine.engine import Engine
-from helix_jax.engine.transfer import transfer
 from helix_jax.engine.params import SamplingParams, sampling_params
-from helix_jax.engine.requests import FinishedEvent, Event, EngineStats, RequestOutput, TokenEvent
+from helix_jax.engine.requests import EngineStats, Event, FinishedEvent, RequestOutput, TokenEvent
+from helix_jax.engine.transfer import transfer
 
-__all__ = ["FinishedEvent", "Engine", "Event", "EngineStats", "RequestOutput", "TokenEvent", "SamplingParams", "transfer", "sampling_params"]
+__all__ = [
+    "Engine",
+    "EngineStats",
+    "Event",
+    "FinishedEvent",
+    "RequestOutput",
+    "SamplingParams",
+    "TokenEvent",
+    "sampling_params",
+    "transfer",
+]

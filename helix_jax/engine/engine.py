@@ -1,192 +1,201 @@
-"""Many requests on one mesh: `schedule -> run -> collect`, one step ahead of the devices."""
+"""The engine: `schedule -> run -> postprocess`, with one step in flight."""
 
+import secrets
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import count
-from typing import Any
 
 import jax
 import numpy as np
 
-from helix_jax.engine.page_allocator import PageAllocator, prefix_block_len
-from helix_jax.engine.params import SamplingParams, check_prompt
-from helix_jax.engine.programs import SampleOutput
-from helix_jax.engine.requests import CANCELLED, FinishedEvent, Event, EngineStats, Request, RequestOutput
-from helix_jax.engine.runner import PendingStep, Runner
 from helix_jax.engine.output_text import OutputText
-from helix_jax.engine.scheduler import Scheduler, Admission
-from helix_jax.generation import DEFAULT_CHUNK, DEFAULT_PAGE, check_placed
+from helix_jax.engine.page_allocator import PageAllocator, describe_prefix_caching
+from helix_jax.engine.params import SamplingParams
+from helix_jax.engine.programs import SampleOutput
+from helix_jax.engine.requests import (
+    CANCELLED,
+    EngineStats,
+    Event,
+    FinishedEvent,
+    Request,
+    RequestOutput,
+    TokenLogprobs,
+)
+from helix_jax.engine.runner import PendingStep, Runner
+from helix_jax.engine.scheduler import Admission, ScheduledStep, Scheduler
+from helix_jax.generation import DEFAULT_CHUNK, DEFAULT_PAGE
 from helix_jax.mesh import DP
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
+from helix_jax.processes import on_first_process
+from helix_jax.step import check_model_placement
 from helix_jax.text import Tokenizer
+from helix_jax.validation import check_int, check_token_ids
 
-# OutputText, or token ids.
+# Text, or token ids.
 Prompt = str | Sequence[int] | np.ndarray
 
 
+@dataclass(eq=False, repr=False)
 class Engine:
     """Prefills and decodes many requests together, over one cache of pages that all of them share.
 
-    It and its scheduler are the only mutable state of the library. Each step is dispatched before the tokens of the one
-    before are read: where a token goes is known without it. A request that turns out to have ended costs one token that
-    nobody sees.
+    Each step is dispatched before the tokens of the previous one are read, because their places are known without them.
+    A request that turns out to have ended therefore costs one token, which is discarded. If no page is free, the newest
+    request is preempted and recomputed later; its output does not change.
 
-    rows: requests that run at once. pages: of each rank (None: what all rows can fill, as far as the free memory of a
-    device goes). page: tokens per page. max_len: positions of a request at most (None: the model's). chunk:
-    tokens of a prompt per call. budget: such tokens per step, so that decoding never waits for longer (None: a chunk).
-    share_prefixes: requests that begin alike read the same pages, where places do not depend on the prompt's length:
-    `sharing` says whether and why not.
+    With several processes (`helix_jax.processes`), each has an engine over the same mesh. Creating it, `submit`,
+    `cancel` and `step` are collective calls: all processes make the same calls in the same order.
 
-    Of several processes (`helix_jax.processes`) each has an engine over the same mesh, and `submit`, `cancel` and
-    `step` are collective calls: all make the same ones, in one order. Nothing is decided by a clock, so they agree.
+    Args:
+        model: A model of `load` or `shard`.
+        plan: How the mesh decodes: the plan that the model was loaded with. Its mesh has dp 1.
+        rows: Requests that run at once.
+        pages: Pages per rank. None: as many as all rows can fill, or as the free memory of a device allows.
+        page: Tokens per page.
+        max_len: The most positions of a request, prompt and output. None: those of the model.
+        chunk: Tokens to prefill per call.
+        budget: Tokens to prefill per step, which bounds the time between decoded tokens. None: one chunk.
+        tokenizer: Converts text prompts to tokens, and tokens to text. None: requests have token ids only.
+        prefix_caching: Whether requests that start with the same tokens share their pages. Only the placement striped
+            can do this, see `prefix_caching_status`.
 
     Raises:
-        ValueError: weights on another mesh than the plan's, dp, heads that the mesh does not divide, a number below 1,
-            more positions than the model has.
+        TypeError: A number is not an int.
+        ValueError: The model was not loaded with this plan, the mesh has dp above 1 or does not divide the heads, a
+            number is below 1, or `max_len` exceeds the positions of the model.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        plan: Plan,
-        *,
-        rows: int = 8,
-        pages: int | None = None,
-        page: int = DEFAULT_PAGE,
-        max_len: int | None = None,
-        chunk: int = DEFAULT_CHUNK,
-        budget: int | None = None,
-        tokenizer: Tokenizer | None = None,
-        share_prefixes: bool = True,
-    ):
-        config = model.config
-        max_len = config.max_positions if max_len is None else max_len
-        budget = chunk if budget is None else budget
-        _check_numbers(rows=rows, page=page, max_len=max_len, chunk=chunk, budget=budget)
-        if pages is not None:
-            _check_numbers(pages=pages)
-        if max_len > config.max_positions:
-            raise ValueError(f"max_len is {max_len}: the model has {config.max_positions} positions, give no more")
-        if plan.mesh.shape[DP] != 1:
-            raise ValueError(f"the mesh has dp {plan.mesh.shape[DP]}: make one engine for each, of dp 1")
-        check_placed(model, plan)
-        self.config, self.plan, self.max_len = config, plan, max_len
-        self.sharing = _sharing(plan, page, share_prefixes)
-        self.runner = Runner(model, plan, rows=rows, pages=pages, page=page, max_len=max_len, chunk=chunk)
-        memory = PageAllocator(plan.layout, self.runner.pages, page, share=self.sharing == "on")
-        self.scheduler = Scheduler(memory, rows, budget, chunk)
-        self._tokenizer = tokenizer
-        self.requests: dict[str, Request] = {}  # those that have not ended
-        self._flights: deque[PendingStep] = deque()  # dispatched, not yet read
-        self._events: deque[Event] = deque()  # read, not yet told
+    model: Transformer
+    plan: Plan
+    _: KW_ONLY
+    rows: int = 8
+    pages: int | None = None
+    page: int = DEFAULT_PAGE
+    max_len: int | None = None
+    chunk: int = DEFAULT_CHUNK
+    budget: int | None = None
+    tokenizer: Tokenizer | None = None
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        plan, config = self.plan, self.model.config
+        self._max_len = config.max_positions if self.max_len is None else self.max_len
+        self._check_options()
+        check_model_placement(self.model, plan)
+        # All processes draw the same seeds.
+        self._entropy = on_first_process(lambda: secrets.randbits(128))
+        self.config = config
+        self.runner = Runner(
+            self.model,
+            plan,
+            rows=self.rows,
+            pages=self.pages,
+            page=self.page,
+            max_len=self._max_len,
+            chunk=self.chunk,
+        )
+        self.prefix_caching_status = describe_prefix_caching(plan.layout, self.page, enabled=self.prefix_caching)
+        share = self.prefix_caching_status == "on"
+        allocator = PageAllocator(plan.layout, self.runner.pages, self.page, share=share)
+        self.scheduler = Scheduler(allocator, self.rows, self.budget or self.chunk, self.chunk)
+        self.requests: dict[str, Request] = {}  # those that have not finished
+        self._pending: deque[PendingStep] = deque()  # dispatched, not yet read
+        self._events: deque[Event] = deque()  # not yet returned
         self._submitted = self._steps = self._prefilled = self._shared = self._decoded = self._finished = 0
         self._busy_s = 0.0
 
-    # What is asked
+    @property
+    def busy(self) -> bool:
+        """Whether a request has not finished, or an event was not returned."""
+        return bool(self.requests or self._pending or self._events)
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, id: str | None = None) -> str:
-        """Takes a request in; it runs in the steps that follow. Returns its id.
+        """Submit a request. It runs in the steps that follow.
+
+        Args:
+            prompt: Text, or token ids.
+            params: How it continues. None: `SamplingParams()`.
+            id: Its name. None: the engine chooses one.
+
+        Returns:
+            The id.
 
         Raises:
-            ValueError: an empty prompt, an id outside of the vocabulary, one that could never fit, text without a
-                tokenizer, an id of a request that has not ended.
+            TypeError: The prompt, `params` or `id` has the wrong type.
+            ValueError: The prompt is empty or can never fit, a token id is not in the vocabulary, there is text without
+                a tokenizer, or a request with this id has not finished.
         """
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
-            raise ValueError(f"params are {params!r}: give SamplingParams(...)")
+            raise TypeError(f"params is {params!r}: give SamplingParams(...)")
         id = self._new_id() if id is None else id
         if not isinstance(id, str):
-            raise ValueError(f"the id is {id!r}: give a string, or none")
+            raise TypeError(f"id is {id!r}: give a string, or none")
         if id in self.requests:
-            raise ValueError(f"a request '{id}' has not ended yet: give another id")
-        if self._tokenizer is None and (isinstance(prompt, str) or params.stop):
-            raise ValueError("text needs a tokenizer, and the engine has none: give token ids, and no stop strings")
-        ids = check_prompt(self.config, self._encoded(prompt))
-        ends = self.config.eos_token_ids if params.stop_token_ids is None else params.stop_token_ids
-        text = OutputText(self._tokenizer, params.stop)
-        request = Request(id, ids, params, frozenset(ends), self._submitted, text, submitted_s=time.perf_counter())
-        self.check_room(request)
+            raise ValueError(f"a request '{id}' has not finished yet: give another id")
+        ids = self._encode(prompt, params)
+        request = Request(
+            id=id,
+            prompt=ids,
+            params=self._with_seed(params),
+            stop_token_ids=self._stop_token_ids(params),
+            order=self._submitted,
+            text=OutputText(self.tokenizer, params.stop),
+            submitted_s=time.perf_counter(),
+        )
+        self.check_fits(request)
         self._submitted += 1
         self.requests[id] = request
         self.scheduler.waiting.append(request)
         return id
 
-    def _new_id(self) -> str:
-        names = (f"request-{number}" for number in count(self._submitted))
-        return next(name for name in names if name not in self.requests)
-
-    def _encoded(self, prompt: Prompt) -> Any:
-        if self._tokenizer is None or not isinstance(prompt, str):
-            return prompt
-        try:
-            return self._tokenizer.encode(prompt)
-        except UnicodeEncodeError as error:
-            held = prompt[error.start : error.end]
-            raise ValueError(f"the prompt holds {held!a}, half of a character: give valid Unicode") from None
-
-    def check_room(self, request: Request) -> None:
-        """Raises ValueError if a request could never fit, be it alone."""
-        memory, length, new = self.scheduler.memory, len(request.prompt), request.params.max_new_tokens
-        if length + new > self.max_len:
-            raise ValueError(
-                f"{length} tokens and {new} new ones exceed the {self.max_len} positions of a row: "
-                "shorten the prompt, ask for fewer, or give the engine a longer max_len"
-            )
-        need = int(memory.needed(request.most, length).max())
-        if need > memory.pages:
-            raise ValueError(
-                f"{length} tokens and {new} new ones need {need} pages of {memory.page} on one rank, "
-                f"and it has {memory.pages}: ask for fewer tokens, or give more pages"
-            )
-
     def cancel(self, id: str) -> None:
-        """Ends a request where it is; the next step tells.
+        """Finish a request where it is. The next step returns its event.
 
         Raises:
-            ValueError: an id that is unknown, or of a request that has ended.
+            ValueError: The id is unknown, or the request has finished.
         """
-        if id not in self.requests:
-            raise ValueError(f"no request '{id}' is waiting or running: it has ended, or was never submitted")
-        self._events.append(self._end(self.requests[id], CANCELLED))
-
-    # What is done
-
-    @property
-    def busy(self) -> bool:
-        """Whether a step has anything to do, or to tell."""
-        return bool(self.requests or self._flights or self._events)
+        self._events.append(self._finish(self.find_request(id), CANCELLED))
 
     def step(self) -> list[Event]:
-        """Dispatches one step, then reads what the one before it said.
+        """Dispatch one step, then read the tokens of the previous one.
 
-        Interrupted while it reads, where it spends its time, nothing is lost: the next step tells it.
+        An interrupt while it waits for the devices loses nothing: the next call returns the events.
+
+        Returns:
+            What happened since the last call.
         """
-        began = time.perf_counter()
-        work = self.scheduler.schedule()
-        flights = self.runner.run(work, self.scheduler.held)
-        self._flights.extend(flights)
-        self._prefilled += sum(chunk.count for chunk in work.chunks)
-        self._shared += sum(seat.cached for seat in work.seats)
-        self._steps += 1
-        self.drain(ahead=len(flights))
-        self._busy_s += time.perf_counter() - began
+        start = time.perf_counter()
+        step = self.scheduler.schedule()
+        pending = self.runner.run(step, self.scheduler.row_pages)
+        self._postprocess(step, pending)
+        self._busy_s += time.perf_counter() - start
         events = list(self._events)
         self._events.clear()
         return events
 
-    def drain(self, ahead: int = 0) -> None:
-        """Reads what was dispatched, but for the last so many; the next step tells it."""
-        while len(self._flights) > ahead:
-            told, whose = self._flights[0]
-            asked = any(request.params.logprobs is not None for _, request in whose)
-            told = jax.tree.map(np.asarray, told if asked else told._replace(logprobs=None))
-            self._flights.popleft()
-            self._events.extend(self._collect(told, whose))
+    def drain(self, leave: int = 0) -> None:
+        """Read the tokens of steps that were dispatched. The next call of `step` returns their events.
+
+        Args:
+            leave: How many of the latest outputs not to read.
+        """
+        while len(self._pending) > leave:
+            output, requests = self._pending[0]
+            if all(request.params.logprobs is None for _, request in requests):
+                output = output._replace(logprobs=None)  # saves copying them to the host
+            output = jax.tree.map(np.asarray, output)
+            self._pending.popleft()
+            self._events.extend(self._append_tokens(output, requests))
 
     def events(self) -> Iterator[Event]:
-        """Steps until nothing is left to do, and tells all that happens. Who leaves early finds the rest later."""
+        """Step until all requests have finished. Yield what happens.
+
+        If the caller stops early, a later call of `events` or `step` returns the remaining events.
+        """
         while self.busy:
             self._events.extend(self.step())
             while self._events:
@@ -195,62 +204,61 @@ class Engine:
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
-        """The results of these prompts, in their order; params: for all, or one each.
+        """Run requests to their end, beside those that were submitted before.
 
-        Other requests go on beside them; what is told of those is kept for the next step.
+        Args:
+            prompts: Text or token ids, one per request.
+            params: How they continue: one for all, or one each.
+
+        Returns:
+            The outputs, in the order of the prompts. Later calls of `step` return the events of other requests.
 
         Raises:
-            ValueError: as `submit`, before anything runs; another number of params than of prompts.
+            TypeError: As `submit`, or `prompts` is a string.
+            ValueError: As `submit`, or the number of params differs from that of prompts. Then nothing runs.
         """
-        if isinstance(prompts, str):
-            raise ValueError("the prompts are one text: give a list of them")
-        each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise ValueError(f"{len(each)} params, but {len(prompts)} prompts: give one for all, or one each")
-        ids: list[str] = []
-        try:
-            for prompt, one in zip(prompts, each, strict=True):
-                ids.append(self.submit(prompt, one))
-        except ValueError:
-            for id in ids:
-                self.let_go(self.requests[id])
-            raise
-        results: dict[str, RequestOutput] = {}
+        own_ids = self._submit_all(prompts, params)
+        outputs: dict[str, RequestOutput] = {}
         others: list[Event] = []
-        ours = set(ids)
         try:
-            while len(results) < len(ours):
+            while len(outputs) < len(own_ids):
                 for event in self.step():
-                    if event.id not in ours:
+                    if event.id not in own_ids:
                         others.append(event)
                     elif isinstance(event, FinishedEvent):
-                        results[event.id] = event.result
+                        outputs[event.id] = event.result
         finally:
             self._events.extendleft(reversed(others))
-        return [results[id] for id in ids]
+        return [outputs[id] for id in own_ids]
 
-    def warm_up(self) -> float:
-        """Compiles every program that steps are made of. Returns the seconds that it took.
+    def warm_up(self, sampling: bool = True) -> float:
+        """Compile the programs of a step. Without this, each is compiled when it is first needed.
+
+        Args:
+            sampling: Whether to compile also the programs for requests with a temperature, a repetition penalty or
+                log-probabilities. They contain a sampler, and take longer to compile.
+
+        Returns:
+            The seconds that it took.
 
         Raises:
-            ValueError: requests that run: it would write into their rows.
+            ValueError: Requests are running. The compilation would write into their rows.
         """
-        if self.scheduler.running:
-            raise ValueError(
-                f"{len(self.scheduler.running)} requests are running: warm up before, or when they are done"
-            )
-        return self.runner.warm_up()
+        running = len(self.scheduler.running)
+        if running:
+            raise ValueError(f"{running} requests are running: call warm_up before them, or when they have finished")
+        return self.runner.warm_up(sampling=sampling)
 
     def stats(self) -> EngineStats:
-        """How it stands."""
-        scheduler, memory = self.scheduler, self.scheduler.memory
+        """Return statistics since the start of the engine."""
+        scheduler, allocator = self.scheduler, self.scheduler.allocator
         return EngineStats(
             waiting=len(scheduler.waiting),
             running=len(scheduler.running),
             finished=self._finished,
-            pages=memory.pages,
-            pages_in_use=memory.in_use(),
-            pages_cached=memory.cached(),
+            pages=allocator.pages,
+            pages_in_use=allocator.pages_in_use,
+            pages_cached=allocator.pages_cached,
             steps=self._steps,
             prefilled_tokens=self._prefilled,
             shared_tokens=self._shared,
@@ -259,59 +267,135 @@ class Engine:
             tokens_per_s=self._decoded / self._busy_s if self._busy_s else 0.0,
         )
 
-    # What is handed over
+    def find_request(self, id: str) -> Request:
+        """Return a request that has not finished.
 
-    def let_go(self, request: Request) -> None:
-        """Forgets a request, and tells nothing of it."""
+        Raises:
+            ValueError: The id is unknown, or the request has finished.
+        """
+        if id not in self.requests:
+            raise ValueError(f"no request '{id}' is waiting or running: it has finished, or was never submitted")
+        return self.requests[id]
+
+    def check_fits(self, request: Request) -> None:
+        """Check that a request fits if it runs alone.
+
+        Raises:
+            ValueError: It has more positions than a row, or needs more pages than a rank has.
+        """
+        allocator, length, new = self.scheduler.allocator, len(request.prompt), request.params.max_new_tokens
+        if length + new > self._max_len:
+            raise ValueError(
+                f"{length} tokens and {new} new ones exceed the {self._max_len} positions of a row: "
+                "shorten the prompt, reduce max_new_tokens, or create the engine with a larger max_len"
+            )
+        needed = int(allocator.count_pages(request.max_computed, length).max())
+        if needed > allocator.pages:
+            raise ValueError(
+                f"{length} tokens and {new} new ones need {needed} pages of {allocator.page} on one rank, "
+                f"and it has {allocator.pages}: reduce max_new_tokens, or create the engine with more pages"
+            )
+
+    def discard(self, request: Request) -> None:
+        """Remove a request without an event."""
         del self.requests[request.id]
-        self.scheduler.drop(request)
+        self.scheduler.remove(request)
 
     def adopt(self, request: Request) -> None:
-        """Goes on with a request that was begun elsewhere: what is written of it lies in its pages here."""
+        """Continue a request that was started in another engine. Its cache is in its pages here."""
         request.order = self._submitted
         self.requests[request.id] = request
         self._submitted += 1
         if request.row is None:
             self.scheduler.waiting.append(request)
         else:
-            self.runner.admit(Admission(request, request.written), self.scheduler.held[request.id])
+            self.runner.admit(Admission(request, request.num_computed), self.scheduler.row_pages[request.id])
 
-    # collect
+    def _check_options(self) -> None:
+        options = {"rows": self.rows, "page": self.page, "max_len": self._max_len, "chunk": self.chunk}
+        optional = {"pages": self.pages, "budget": self.budget}
+        for name, value in (options | {name: value for name, value in optional.items() if value is not None}).items():
+            check_int(name, value, least=1)
+        positions = self.model.config.max_positions
+        if self._max_len > positions:
+            raise ValueError(f"max_len is {self._max_len}: give at most the model's {positions} positions")
+        if self.plan.mesh.shape[DP] != 1:
+            raise ValueError(f"the mesh has dp {self.plan.mesh.shape[DP]}: create one engine per replica, each of dp 1")
 
-    def _collect(self, read: SampleOutput, whose: list[tuple[int, Request]]) -> Iterator[Event]:
-        for place, request in whose:
+    def _new_id(self) -> str:
+        names = (f"request-{number}" for number in count(self._submitted))
+        return next(name for name in names if name not in self.requests)
+
+    def _encode(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
+            raise ValueError("text needs a tokenizer, and the engine has none: give token ids, and no stop strings")
+        if self.tokenizer is None or not isinstance(prompt, str):
+            return check_token_ids("the prompt", prompt, self.config.vocab)
+        try:
+            return check_token_ids("the prompt", self.tokenizer.encode(prompt), self.config.vocab)
+        except UnicodeEncodeError as error:
+            invalid = prompt[error.start : error.end]
+            raise ValueError(f"the prompt contains {invalid!a}, half of a character: give valid Unicode") from None
+
+    def _with_seed(self, params: SamplingParams) -> SamplingParams:
+        """Draw a seed for a request that samples and has none."""
+        if params.seed is not None or params.temperature == 0:
+            return params
+        sequence = np.random.SeedSequence(self._entropy, spawn_key=(self._submitted,))
+        return replace(params, seed=int(sequence.generate_state(1, np.uint64)[0]))
+
+    def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        if params.stop_token_ids is not None:
+            return frozenset(params.stop_token_ids)
+        return frozenset(() if params.ignore_eos else self.config.eos_token_ids)
+
+    def _submit_all(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> dict[str, None]:
+        """Submit all requests, or none if one is invalid. Return their ids, in order."""
+        if isinstance(prompts, str):
+            raise TypeError("prompts is a string: give a list of prompts")
+        each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"there are {len(each)} params for {len(prompts)} prompts: give one for all, or one each")
+        ids: dict[str, None] = {}
+        try:
+            for prompt, own_params in zip(prompts, each, strict=True):
+                ids[self.submit(prompt, own_params)] = None
+        except (TypeError, ValueError):
+            for id in ids:
+                self.discard(self.requests[id])
+            raise
+        return ids
+
+    def _postprocess(self, step: ScheduledStep, pending: list[PendingStep]) -> None:
+        """Count what was dispatched, and read what was dispatched before it."""
+        self._pending.extend(pending)
+        self._steps += 1
+        self._prefilled += sum(chunk.count for chunk in step.chunks)
+        self._shared += sum(admission.num_cached for admission in step.admissions)
+        self.drain(leave=len(pending))
+
+    def _append_tokens(self, output: SampleOutput, requests: list[tuple[int, Request]]) -> Iterator[Event]:
+        for index, request in requests:
             if self.requests.get(request.id) is not request:
-                continue  # it had ended when this was dispatched
-            told = None
-            if request.params.logprobs is not None and read.logprobs:
-                chosen_B, top_BC, ids_BC = read.logprobs
-                top = zip(ids_BC[place].tolist(), top_BC[place].tolist(), strict=True)
-                told = float(chosen_B[place]), tuple(top)[: request.params.logprobs]
-            said, reason = request.append_token(int(read.token_B[place]), told, time.perf_counter())
+                continue  # it had finished when this step was dispatched
+            logprobs = _logprobs_of(output, index, request.params.logprobs)
+            event, finish_reason = request.append_token(int(output.token_B[index]), logprobs, time.perf_counter())
             self._decoded += 1
-            yield said
-            if reason:
-                yield self._end(request, reason)
+            yield event
+            if finish_reason:
+                yield self._finish(request, finish_reason)
 
-    def _end(self, request: Request, reason: str) -> FinishedEvent:
-        del self.requests[request.id]
-        self.scheduler.drop(request)
+    def _finish(self, request: Request, finish_reason: str) -> FinishedEvent:
+        self.discard(request)
         self._finished += 1
-        return FinishedEvent(request.id, request.result(reason))
+        return FinishedEvent(request.id, request.make_output(finish_reason))
 
 
-def _check_numbers(**numbers: Any) -> None:
-    for name, value in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} is {value!r}: give a whole number, at least 1")
-
-
-def _sharing(plan: Plan, page: int, wanted: bool) -> str:
-    layout = plan.layout
-    if not wanted:
-        return "off: not asked for"
-    if not layout.prefix_stable:
-        return f"off: under {layout.placement} places depend on the prompt's length (choose striped)"
-    if prefix_block_len(layout, page) is None:
-        return f"off: neither of page {page} and block {layout.block} divides the other"
-    return "on"
+def _logprobs_of(output: SampleOutput, index: int, num_top: int | None) -> TokenLogprobs | None:
+    if num_top is None or output.logprobs is None:
+        return None
+    chosen_B, top_BC, ids_BC = output.logprobs
+    top = zip(ids_BC[index].tolist(), top_BC[index].tolist(), strict=True)
+    return float(chosen_B[index]), tuple(top)[:num_top]

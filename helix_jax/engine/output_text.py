@@ -1,4 +1,4 @@
-"""A request's text as it comes, up to a stop string."""
+"""The text of a request as it is generated, up to a stop string."""
 
 from collections.abc import Sequence
 
@@ -6,43 +6,54 @@ from helix_jax.text import Detokenizer, Tokenizer
 
 
 class OutputText:
-    """Holds back what may be the start of a character, or of a stop string. Without a tokenizer there is none: None."""
+    """Detokenizes a request's tokens, and withholds what may be the beginning of a character or of a stop string.
 
-    def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str]):
-        self._stream = Detokenizer(tokenizer) if tokenizer else None
-        self._stops = stops
-        self._held = ""
+    Args:
+        tokenizer: Converts tokens to text. None: there is no text.
+        stop: The stop strings. The text ends before the first of them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]):
+        self._detokenizer = Detokenizer(tokenizer) if tokenizer else None
+        self._stop = stop
         self._stopped = False
-        self._given = ""
+        self._pending = ""
+        self._emitted = ""
 
-    def feed(self, token: int) -> bool:
-        """Takes the next token; whether a stop string is complete. It, and what follows, is never given out."""
-        if self._stream:
-            self._hold(self._stream.feed(token))
+    def append(self, token: int) -> bool:
+        """Append a token. Return whether a stop string is complete. It and what follows are never emitted."""
+        if self._detokenizer:
+            self._append_text(self._detokenizer.append(token))
         return self._stopped
 
-    def give(self, *, all: bool) -> str | None:
-        """What can be given out now; all: also what was held back, as nothing more comes."""
-        if self._stream is None:
+    def emit(self, *, final: bool) -> str | None:
+        """Return the text that is certain and was not yet emitted, or None without a tokenizer.
+
+        Args:
+            final: Whether the request is complete, so that pending text is certain too.
+        """
+        if self._detokenizer is None:
             return None
-        if all and not self._stopped:
-            self._hold(self._stream.rest())
-        keep = 0 if all or self._stopped else max(map(self._begun, self._stops), default=0)
-        piece, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        self._given += piece
+        if final and not self._stopped:
+            self._append_text(self._detokenizer.flush())
+        withheld = 0 if final or self._stopped else max(map(self._overlap, self._stop), default=0)
+        split = len(self._pending) - withheld
+        piece, self._pending = self._pending[:split], self._pending[split:]
+        self._emitted += piece
         return piece
 
     @property
-    def given(self) -> str | None:
-        """All that was given out."""
-        return None if self._stream is None else self._given
+    def emitted(self) -> str | None:
+        """All text that was emitted, or None without a tokenizer."""
+        return None if self._detokenizer is None else self._emitted
 
-    def _hold(self, piece: str) -> None:
-        self._held += piece
-        found = [at for at in map(self._held.find, self._stops) if at >= 0]
-        if found:
-            self._held, self._stopped = self._held[: min(found)], True
+    def _append_text(self, piece: str) -> None:
+        self._pending += piece
+        matches = [index for index in map(self._pending.find, self._stop) if index >= 0]
+        if matches:
+            self._pending, self._stopped = self._pending[: min(matches)], True
 
-    def _begun(self, stop: str) -> int:
-        """Characters at the end that may be the beginning of a stop string."""
-        return next((n for n in range(min(len(stop) - 1, len(self._held)), 0, -1) if self._held.endswith(stop[:n])), 0)
+    def _overlap(self, stop: str) -> int:
+        """Return how many characters at the end of the pending text may be the beginning of a stop string."""
+        longest = min(len(stop) - 1, len(self._pending))
+        return next((n for n in range(longest, 0, -1) if self._pending.endswith(stop[:n])), 0)

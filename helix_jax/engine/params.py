@@ -1,28 +1,40 @@
-"""How a request goes on from its prompt: validated before it is taken in."""
+"""The parameters of a request, checked when they are created."""
 
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from helix_jax.config import ModelConfig
-from helix_jax.sampling import MAX_LOGPROBS
+from helix_jax.sampling import MAX_LOGPROBS, check_sampling, check_seed
+from helix_jax.validation import check_int, check_keys, check_number
 
-_MOST = 1e30  # of a number that float32 is to hold
+_LARGEST = 1e30  # a setting must be finite in float32
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request goes on from its prompt.
+    """How one request continues its prompt.
 
-    temperature: 0 is greedy. top_k: only the k likeliest tokens (0: all). top_p: only the fewest of the likeliest whose
-    probability reaches p. min_p: only tokens at least so probable as this share of the likeliest. repetition_penalty:
-    what the logit of a token that was there already is divided by, or, below 0, multiplied with. seed: with the
-    position it is all that a draw depends on. stop: strings that end it, themselves left out. stop_token_ids: tokens that end
-    it (None: the model's own; they are given out). logprobs: so many of the likeliest tokens are told with each.
+    Args:
+        max_new_tokens: The most tokens to generate.
+        temperature: Divides the logits. 0 is greedy.
+        top_k: Keep only the k most probable tokens. 0 keeps all.
+        top_p: Keep only the smallest set of most probable tokens with total probability at least p. 1 keeps all.
+        min_p: Keep only tokens with at least this fraction of the largest probability. 0 keeps all.
+        repetition_penalty: Positive logits of tokens that the prompt or the output contains are divided by it, negative
+            ones multiplied. 1 changes nothing.
+        seed: The seed of the draws, 0 to 2^64 - 1. A draw depends on the seed and the position, and not on other
+            requests. None draws a seed when a request with a temperature is submitted, and reports it as
+            `RequestOutput.seed`, with which the request can be repeated.
+        stop: Strings that end the request. They are not part of its text.
+        stop_token_ids: Tokens that end the request, instead of the model's end-of-sequence tokens (None). They are part
+            of its tokens.
+        ignore_eos: Whether to continue past the model's end-of-sequence tokens.
+        logprobs: How many of the most probable tokens to report with each token, 0 to 20. None reports no
+            log-probabilities, 0 those of the chosen tokens alone.
 
     Raises:
-        ValueError: a value outside of its range.
+        TypeError: A value has the wrong type.
+        ValueError: A value is out of range. The message names the range.
     """
 
     max_new_tokens: int = 128
@@ -31,9 +43,10 @@ class SamplingParams:
     top_p: int | float = 1
     min_p: int | float = 0
     repetition_penalty: int | float = 1
-    seed: int = 0
+    seed: int | None = None
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
@@ -42,66 +55,51 @@ class SamplingParams:
         for name in ("stop", "stop_token_ids"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("max_new_tokens", "top_k", "seed"):
-            _check(_whole(getattr(self, name)), name, getattr(self, name), "a whole number")
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            _check(_number(getattr(self, name)), name, getattr(self, name), "a number")
-        _check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        _check(0 <= self.temperature < _MOST, "temperature", self.temperature, "0 (greedy) or a positive number")
-        _check(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
-        _check(0 < self.top_p <= 1, "top_p", self.top_p, "a probability above 0, at most 1")
-        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "a share from 0 to 1")
-        penalty = self.repetition_penalty
-        _check(1 / _MOST < penalty < _MOST, "repetition_penalty", penalty, "a positive number, above 1 to penalise")
-        _check(_listed(self.stop, str) and all(self.stop), "stop", self.stop, "a list of strings that are not empty")
-        _check(self.stop_token_ids is None or _listed(self.stop_token_ids, int), "stop_token_ids", self.stop_token_ids, "a list of token ids")
-        told = self.logprobs
-        _check(told is None or (_whole(told) and 0 <= told <= MAX_LOGPROBS), "logprobs", told, f"0 to {MAX_LOGPROBS}")
+        check_int("max_new_tokens", self.max_new_tokens, least=1)
+        check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
+        if self.seed is not None:
+            check_seed(self.seed)
+        self._check_penalty()
+        self._check_stop()
+        self._check_logprobs()
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the next token is the most probable one, without a penalty."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
+    def _check_penalty(self) -> None:
+        check_number("repetition_penalty", self.repetition_penalty)
+        if not 1 / _LARGEST < self.repetition_penalty < _LARGEST:
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty}: give a positive number, above 1 to penalise"
+            )
+
+    def _check_stop(self) -> None:
+        if not isinstance(self.stop, Sequence) or not all(isinstance(text, str) for text in self.stop):
+            raise TypeError(f"stop is {self.stop!r}: give a list of strings")
+        if not all(self.stop):
+            raise ValueError(f"stop is {self.stop!r}: give a list of strings that are not empty")
+        ids = () if self.stop_token_ids is None else self.stop_token_ids
+        if not isinstance(ids, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise TypeError(f"stop_token_ids is {ids!r}: give a list of token ids")
+        if not isinstance(self.ignore_eos, bool):
+            raise TypeError(f"ignore_eos is {self.ignore_eos!r}: give true or false")
+
+    def _check_logprobs(self) -> None:
+        if self.logprobs is None:
+            return
+        check_int("logprobs", self.logprobs)
+        if not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"logprobs is {self.logprobs}: give 0 to {MAX_LOGPROBS}")
 
 
-def sampling_params(given: dict[str, Any]) -> SamplingParams:
-    """From a mapping, of JSON for example.
-
-    Raises:
-        ValueError: a field that is unknown, or a value outside of its range.
-    """
-    known = [field.name for field in fields(SamplingParams)]
-    for name in given:
-        if name not in known:
-            raise ValueError(f"unknown field '{name}': choose among {', '.join(known)}")
-    return SamplingParams(**given)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _listed(value: Any, kind: type) -> bool:
-    return isinstance(value, Sequence) and all(isinstance(x, kind) and not isinstance(x, bool) for x in value)
-
-
-def _check(good: bool, name: str, value: Any, wanted: str) -> None:
-    if not good:
-        raise ValueError(f"{name} is {value!r}: give {wanted}")
-
-
-def check_prompt(config: ModelConfig, prompt: Iterable[Any]) -> list[int]:
-    """The prompt as a list of ids.
+def sampling_params(mapping: Mapping[str, Any]) -> SamplingParams:
+    """Create SamplingParams from a mapping, for example a JSON object. A value of None means the default.
 
     Raises:
-        ValueError: an empty one, an id outside of the vocabulary.
+        TypeError: A value has the wrong type.
+        ValueError: A key is unknown, or a value is out of range.
     """
-    try:
-        ids = [operator.index(token) for token in prompt]
-    except TypeError:
-        raise ValueError("the prompt is no sequence of token ids: give whole numbers") from None
-    if not ids:
-        raise ValueError("the prompt is empty: give at least one token")
-    for token in ids:
-        if not 0 <= token < config.vocab:
-            raise ValueError(f"token id {token!r} is not one of the vocabulary: give ids from 0 to {config.vocab - 1}")
-    return ids
+    check_keys("request", mapping, [field.name for field in fields(SamplingParams)])
+    return SamplingParams(**{name: value for name, value in mapping.items() if value is not None})

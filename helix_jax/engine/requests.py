@@ -1,19 +1,26 @@
-"""What is asked of an engine, and what it answers."""
+"""Requests, and the events and outputs that they produce."""
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from helix_jax.engine.params import SamplingParams
 from helix_jax.engine.output_text import OutputText
+from helix_jax.engine.params import SamplingParams
 
 STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
 
+# The log-probability of a token, and the most probable tokens with theirs.
+TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
+
 
 class TokenEvent(NamedTuple):
-    """A request's next token. text: what it completes, often nothing, of a model without a tokenizer None.
+    """A request has a new token.
 
-    logprob: of the token, before temperature and filters; top: the likeliest tokens and theirs, as many as were asked
-    for. Both None if none were.
+    Attributes:
+        id: The request.
+        token: The token.
+        text: The text that the token completes, which is often empty. None if the engine has no tokenizer.
+        logprob: The log-probability of the token, before temperature, penalty and filters. None if not requested.
+        top: The most probable tokens and their log-probabilities, as many as requested. None if not requested.
     """
 
     id: str
@@ -25,26 +32,43 @@ class TokenEvent(NamedTuple):
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request that has ended. reason: 'stop', 'length' or 'cancelled'.
+    """The output of a finished request.
 
-    ttft_s: from submission to the first token. s_per_token: between tokens, of all but the first. None if there were
-    none. text: None of a model without a tokenizer.
+    Attributes:
+        id: The request.
+        prompt_tokens: The length of the prompt.
+        tokens: The generated tokens.
+        text: Their text, without a stop string. None if the engine has no tokenizer.
+        finish_reason: "stop" (an end-of-sequence or stop token, or a stop string), "length" or "cancelled".
+        ttft_s: The time from submission to the first token. None if there is no token.
+        s_per_token: The mean time between tokens. None if there are fewer than two.
+        shared_tokens: Prompt tokens that were cached already, because another request starts with them too.
+        preemptions: How often the request was preempted and recomputed.
+        logprobs: For each token, its log-probability and the most probable tokens with theirs. None if not requested.
+        seed: The seed that it was sampled with: of its parameters, or drawn at submission. None for a greedy request
+            without one, which needs no seed.
     """
 
     id: str
     prompt_tokens: int
     tokens: tuple[int, ...]
     text: str | None
-    reason: str
+    finish_reason: str
     ttft_s: float | None
     s_per_token: float | None
     shared_tokens: int
     preemptions: int
-    logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    seed: int | None = None
 
 
 class FinishedEvent(NamedTuple):
-    """A request is over."""
+    """A request has finished.
+
+    Attributes:
+        id: The request.
+        result: Its output.
+    """
 
     id: str
     result: RequestOutput
@@ -55,10 +79,21 @@ Event = TokenEvent | FinishedEvent
 
 @dataclass(frozen=True)
 class EngineStats:
-    """How an engine stands. pages_in_use: of each rank, without those of prefixes that nobody reads (pages_cached, of
-    every rank as many).
+    """Statistics of an engine, since its start.
 
-    Counts of tokens, steps and preemptions are since its start; tokens_per_s over the time that it ran.
+    Attributes:
+        waiting: Requests that wait for a row.
+        running: Requests that have a row.
+        finished: Requests that have finished.
+        pages: Pages per rank.
+        pages_in_use: Pages on each rank that rows use.
+        pages_cached: Pages per rank that are cached with prefixes that no row uses.
+        steps: Steps.
+        prefilled_tokens: Tokens that were prefilled, those of recomputed requests included.
+        shared_tokens: Tokens that were not prefilled because they were cached already.
+        decoded_tokens: Tokens that were generated.
+        preemptions: How often a request was preempted.
+        tokens_per_s: Generated tokens per second of running time.
     """
 
     waiting: int
@@ -75,75 +110,99 @@ class EngineStats:
     tokens_per_s: float
 
 
-@dataclass(eq=False)  # a request is itself, however alike two may be
+@dataclass(eq=False)  # compared by identity: two requests may be equal in all fields
 class Request:
-    """One request, as the engine keeps it.
+    """The state of a request in an engine.
 
-    prompt: never changes, and with it the places of all tokens. tokens: what it said. known: both, what its cache is
-    made from when it starts, or starts again. running_ahead: tokens that were dispatched and not yet read. written:
-    positions that the dispatched steps fill.
+    Attributes:
+        id: Its name.
+        prompt: The token ids of the prompt. They never change, as the places of all tokens depend on their number.
+        params: How it continues.
+        stop_token_ids: Tokens that end it.
+        order: The order of submission. The newest request has the largest.
+        text: The text of its tokens.
+        token_ids: The generated tokens.
+        all_token_ids: The prompt and the generated tokens. They are prefilled when the request gets a row.
+        num_computed: Positions that are in the cache after all steps that were dispatched.
+        in_flight: Generated tokens that were dispatched and not yet read.
+        shared_tokens: As in `RequestOutput`.
+        preemptions: As in `RequestOutput`.
+        row: Its row, or None while it waits.
+        logprobs: Of each generated token, if requested.
+        submitted_s: The time of submission.
+        first_token_s: The time of the first token.
+        last_token_s: The time of the latest token.
     """
 
     id: str
     prompt: list[int]
     params: SamplingParams
     stop_token_ids: frozenset[int]
-    order: int  # of submission: the youngest has the highest
+    order: int
     text: OutputText
-    tokens: list[int] = field(default_factory=list)
-    known: list[int] = field(init=False)
-    written: int = 0
-    running_ahead: int = 0
-    shared: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    all_token_ids: list[int] = field(init=False)
+    num_computed: int = 0
+    in_flight: int = 0
+    shared_tokens: int = 0
     preemptions: int = 0
     row: int | None = None
-    logprobs: list[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     submitted_s: float = 0.0
-    first_s: float | None = None
-    last_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
 
     def __post_init__(self) -> None:
-        self.known = self.prompt + self.tokens
+        self.all_token_ids = self.prompt + self.token_ids
 
     @property
-    def said(self) -> int:
-        """Tokens said, those under way included."""
-        return len(self.tokens) + self.running_ahead
+    def assigned_row(self) -> int:
+        """The row of a request that has one."""
+        assert self.row is not None
+        return self.row
 
     @property
-    def most(self) -> int:
-        """Positions that it can come to fill: the last token is said, not cached."""
+    def num_generated(self) -> int:
+        """The number of generated tokens, those in flight included."""
+        return len(self.token_ids) + self.in_flight
+
+    @property
+    def max_computed(self) -> int:
+        """The most positions that it can write. The last generated token is not written."""
         return len(self.prompt) + self.params.max_new_tokens - 1
 
-    def append(self, token: int) -> None:
-        self.tokens.append(token)
-        self.known.append(token)
+    @property
+    def uses_sampler(self) -> bool:
+        """Whether its steps need the sampling programs, which also compute log-probabilities."""
+        return not self.params.is_greedy or self.params.logprobs is not None
 
-    def append_token(self, token: int, told: tuple[float, Any] | None, now_s: float) -> tuple[TokenEvent, str | None]:
-        """Takes the next token in; tells it, and the reason if it was the last."""
-        self.first_s = self.first_s or now_s
-        self.last_s = now_s
-        self.running_ahead -= 1
-        self.append(token)
-        if told:
-            self.logprobs.append(told)
-        stopped = self.text.feed(token) or token in self.stop_token_ids
-        full = len(self.tokens) == self.params.max_new_tokens
-        said = TokenEvent(self.id, token, self.text.give(all=stopped or full), *(told or (None, None)))
-        return said, STOP if stopped else LENGTH if full else None
+    def append_token(self, token: int, logprobs: TokenLogprobs | None, now_s: float) -> tuple[TokenEvent, str | None]:
+        """Append a generated token. Return its event, and the finish reason if the request is complete, else None."""
+        self.first_token_s = self.first_token_s or now_s
+        self.last_token_s = now_s
+        self.in_flight -= 1
+        self.token_ids.append(token)
+        self.all_token_ids.append(token)
+        if logprobs:
+            self.logprobs.append(logprobs)
+        stopped = self.text.append(token) or token in self.stop_token_ids
+        is_last = len(self.token_ids) == self.params.max_new_tokens
+        event = TokenEvent(self.id, token, self.text.emit(final=stopped or is_last), *(logprobs or (None, None)))
+        return event, STOP if stopped else LENGTH if is_last else None
 
-    def result(self, reason: str) -> RequestOutput:
-        """What it comes to, now that it is over: the text that was given out, and no more."""
-        first, last, gaps = self.first_s, self.last_s, len(self.tokens) - 1
+    def make_output(self, finish_reason: str) -> RequestOutput:
+        """Return the output of the request, which has finished. Its text is what was emitted."""
+        first, last, gaps = self.first_token_s, self.last_token_s, len(self.token_ids) - 1
         return RequestOutput(
             id=self.id,
             prompt_tokens=len(self.prompt),
-            tokens=tuple(self.tokens),
-            text=self.text.given,
+            tokens=tuple(self.token_ids),
+            text=self.text.emitted,
             finish_reason=finish_reason,
             ttft_s=None if first is None else first - self.submitted_s,
             s_per_token=None if first is None or last is None or gaps < 1 else (last - first) / gaps,
-            shared_tokens=self.shared,
+            shared_tokens=self.shared_tokens,
             preemptions=self.preemptions,
             logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
+            seed=self.params.seed,
         )

@@ -1,5 +1,8 @@
-"""What the next step does: decided from what was submitted and from counts of steps, never from a clock or from tokens
-that are still on the devices, so that every process decides the same."""
+"""Decides what the next step does.
+
+Decisions depend on submitted requests and on counts of steps, never on a clock or on tokens that are still on the
+devices. With several processes, all of them therefore decide the same.
+"""
 
 from collections import deque
 from collections.abc import Iterator
@@ -7,177 +10,213 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from helix_jax.engine.page_allocator import RowPages, PageAllocator
+from helix_jax.engine.page_allocator import PageAllocator, RowPages
 from helix_jax.engine.requests import Request
 
 
 @dataclass(frozen=True)
 class Admission:
-    """A request takes a row; `cached` of its tokens are there already."""
+    """A request gets a row.
+
+    Attributes:
+        request: The request.
+        num_cached: How many of its tokens are in the cache already.
+    """
 
     request: Request
-    cached: int
+    num_cached: int
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens [first, first + count) of a request are cached; with the last of them it says something."""
+    """Tokens of a request to prefill.
+
+    Attributes:
+        request: The request.
+        first: The position of the first token.
+        count: The number of tokens.
+        is_last: Whether they are the last ones, so that the step also generates a token.
+    """
 
     request: Request
     first: int
     count: int
-    last: bool
+    is_last: bool
 
 
 @dataclass(frozen=True)
 class ScheduledStep:
-    """One step. edits: (rank, row, entry, page), into the tables of rows that have their seats."""
+    """The work of one step.
 
-    edits: list[tuple[int, int, int, int]] = field(default_factory=list)
-    seats: list[Admission] = field(default_factory=list)
+    Attributes:
+        table_edits: New pages as (rank, row, entry, page), for the page tables of rows that decode.
+        admissions: Requests that get a row.
+        chunks: Tokens to prefill.
+        decodes: Requests that decode a token.
+    """
+
+    table_edits: list[tuple[int, int, int, int]] = field(default_factory=list)
+    admissions: list[Admission] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     decodes: list[Request] = field(default_factory=list)
 
 
 class Scheduler:
-    """Rows, pages and whose turn it is. First come, first served; when pages run out the youngest starts anew later."""
+    """Assigns rows and pages to requests: first come, first served. If no page is free, it preempts the newest request.
 
-    def __init__(self, memory: PageAllocator, rows: int, budget: int, chunk: int):
-        self.memory, self._budget, self._chunk = memory, budget, chunk
+    Args:
+        allocator: The pages of all ranks.
+        rows: Requests that run at once.
+        budget: Tokens to prefill per step.
+        chunk: Tokens to prefill per call.
+    """
+
+    def __init__(self, allocator: PageAllocator, rows: int, budget: int, chunk: int):
+        self.allocator, self._budget, self._chunk = allocator, budget, chunk
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in the order of their seats
-        self.held: dict[str, RowPages] = {}
-        self._free_rows = list(range(rows - 1, -1, -1))
-        self._target: dict[str, int] = {}  # tokens to cache before a request says something
-        self._refused: tuple[Request, int] | None = None  # who found too few pages, after how many releases
+        self.running: list[Request] = []  # in the order of admission
+        self.row_pages: dict[str, RowPages] = {}  # of each running request
         self.preemptions = 0
+        self._free_rows = list(range(rows - 1, -1, -1))
+        self._prefill_len: dict[str, int] = {}  # tokens to prefill before a request decodes
+        self._refused: tuple[Request, int] | None = None  # too few pages for it, at this count of releases
 
     def schedule(self) -> ScheduledStep:
-        work = ScheduledStep()
-        before = self.preemptions
-        for request in [r for r in self.running if r.said == r.params.max_new_tokens]:
-            self._leave(request)  # its last token is on its way: it needs neither row nor pages
-        for request in [r for r in self.running if self._decodes(r)]:
-            if request.row is not None and self._make_room(request, work):
-                work.decodes.append(request)
-        work.decodes[:] = [request for request in work.decodes if request.row is not None]
-        work.edits[:] = [edit for edit in work.edits if any(edit[1] == r.row for r in work.decodes)]
-        # Nobody sits down in a step in which someone lost its row: it comes first, and a token of it may be on its way.
-        self._prefill(work, may_seat=self.preemptions == before)
-        for request in work.decodes:
-            request.written += 1
-            request.running_ahead += 1
-        return work
+        """Return the work of the next step, and count it as dispatched."""
+        step = ScheduledStep()
+        preemptions = self.preemptions
+        for request in [r for r in self.running if r.num_generated == r.params.max_new_tokens]:
+            self._free(request)  # its last token is in flight, so it needs neither row nor pages
+        for request in [r for r in self.running if self._is_prefilled(r)]:
+            if request.row is not None and self._allocate_next_block(request, step):
+                step.decodes.append(request)
+        # A request may have been preempted after it was added.
+        step.decodes[:] = [request for request in step.decodes if request.row is not None]
+        rows = {request.row for request in step.decodes}
+        step.table_edits[:] = [edit for edit in step.table_edits if edit[1] in rows]
+        # No request is admitted in a step that preempts one. The preempted one comes first, but it cannot be prefilled
+        # again yet, because one of its tokens may be in flight.
+        self._schedule_prefills(step, may_admit=self.preemptions == preemptions)
+        for request in step.decodes:
+            request.num_computed += 1
+            request.in_flight += 1
+        return step
 
     def admit_transferred(self, request: Request) -> bool:
-        """A row and pages for a request that was begun elsewhere; or False, and nothing, if they are not free."""
-        held = self.memory.nothing()
-        length = self._ahead(request, len(request.known))
-        if not self._free_rows or self.memory.grow(held, length, len(request.prompt)) is None:
+        """Assign a row and pages to a request that was started in another engine.
+
+        Returns:
+            Whether they are free. If not, nothing changed.
+        """
+        row_pages = RowPages.empty(self.allocator.layout.ranks)
+        length = self._block_end(request, len(request.all_token_ids))
+        if not self._free_rows or self.allocator.grow(row_pages, length, len(request.prompt)) is None:
             return False
-        self._sit(request, held)
+        self._assign_row(request, row_pages)
         return True
 
-    def drop(self, request: Request) -> None:
-        """A request has ended: it gives back what it has."""
+    def remove(self, request: Request) -> None:
+        """Remove a request, and free its row and pages."""
         if request.row is not None:
-            self._leave(request)
+            self._free(request)
         elif request in self.waiting:
             self.waiting.remove(request)
 
-    def _leave(self, request: Request) -> None:
-        assert request.row is not None
+    def _free(self, request: Request) -> None:
         self.running.remove(request)
-        self._free_rows.append(request.row)
-        self.memory.release(self.held.pop(request.id))
-        del self._target[request.id]
+        self._free_rows.append(request.assigned_row)
+        self.allocator.release(self.row_pages.pop(request.id))
+        del self._prefill_len[request.id]
         request.row = None
 
-    def _decodes(self, request: Request) -> bool:
-        return request.written >= self._target[request.id]
+    def _is_prefilled(self, request: Request) -> bool:
+        return request.num_computed >= self._prefill_len[request.id]
 
-    def _make_room(self, request: Request, work: ScheduledStep) -> bool:
-        """Pages for the block of its next token; the youngest gives way, be it this one."""
-        length = self._ahead(request, request.written)
-        while (given := self.memory.grow(self.held[request.id], length, len(request.prompt))) is None:
-            youngest = max(self.running, key=lambda r: r.order)
-            self._preempt(youngest)
-            if youngest is request:
+    def _allocate_next_block(self, request: Request, step: ScheduledStep) -> bool:
+        """Allocate pages for the block of the next token, preempting the newest requests if necessary.
+
+        Returns False if the request itself was preempted.
+        """
+        length, prompt_len = self._block_end(request, request.num_computed), len(request.prompt)
+        while (new_pages := self.allocator.grow(self.row_pages[request.id], length, prompt_len)) is None:
+            newest = max(self.running, key=lambda r: r.order)
+            self._preempt(newest)
+            if newest is request:
                 return False
-        work.edits.extend((rank, row_of(request), entry, page) for rank, entry, page in given)
+        step.table_edits.extend((rank, request.assigned_row, entry, page) for rank, entry, page in new_pages)
         return True
 
-    def _ahead(self, request: Request, position: int) -> int:
-        """Where the block of its next token, at `position`, ends: no further than it can come."""
-        layout = self.memory.layout
+    def _block_end(self, request: Request, position: int) -> int:
+        """Return where the block of the token at `position` ends, or the request if that is earlier."""
+        layout = self.allocator.layout
         start = layout.decode_start(len(request.prompt))
-        block = max(position - start, 0) // layout.block + 1
-        return min(start + block * layout.block, request.most)
+        blocks = max(position - start, 0) // layout.block + 1
+        return min(start + blocks * layout.block, request.max_computed)
 
     def _preempt(self, request: Request) -> None:
-        self._leave(request)
-        request.written = 0
+        self._free(request)
+        request.num_computed = 0
         request.preemptions += 1
         self.preemptions += 1
         self.waiting.appendleft(request)
 
-    def _prefill(self, work: ScheduledStep, may_seat: bool) -> None:
-        """Chunks, within the budget. Who waits is row_of when its turn comes: its prefix may be cached by then."""
+    def _schedule_prefills(self, step: ScheduledStep, may_admit: bool) -> None:
+        """Schedule chunks within the budget, of running requests first.
+
+        A waiting request is admitted only when its chunks are scheduled, as its prefix may be cached by then.
+        """
         budget = self._budget
-        begun = iter([request for request in self.running if not self._decodes(request)])
+        started = iter([request for request in self.running if not self._is_prefilled(request)])
         while budget > 0:
-            request = next(begun, None) or (self._seat_next(work) if may_seat else None)
+            request = next(started, None) or (self._admit_next(step) if may_admit else None)
             if request is None:
                 return
             for chunk in self._chunks(request, budget):
-                work.chunks.append(chunk)
+                step.chunks.append(chunk)
                 budget -= chunk.count
 
-    def _seat_next(self, work: ScheduledStep) -> Request | None:
-        """The first that waits, now with a row and pages; None while there is not enough of them."""
+    def _admit_next(self, step: ScheduledStep) -> Request | None:
+        """Assign a row and pages to the first waiting request, and return it. Return None if there are too few."""
         if not self.waiting or not self._free_rows:
             return None
         request = self.waiting[0]
-        if self._refused == (request, self.memory.releases):
-            return None  # nothing has come back since
-        held, cached = self.memory.start(request.known)
-        if self.memory.grow(held, self._ahead(request, len(request.known)), len(request.prompt)) is None:
-            self.memory.release(held)
-            self._refused = request, self.memory.releases
+        if self._refused == (request, self.allocator.num_releases):
+            return None  # no page has been released since
+        row_pages, num_cached = self.allocator.match_prefix(request.all_token_ids)
+        length = self._block_end(request, len(request.all_token_ids))
+        if self.allocator.grow(row_pages, length, len(request.prompt)) is None:
+            self.allocator.release(row_pages)
+            self._refused = request, self.allocator.num_releases
             return None
         self.waiting.popleft()
-        self._sit(request, held)
-        request.written = cached
-        request.shared = request.shared if request.preemptions else cached  # later it would find its own
-        work.seats.append(Admission(request, cached))
+        self._assign_row(request, row_pages)
+        request.num_computed = num_cached
+        if not request.preemptions:  # afterwards the cached prefix may be its own
+            request.shared_tokens = num_cached
+        step.admissions.append(Admission(request, num_cached))
         return request
 
-    def _sit(self, request: Request, held: RowPages) -> None:
+    def _assign_row(self, request: Request, row_pages: RowPages) -> None:
         request.row = self._free_rows.pop()
-        self.held[request.id], self._target[request.id] = held, len(request.known)
+        self.row_pages[request.id] = row_pages
+        self._prefill_len[request.id] = len(request.all_token_ids)
         self.running.append(request)
 
     def _chunks(self, request: Request, budget: int) -> Iterator[Chunk]:
-        target = self._target[request.id]
-        while request.written < target and budget > 0:
-            count = min(target - request.written, self._chunk, budget)
-            chunk = Chunk(request, request.written, count, request.written + count == target)
-            request.written += count
-            request.running_ahead += chunk.last
+        prefill_len = self._prefill_len[request.id]
+        while request.num_computed < prefill_len and budget > 0:
+            count = min(prefill_len - request.num_computed, self._chunk, budget)
+            chunk = Chunk(request, request.num_computed, count, request.num_computed + count == prefill_len)
+            request.num_computed += count
+            request.in_flight += chunk.is_last
             budget -= count
-            self.memory.register_prefix(self.held[request.id], request.known, request.written)
+            self.allocator.register_prefix(self.row_pages[request.id], request.all_token_ids, request.num_computed)
             yield chunk
 
 
-def row_of(request: Request) -> int:
-    """The row of a request that has one."""
-    assert request.row is not None
-    return request.row
-
-
-def table_of(held: RowPages, entries: int) -> np.ndarray:
-    """[R, M], -1 where there is no page: what is written there is dropped."""
-    table_RM = np.full((len(held.pages), entries), -1, np.int32)
-    for rank, pages in enumerate(held.pages):
+def make_page_table(row_pages: RowPages, entries: int) -> np.ndarray:
+    """Return the page tables [R, M] of a row. An entry without a page is -1, and a write to it is dropped."""
+    table_RM = np.full((len(row_pages.pages), entries), -1, np.int32)
+    for rank, pages in enumerate(row_pages.pages):
         table_RM[rank, : len(pages)] = pages
     return table_RM

@@ -1,4 +1,4 @@
-"""A request goes on in another engine: on another mesh, under another placement, in pages of another length."""
+"""Transfers a request to another engine: to another mesh, placement or page size."""
 
 from dataclasses import replace
 from functools import partial
@@ -14,76 +14,80 @@ from helix_jax.engine.engine import Engine
 from helix_jax.engine.page_allocator import RowPages
 from helix_jax.mesh import REPLICATED, sharding
 
-_PIECE = 256  # positions that are moved at once: what both meshes hold beside their caches
+_POSITIONS_PER_CALL = 256  # bounds the memory that both meshes need besides their caches
 
 
 def transfer(id: str, source: Engine, target: Engine) -> None:
-    """Moves a request, with what is cached of it, to an engine of the same model; it says there what it would here.
+    """Move a request and its cache to another engine of the same model. Its output does not change.
 
-    On the devices: a piece at a time is gathered on the one mesh and scattered on the other. What `source` had under
-    way is read first, and told by its next step.
+    The cache is copied on the devices, a few positions at a time: gathered on one mesh and scattered on the other.
+    Steps that `source` has dispatched are read first, and the next call of its `step` returns their events.
+
+    Args:
+        id: The request.
+        source: The engine that has it.
+        target: The engine that continues it.
 
     Raises:
-        ValueError: a request that is not in `source` (any more), an id that `target` has, another model, no row or too
-            few pages free there. Nothing has changed then.
+        ValueError: `source` does not have the request (any more), `target` has one of this id, the models differ, or
+            `target` has no free row or too few free pages. Then nothing changed.
     """
     if (source.config, source.runner.spec) != (target.config, target.runner.spec):
-        raise ValueError("the engines have different models: make both from the same config and dtype")
+        raise ValueError("the engines have different models: create both from the same config and dtype")
     if id in target.requests:
-        raise ValueError(f"the other engine has a request '{id}' already: cancel it, or wait until it has ended")
+        raise ValueError(f"the other engine has a request '{id}' already: cancel it, or wait until it has finished")
     source.drain()
-    request = source.requests.get(id)
-    if request is None:
-        raise ValueError(f"no request '{id}' is waiting or running: it has ended, or was never submitted")
-    target.check_room(request)
-    begun = request.row is not None
+    request = source.find_request(id)
+    target.check_fits(request)
+    has_row = request.row is not None
     moved = replace(request, row=None)
-    if begun and not target.scheduler.admit_transferred(moved):
-        raise ValueError("the other engine has no free row, or too few free pages: let it step until some come back")
-    if begun:
-        before, after = source.scheduler.held[id], target.scheduler.held[id]
-        for first in range(0, request.written, _PIECE):
-            position_X = np.arange(first, min(first + _PIECE, request.written))
-            _move(source, before, target, after, position_X, len(request.prompt))
-    source.let_go(request)
+    if has_row and not target.scheduler.admit_transferred(moved):
+        raise ValueError("the other engine has no free row, or too few free pages: let it step until some are free")
+    if has_row:
+        for first in range(0, request.num_computed, _POSITIONS_PER_CALL):
+            position_X = np.arange(first, min(first + _POSITIONS_PER_CALL, request.num_computed))
+            _copy(source, target, id, position_X, len(request.prompt))
+    source.discard(request)
     target.adopt(moved)
 
 
-def _move(source: Engine, before: RowPages, target: Engine, after: RowPages, position_X: np.ndarray, prompt_len: int) -> None:
-    here, there = source.runner, target.runner
-    taken = here.call(_read, here.state.cache, *here.put(_places(source, before, position_X, prompt_len)))
-    # Waited for: then no program of the other mesh, be it of the same devices, runs beside this one.
-    taken = jax.device_put(jax.block_until_ready(taken), sharding(target.plan.mesh, REPLICATED))
-    places = there.put(_places(target, after, position_X, prompt_len))
-    there.state = there.state._replace(cache=there.call(_write, there.state.cache, taken, *places))
-    jax.block_until_ready(there.state.cache)
+def _copy(source: Engine, target: Engine, id: str, position_X: np.ndarray, prompt_len: int) -> None:
+    reader, writer = source.runner, target.runner
+    places = _locate(source, source.scheduler.row_pages[id], position_X, prompt_len)
+    values = reader.call(_read, reader.state.cache, *reader.put(places))
+    # Wait, so that no programs of both meshes, which may share devices, run at once.
+    values = jax.device_put(jax.block_until_ready(values), sharding(target.plan.mesh, REPLICATED))
+    places = writer.put(_locate(target, target.scheduler.row_pages[id], position_X, prompt_len))
+    writer.state = writer.state._replace(cache=writer.call(_write, writer.state.cache, values, *places))
+    jax.block_until_ready(writer.state.cache)
 
 
-def _places(engine: Engine, held: RowPages, position_X: np.ndarray, prompt_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Page, among those of all ranks, and word of each position, in a piece of full length: the rest is nowhere."""
-    layout, memory = engine.plan.layout, engine.scheduler.memory
+def _locate(
+    engine: Engine, row_pages: RowPages, position_X: np.ndarray, prompt_len: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the page, counted over all ranks, and the offset in it of each position. Padding is out of bounds."""
+    layout, allocator = engine.plan.layout, engine.scheduler.allocator
     owner_X, slot_X = layout.owner(position_X, prompt_len), layout.slot(position_X, prompt_len)
-    page_X = np.full(_PIECE, layout.ranks * memory.pages, np.int32)
-    word_X = np.zeros(_PIECE, np.int32)
-    entry_X, offset_X = split_slot(slot_X, memory.page)
-    entries = zip(owner_X, entry_X, strict=True)
-    page_X[: len(position_X)] = [rank * memory.pages + held.pages[rank][entry] for rank, entry in entries]
-    word_X[: len(position_X)] = offset_X
-    return page_X, word_X
+    page_X = np.full(_POSITIONS_PER_CALL, layout.ranks * allocator.pages, np.int32)
+    offset_X = np.zeros(_POSITIONS_PER_CALL, np.int32)
+    entry_X, offset_X[: len(position_X)] = split_slot(slot_X, allocator.page)
+    places = zip(owner_X, entry_X, strict=True)
+    page_X[: len(position_X)] = [rank * allocator.pages + row_pages.pages[rank][entry] for rank, entry in places]
+    return page_X, offset_X
 
 
 @jax.jit
-def _read(cache: KVCache, page_X: Int[Array, "X"], word_X: Int[Array, "X"]) -> list[Array]:
-    """[X, K, H] of each pool; of what is nowhere, anything."""
-    return [pool_AKWH.at[page_X, :, word_X].get(mode="clip") for pool_AKWH in jax.tree.leaves(cache)]
+def _read(cache: KVCache, page_X: Int[Array, "X"], offset_X: Int[Array, "X"]) -> list[Array]:
+    """Return [X, K, H] of each pool. The values of padding are undefined."""
+    return [pool_AKWH.at[page_X, :, offset_X].get(mode="clip") for pool_AKWH in jax.tree.leaves(cache)]
 
 
 @partial(jax.jit, donate_argnames="cache")
-def _write(cache: KVCache, taken: list[Array], page_X: Int[Array, "X"], word_X: Int[Array, "X"]) -> KVCache:
-    pools, nest = jax.tree.flatten(cache)
+def _write(cache: KVCache, values: list[Array], page_X: Int[Array, "X"], offset_X: Int[Array, "X"]) -> KVCache:
+    """Write [X, K, H] into each pool. Padding is dropped."""
+    pools, structure = jax.tree.flatten(cache)
     written = []
-    for pool_AKWH, x_XKH in zip(pools, taken, strict=True):
-        at = (page_X[:, None], jnp.arange(pool_AKWH.shape[1]), word_X[:, None])
-        pool_AKWH = pool_AKWH.at[at].set(x_XKH, mode="drop")
-        written.append(pool_AKWH)
-    return jax.tree.unflatten(nest, written)
+    for pool_AKWH, x_XKH in zip(pools, values, strict=True):
+        index = (page_X[:, None], jnp.arange(pool_AKWH.shape[1]), offset_X[:, None])
+        written.append(pool_AKWH.at[index].set(x_XKH, mode="drop"))
+    return jax.tree.unflatten(structure, written)
