@@ -12,6 +12,23 @@ SCORINGS = ("softmax", "sigmoid")
 GROUP_SCORES = ("best", "top2")
 
 
+def _check_numbers(config: Any, prefix: str, may_be_zero: tuple[str, ...] = ()) -> None:
+    """Check that the ints of a dataclass are at least 1, and its floats positive and finite."""
+    for field in fields(config):
+        name, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if value is None and field.type in (int | None, float | None):
+            continue
+        if field.type in (int, int | None):
+            check_int(name, value, least=0 if field.name in may_be_zero else 1)
+        if field.type in (float, float | None):
+            check_positive(name, value)
+
+
+def _check_even(name: str, width: int) -> None:
+    if width % 2:
+        raise ValueError(f"{name} is {width}: give an even number, because rotary embeddings rotate pairs")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rope:
     """Rotary position embeddings. The fields have the names of the keys in config.json files where they agree.
@@ -294,23 +311,6 @@ class ModelConfig:
             dims |= {"Z": latent.width, "I": latent.nope_width, "U": latent.value_width, "Y": self.cache_width}
             dims |= {"Q": latent.query_rank} if latent.query_rank else {}
         return dims
-
-
-def _check_numbers(config: Any, prefix: str, may_be_zero: tuple[str, ...] = ()) -> None:
-    """Check that the ints of a dataclass are at least 1, and its floats positive and finite."""
-    for field in fields(config):
-        name, value = f"{prefix}{field.name}", getattr(config, field.name)
-        if value is None and field.type in (int | None, float | None):
-            continue
-        if field.type in (int, int | None):
-            check_int(name, value, least=0 if field.name in may_be_zero else 1)
-        if field.type in (float, float | None):
-            check_positive(name, value)
-
-
-def _check_even(name: str, width: int) -> None:
-    if width % 2:
-        raise ValueError(f"{name} is {width}: give an even number, because rotary embeddings rotate pairs")
 
 
 def _round_up(n: int, multiple: int) -> int:

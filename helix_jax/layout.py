@@ -2,8 +2,8 @@
 
 A placement is one function: `filled(length, prompt_len, rank)`, the number of a sequence's first `length` positions
 that `rank` stores. Slots fill in the order of positions, so owner, slot, visibility, windows and undo all follow from
-it, and there is no counter that could drift. It is plain integer arithmetic: Python ints, NumPy arrays and JAX tracers
-use the same code, and broadcast.
+it, and there is no counter that could drift. It is plain integer arithmetic without branches: Python ints, NumPy arrays
+and JAX tracers use the same code, and broadcast.
 """
 
 from dataclasses import dataclass
@@ -21,21 +21,9 @@ Integer = Any
 PLACEMENTS = ("helix", "striped", "last_rank")
 
 
-def _min(a: Integer, b: Integer) -> Integer:
-    return a + (b - a) * (b < a)
-
-
-def _max(a: Integer, b: Integer) -> Integer:
-    return a + (b - a) * (b > a)
-
-
-def _clip(n: Integer, low: Integer, high: Integer) -> Integer:
-    return _min(_max(n, low), high)
-
-
 @dataclass(frozen=True)
 class BlockLayout:
-    """Assigns the positions of a sequence to `ranks` ranks, in blocks of `block` positions.
+    """An assignment of the positions of a sequence to `ranks` ranks, in blocks of `block` positions.
 
     Args:
         ranks: The number of ranks on cp.
@@ -83,8 +71,8 @@ class BlockLayout:
     def filled(self, length: Integer, prompt_len: Integer, rank: Integer) -> Integer:
         """Return how many of the first `length` positions `rank` stores. A negative length counts as 0.
 
-        Position p is in slot `filled(p, L, owner)` of its owner, rank r owns p if `filled(p + 1, L, r) > filled(p, L,
-        r)`, and a query at p sees the slots `[0, filled(p + 1, L, r))` of rank r.
+        With a prompt of L tokens, position p is in slot `filled(p, L, owner)` of its owner. Rank r owns p if
+        `filled(p + 1, L, r) > filled(p, L, r)`. A query at p sees the slots `[0, filled(p + 1, L, r))` of rank r.
         """
         length = _max(length, 0)
         if self.placement == "striped":
@@ -98,7 +86,7 @@ class BlockLayout:
         return prompt + self._round_robin_share(decoded, rank)
 
     def max_filled(self, length: Integer, prompt_len: Integer) -> Integer:
-        """Return the slots that the fullest rank needs for `length` positions. Broadcasts over sequences."""
+        """Return how many of the first `length` positions the fullest rank stores. Broadcasts over sequences."""
         fullest = self.filled(length, prompt_len, 0)
         for rank in range(1, self.ranks):
             fullest = _max(fullest, self.filled(length, prompt_len, rank))
@@ -121,12 +109,12 @@ class BlockLayout:
         return index // self.block % self.ranks
 
     def _round_robin_share(self, count: Integer, rank: Integer) -> Integer:
-        """The share of `rank` when `count` positions are positions_by_rank in blocks, in turn, from rank 0."""
+        """Return the share of `rank` in `count` positions that are distributed round-robin from rank 0."""
         turn = self.block * self.ranks
         return count // turn * self.block + _clip(count % turn - rank * self.block, 0, self.block)
 
     def _prompt_runs(self, prompt_len: Integer) -> tuple[Integer, Integer]:
-        """Return the prompt blocks that every rank gets, and how many of the first ranks get one more."""
+        """Return how many blocks of the prompt every rank stores, and how many of the first ranks store one more."""
         blocks = -(-prompt_len // self.block)
         return blocks // self.ranks, blocks % self.ranks
 
@@ -142,8 +130,8 @@ class BlockLayout:
 
 @lru_cache
 def positions_by_rank(layout: BlockLayout, length: int) -> np.ndarray:
-    """Return the positions of a whole sequence, ordered by rank and then by slot. The array is read-only."""
-    ranges = [bounds for own in rank_ranges(layout, length, length) for bounds in own]
+    """Return the positions of a prompt of `length` tokens, ordered by rank and then by slot, as a read-only array."""
+    ranges = [bounds for by_slot in rank_ranges(layout, length, length) for bounds in by_slot]
     order = np.concatenate([np.arange(start, stop, dtype=np.int32) for start, stop in ranges])
     order.flags.writeable = False
     return order
@@ -154,9 +142,21 @@ def rank_ranges(layout: BlockLayout, length: int, prompt_len: int) -> list[list[
     by_rank: list[list[tuple[int, int]]] = [[] for _ in range(layout.ranks)]
     block = layout.block
     edges = sorted({*range(0, length, block), *range(min(prompt_len, length), length, block), length})
-    for start, stop in pairwise(edges):  # a block or a part of one, so it has a single owner
+    for start, stop in pairwise(edges):  # at most a block, so it has a single owner
         ranges = by_rank[layout.owner(start, prompt_len)]
         if ranges and ranges[-1][1] == start:
             start = ranges.pop()[0]
         ranges.append((start, stop))
     return by_rank
+
+
+def _min(a: Integer, b: Integer) -> Integer:
+    return a + (b - a) * (b < a)
+
+
+def _max(a: Integer, b: Integer) -> Integer:
+    return a + (b - a) * (b > a)
+
+
+def _clip(n: Integer, low: Integer, high: Integer) -> Integer:
+    return _min(_max(n, low), high)

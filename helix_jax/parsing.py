@@ -43,11 +43,11 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 
 def _convert(value: Any, annotation: Any, name: str) -> Any:
-    """Return `value` in the type that a dataclass field is annotated with."""
+    """Return `value` as the type with which a dataclass field is annotated."""
     types = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     if value is None and NoneType in types:
         return None
-    wanted: Any = types[0]
+    wanted: Any = types[0]  # the other one is None
     if hasattr(wanted, "__dataclass_fields__"):
         if isinstance(value, wanted):
             return value

@@ -1,4 +1,4 @@
-"""Chooses how a mesh decodes: everything that is not a property of the model, validated before anything runs."""
+"""Describes how a mesh decodes: everything that is not a property of the model, validated before anything runs."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,10 +19,10 @@ EXPERTS = tuple(EXPERT_WEIGHTS)
 
 @dataclass(frozen=True)
 class Plan:
-    """How a mesh decodes.
+    """How a mesh decodes: the mesh, where tokens are stored, and how attention and experts run.
 
     Args:
-        mesh: A mesh of `make_mesh`.
+        mesh: A mesh from `make_mesh`.
         block: Positions per decode block.
         placement: Which rank stores which block: "helix", "striped" or "last_rank", see `BlockLayout`.
         combine: How the partial results of the cp ranks are combined: "psum", "psum_scatter" or "all_to_all".
@@ -31,8 +31,9 @@ class Plan:
             the width of each over tp.
 
     Raises:
-        ValueError: The mesh does not come from `make_mesh`, a choice is unknown, or the kernel does not run on these
-            devices.
+        TypeError: `block` is not an int.
+        ValueError: The mesh does not come from `make_mesh`, a choice is unknown, `block` is out of range, or the kernel
+            does not run on these devices.
     """
 
     mesh: AnyMesh
@@ -61,15 +62,24 @@ class Plan:
         return BlockLayout(self.mesh.shape[CP], self.block, self.placement)
 
     def kernel_for(self, pages: PageFormat) -> str:
-        """Return the attention kernel for such pages, which resolves "auto".
+        """Return the name of the attention kernel for pages of a format. It is never "auto".
 
         Raises:
-            ValueError: The kernel that was asked for cannot read them.
+            ValueError: The kernel of the plan cannot read them.
         """
         return choose_backend(self.kernel, first_device(self.mesh), pages)
 
     def kernel_for_model(self, config: ModelConfig, page: int, dtype: DTypeLike) -> str:
-        """Return the attention kernel for a model whose pages hold `page` tokens. Raises like `kernel_for`."""
+        """Return the name of the attention kernel for a model.
+
+        Args:
+            config: The model.
+            page: Tokens per page.
+            dtype: The type of the cache.
+
+        Raises:
+            ValueError: The kernel of the plan cannot read such pages.
+        """
         width = stored_width(config.cache_width, first_device(self.mesh))
         return self.kernel_for(PageFormat(width, page, dtype, config.latent.width if config.latent else None))
 
@@ -110,7 +120,11 @@ class Plan:
             )
 
     def check_model(self, config: ModelConfig) -> None:
-        """Check that the mesh divides the heads of a model. Raises like `check_heads`."""
+        """Check that the mesh divides the heads of a model.
+
+        Raises:
+            ValueError: It does not. The message names the nearest sizes that do.
+        """
         self.check_heads(config.heads, None if config.latent else config.kv_heads)
 
 

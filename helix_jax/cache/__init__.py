@@ -1,4 +1,4 @@
-"""The key/value cache: pages that are sharded along the sequence, and the rows that use them."""
+"""Defines the key/value cache: pages that are sharded along the sequence, and the rows that use them."""
 
 from helix_jax.cache.pages import (
     KVCache,

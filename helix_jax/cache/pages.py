@@ -1,4 +1,4 @@
-"""The pages of the key/value cache, sharded over cp, and the integers per row that determine what is in them."""
+"""Defines the pages of the key/value cache, sharded over cp, and the integers per row that determine their use."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,9 +20,11 @@ from helix_jax.validation import check_int
 
 
 class Pages(NamedTuple):
-    """The pages of one layer. Globally A counts the pages of all ranks; under `shard_map`, those of this rank.
+    """The pages of one layer. A counts the pages of all ranks, or, under `shard_map`, those of this rank.
 
-    v_AKWH is None for latent attention, where one vector per token stands for the keys and values of all heads.
+    Attributes:
+        k_AKWH: The keys. For latent attention, one vector per token that stands for the keys and values of all heads.
+        v_AKWH: The values. None for latent attention.
     """
 
     k_AKWH: Float[Array, "A K W H"]
@@ -30,16 +32,22 @@ class Pages(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """The sharded pages of each layer. A step takes the cache as a donated argument and returns it, updated in place."""
+    """The pages of all layers. A step takes the cache as a donated argument and returns it, updated in place.
+
+    Attributes:
+        layers: The pages of each layer.
+    """
 
     layers: tuple[Pages, ...]
 
 
 class Rows(NamedTuple):
-    """The state of each sequence of the batch. `prompt_len` and `length` determine every slot on every rank.
+    """The state of each sequence of the batch. `prompt_len_B` and `length_B` determine every slot on every rank.
 
-    table_RBM holds a page table for every rank: entry m is the page of slots [m W, (m + 1) W). length_B counts the
-    positions written so far. prompt_len_B is the length of the whole prompt, known before it is written.
+    Attributes:
+        table_RBM: A page table for every rank. Entry m is the page of slots [m W, (m + 1) W).
+        length_B: How many positions are written so far.
+        prompt_len_B: The length of the whole prompt, known before it is written.
     """
 
     table_RBM: Int[Array, "R B M"]
@@ -50,21 +58,22 @@ class Rows(NamedTuple):
 def make_cache(
     plan: Plan, spec: CacheSpec, prompt_lens: Sequence[int], max_lens: Sequence[int], *, page: int = 64
 ) -> tuple[KVCache, Rows]:
-    """Create an empty cache, and rows that each have pages of their own.
+    """Create an empty cache, and rows that each have their own pages.
 
     Args:
         plan: The mesh and the placement.
         spec: What the model caches.
         prompt_lens: The length of each row's prompt.
-        max_lens: The positions that each row has room for.
+        max_lens: The positions that each row can store, prompt included.
         page: Tokens per page.
 
     Returns:
-        The cache, sharded over (dp, cp) and tp from the start, with as many pages on every rank as the fullest rank can
-        need; and the rows.
+        The cache, created sharded over (dp, cp) and tp, with as many pages on every rank as the fullest rank can need;
+        and the rows.
 
     Raises:
-        ValueError: `page` is below 1, dp does not divide the batch, a prompt is longer than its room, or tp does not
+        TypeError: `page` is not an int.
+        ValueError: `page` is below 1, dp does not divide the batch, a prompt exceeds its `max_lens`, or tp does not
             divide the key/value heads.
     """
     rows = _empty_rows(plan, prompt_lens, max_lens, page)
@@ -75,7 +84,14 @@ def make_cache(
 
 
 def make_pools(plan: Plan, spec: CacheSpec, pages: int, page: int) -> KVCache:
-    """Create a cache of `pages` empty pages, counted over all ranks, of `page` tokens each."""
+    """Create a cache of empty pages.
+
+    Args:
+        plan: The mesh.
+        spec: What the model caches.
+        pages: The number of pages of each layer, over all ranks.
+        page: Tokens per page.
+    """
     where = sharding(plan.mesh, PAGES_LATENT_AKWH if spec.latent else PAGES_AKWH)
     shape = (pages, spec.kv_heads, page, stored_width(spec.head_width, first_device(plan.mesh)))
 
@@ -94,7 +110,7 @@ def _empty_rows(plan: Plan, prompt_lens: Sequence[int], max_lens: Sequence[int],
         raise ValueError(f"there are {rows} prompt_lens, but {len(max_lens)} max_lens: give one of each per row")
     for row, (prompt, most) in enumerate(zip(prompt_lens, max_lens, strict=True)):
         if not 0 <= prompt <= most:
-            raise ValueError(f"row {row}: a prompt of {prompt} tokens does not fit its room of {most}: give more room")
+            raise ValueError(f"row {row}: a prompt of {prompt} tokens exceeds its max_len {most}: give more")
 
     slots_B = plan.layout.max_filled(np.asarray(max_lens), np.asarray(prompt_lens))
     pages_per_row = max(1, pages_needed(int(slots_B.max()), page))
@@ -104,7 +120,7 @@ def _empty_rows(plan: Plan, prompt_lens: Sequence[int], max_lens: Sequence[int],
 
 
 def per_row(plan: Plan, values: ArrayLike | Sequence[Any]) -> Array:
-    """Place integers, one or more per row, as a step expects them."""
+    """Return integers per row as an array of int32, sharded as a step expects it."""
     return put(np.asarray(values, np.int32), plan.mesh, ROWS_B)
 
 
@@ -116,17 +132,25 @@ def append(
     slot_BT: Int[Array, "B T"],
     owned_BT: Bool[Array, "B T"],
 ) -> Pages:
-    """Write the tokens that this rank owns at their slots; other tokens are out of bounds and dropped.
+    """Write the tokens that this rank owns to their slots. Call it inside `shard_map`.
 
-    The write is in place when `pages` is donated. A slot past the table, or one whose table entry is negative, is
-    dropped too: it is never clamped or wrapped onto another page. Tokens that are narrower than the pages are padded.
+    The write is in place if `pages` is donated. A token whose slot is past the table, or whose table entry is negative,
+    is dropped: its slot is never clamped or wrapped onto another page.
+
+    Args:
+        pages: The pages of this rank.
+        k_BTKH: The keys, padded if they are narrower than the pages.
+        v_BTKH: The values. None for latent attention.
+        table_BM: The page table of this rank.
+        slot_BT: The slot of each token on its owner.
+        owned_BT: Whether this rank owns each token.
     """
     A, K, W, _ = pages.k_AKWH.shape
     entry_BT, offset_BT = split_slot(slot_BT, W)
     page_BT = jnp.take_along_axis(table_BM, entry_BT, axis=1, mode="fill", fill_value=A)
     page_BT = jnp.where(owned_BT & (page_BT >= 0), page_BT, A)
 
-    # All indexed axes come first: a scatter over (page, offset) with the heads between makes XLA transpose the pool.
+    # The indexed axes come first: with the heads between page and offset, XLA transposes the whole pool.
     index = (page_BT[..., None], jnp.arange(K), offset_BT[..., None])
 
     def write(pool_AKWH: Array, new_BTKH: Any) -> Array:
@@ -137,7 +161,7 @@ def append(
 
 
 def pad_width(x_BTNH: Array, pool_AKWH: Array) -> Array:
-    """Append zeros to each vector, up to the width that the pages store."""
+    """Pad each vector with zeros to the width that the pages store."""
     missing = pool_AKWH.shape[-1] - x_BTNH.shape[-1]
     return jnp.pad(x_BTNH, ((0, 0),) * 3 + ((0, missing),)) if missing else x_BTNH
 

@@ -1,4 +1,4 @@
-"""Integer arithmetic between slots and pages. It takes ints, NumPy arrays and JAX tracers alike."""
+"""Converts between slots and pages. Python ints, NumPy arrays and JAX tracers use the same code."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from helix_jax.layout import BlockLayout, Integer
 
 
 def pages_needed(slots: Integer, page: int) -> Integer:
-    """Return how many pages of `page` tokens hold `slots` slots."""
+    """Return how many pages of `page` tokens `slots` slots need."""
     return -(-slots // page)
 
 
@@ -16,7 +16,9 @@ def split_slot(slot: Integer, page: int) -> tuple[Any, Any]:
 
 
 def max_pages_per_row(layout: BlockLayout, max_len: int, page: int) -> int:
-    """Return how many pages one rank needs at most for a row of up to `max_len` positions, whatever its prompt."""
-    skew = layout.max_skew
-    even = max_len if skew is None else -(-max_len // layout.ranks) + 3 * layout.block
-    return pages_needed(min(max_len, even), page)
+    """Return how many pages one rank needs at most for a row of up to `max_len` positions, for any prompt length."""
+    if layout.max_skew is None:
+        return pages_needed(max_len, page)
+    # No rank exceeds an even share by more than max_skew, which is below 3 blocks for every placement.
+    even_share = -(-max_len // layout.ranks)
+    return pages_needed(min(max_len, even_share + 3 * layout.block), page)

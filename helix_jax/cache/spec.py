@@ -9,7 +9,7 @@ from helix_jax.config import ModelConfig
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What every layer of a model caches per token.
+    """The shape and type of what every layer of a model caches per token.
 
     Args:
         layers: The number of layers.
