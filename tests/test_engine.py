@@ -277,9 +277,9 @@ def test_a_stop_token_or_a_stop_string_ends_a_request_and_frees_its_pages(make_e
 def test_the_end_tokens_of_the_model_end_a_request_unless_they_are_ignored(make_engine):
     engine = make_engine()
     engine.config = replace(engine.config, eos_token_ids=(7, 8))
-    params = [SamplingParams(), SamplingParams(ignore_eos=True), SamplingParams(stop_token_ids=[9])]
-    ids = [engine.submit([1], one) for one in params]
-    assert [engine.requests[id].stop_token_ids for id in ids] == [{7, 8}, set(), {9}]
+    options = [{}, {"ignore_eos": True}, {"stop_token_ids": [9]}, {"stop_token_ids": [9], "ignore_eos": True}]
+    ids = [engine.submit([1], SamplingParams(**one)) for one in options]
+    assert [engine.requests[id].stop_token_ids for id in ids] == [{7, 8}, set(), {7, 8, 9}, {9}]
 
 
 def test_invalid_unicode_is_rejected(make_engine):
@@ -431,7 +431,7 @@ def small_engine(make_engine):
     ],
 )
 def test_an_invalid_request_is_rejected_and_others_continue(small_engine, prompt, params, error, message):
-    """Under the type checks of the tests, the message of a TypeError is that of beartype. It names the parameter too."""
+    """With the type checks of the tests, the message of a TypeError is that of beartype, which names the parameter."""
     small_engine.submit([1, 2], SamplingParams(max_new_tokens=3), "good")
     with pytest.raises(error, match=re.escape(message)):
         small_engine.submit(prompt, sampling_params(params))

@@ -137,11 +137,12 @@ class Engine:
         if id in self.requests:
             raise ValueError(f"a request '{id}' has not finished yet: give another id")
         ids = self._encode(prompt, params)
+        eos = () if params.ignore_eos else self.config.eos_token_ids
         request = Request(
             id=id,
             prompt=ids,
             params=self._with_seed(params),
-            stop_token_ids=self._stop_token_ids(params),
+            stop_token_ids=frozenset((*params.stop_token_ids, *eos)),
             order=self._submitted,
             text=OutputText(self.tokenizer, params.stop),
             submitted_s=time.perf_counter(),
@@ -343,11 +344,6 @@ class Engine:
             return params
         sequence = np.random.SeedSequence(self._entropy, spawn_key=(self._submitted,))
         return replace(params, seed=int(sequence.generate_state(1, np.uint64)[0]))
-
-    def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
-        if params.stop_token_ids is not None:
-            return frozenset(params.stop_token_ids)
-        return frozenset(() if params.ignore_eos else self.config.eos_token_ids)
 
     def _submit_all(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None

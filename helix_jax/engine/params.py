@@ -26,8 +26,8 @@ class SamplingParams:
             requests. None draws a seed when a request with a temperature is submitted, and reports it as
             `RequestOutput.seed`, with which the request can be repeated.
         stop: Strings that end the request. They are not part of its text.
-        stop_token_ids: Tokens that end the request, instead of the model's end-of-sequence tokens (None). They are part
-            of its tokens.
+        stop_token_ids: Tokens that end the request, besides the model's end-of-sequence tokens. They are part of its
+            tokens.
         ignore_eos: Whether to continue past the model's end-of-sequence tokens.
         logprobs: How many of the most probable tokens to report with each token, 0 to 20. None reports no
             log-probabilities, 0 those of the chosen tokens alone.
@@ -45,7 +45,7 @@ class SamplingParams:
     repetition_penalty: int | float = 1
     seed: int | None = None
     stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] | None = None
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
 
@@ -80,7 +80,7 @@ class SamplingParams:
             raise TypeError(f"stop is {self.stop!r}: give a list of strings")
         if not all(self.stop):
             raise ValueError(f"stop is {self.stop!r}: give a list of strings that are not empty")
-        ids = () if self.stop_token_ids is None else self.stop_token_ids
+        ids = self.stop_token_ids
         if not isinstance(ids, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise TypeError(f"stop_token_ids is {ids!r}: give a list of token ids")
         if not isinstance(self.ignore_eos, bool):
