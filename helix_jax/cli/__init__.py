@@ -1,100 +1,56 @@
-"""`helix-jax`: parse, call, print. ResultsFile on stdout, everything else on stderr."""
+"""The command `helix-jax`: results on stdout, everything else on stderr."""
 
-import argparse
+import importlib
 import io
-import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import NoReturn
+from collections.abc import Sequence
 
-import jax
+from helix_jax import __version__
+from helix_jax.cli.app import PROGRAM, Parser, run_command
 
-from helix_jax import __version__, processes
-from helix_jax.cli import batch, generate, layout
+__all__ = ["main"]
 
-OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
-_GRACE_S = 1.0
+# A module with `add_arguments(parser)` and `run(options)` for each subcommand, imported only if it is used.
+_COMMANDS = {
+    "layout": "show which rank stores which tokens",
+    "generate": "continue a prompt",
+    "batch": "answer a file of requests",
+    "train": "train a model",
+    "eval": "evaluate long contexts on each placement",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code.
+    """Run one subcommand and return its exit code.
 
-    0, 1 (--verify found a difference, a line of a batch failed), 2 (bad input), 3 (another process is gone) or 130
-    (Ctrl-C).
+    Args:
+        arguments: The command line without the program, default `sys.argv[1:]`.
+
+    Returns:
+        0; 1 (--verify found a difference, a line of a batch failed, or placements differ in an evaluation); 2 (bad
+        input); 3 (another process was lost). Ctrl-C exits with 130.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows text all the same
-    try:
-        options = _parser().parse_args(arguments)
-        with _interrupts_cannot_be_lost():
-            return options.run(options)
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
-    except (ValueError, OSError) as error:
-        return _complain(str(error))
-    except jax.errors.JaxRuntimeError as error:
-        if said := processes.lost_process_message(error):
-            return _complain(said, processes.LOST_PROCESS)
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return _complain(f"out of device memory ({str(error).splitlines()[0]}): take more devices or a shorter prompt")
-    except KeyboardInterrupt:
-        _leave()
+        sys.stdout.reconfigure(errors="replace")  # text is shown on a terminal without UTF-8 too
+    return run_command(lambda: _run(arguments))
 
 
-def _leave() -> NoReturn:
-    print("\nhelix-jax: interrupted", file=sys.stderr, flush=True)
-    os._exit(INTERRUPTED)  # XLA's threads still run: a teardown of the interpreter under them may crash
+def _run(arguments: Sequence[str]) -> int:
+    options = _parser(arguments).parse_args(arguments)
+    return options.run(options)
 
 
-@contextmanager
-def _interrupts_cannot_be_lost() -> Iterator[None]:
-    """Python swallows what is raised while an object is destroyed, a Ctrl-C too: then a timer ends the command."""
-
-    def interrupted(*_: object) -> NoReturn:
-        timer = threading.Timer(_GRACE_S, _leave)
-        timer.daemon = True
-        timer.start()
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # only there are signals handled
-        yield
-        return
-    before = signal.signal(signal.SIGINT, interrupted)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, like every other error."""
-        sys.exit(_complain(f"{message} (see {self.prog} --help)"))
-
-
-def _complain(message: str, status: int = BAD_INPUT) -> int:
-    who = "helix-jax" if processes.is_first() else f"helix-jax, process {processes.process_index()}"
-    print(f"{who}: {' '.join(message.split())}", file=sys.__stderr__ if processes.process_count() > 1 else sys.stderr)
-    if processes.process_count() > 1:
-        processes.exit_now(status)
-    return status
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="helix-jax", description="Decode over a key/value cache sharded along the sequence.")
-    parser.add_argument("--version", action="version", version=f"helix-jax {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="layout|generate|batch")
-    for name, command, text in (
-        ("layout", layout, "show which rank holds which tokens"),
-        ("generate", generate, "continue a prompt"),
-        ("batch", batch, "answer a file of requests"),
-    ):
-        added = commands.add_parser(name, help=text, description=command.__doc__, allow_abbrev=False)
-        command.add_arguments(added)
-        added.set_defaults(run=command.run)
+def _parser(arguments: Sequence[str]) -> Parser:
+    parser = Parser(PROGRAM, description="Decode over a key/value cache that is sharded along the sequence.")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="|".join(_COMMANDS), prog=PROGRAM)
+    used = next((argument for argument in arguments if argument in _COMMANDS), None)
+    for name, text in _COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        if name == used:
+            module = importlib.import_module(f"helix_jax.cli.{name}")
+            command.description = module.__doc__
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
     return parser
