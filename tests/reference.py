@@ -1,4 +1,4 @@
-"""What the library is judged by: float64 softmax in NumPy, and a model without cache or mesh."""
+"""Computes what tests compare the library with: float64 softmax in NumPy, and a model without cache or mesh."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from helix_jax.plan import Plan
 
 TIE = 1e-4
 
-# 16 query heads in 8 groups: every tp x cp <= 8 of powers of two fits. Vocabulary and feed-forward need padding.
+# 16 query and 8 key/value heads fit every tp x cp <= 8 of powers of two. Vocabulary and feed-forward need padding.
 TINY = ModelConfig(layers=2, width=32, heads=16, kv_heads=8, head_width=8, ff_width=52, vocab=61, max_positions=4096)
 
 BYTES_SHAPE = {"layers": 2, "width": 32, "heads": 8, "kv_heads": 2, "head_width": 4, "ff_width": 48, "vocab": 256}
@@ -31,11 +31,12 @@ def tiny_model(config: ModelConfig = TINY, seed: int = 0) -> Transformer:
 
 
 def shape_in(file: Path) -> ModelConfig:
+    """Return the [model] table of a TOML config."""
     return parse_dataclass(ModelConfig, read_toml(file)["model"], str(file))
 
 
 def plan_of(tp: int = 1, cp: int = 1, dp: int = 1, **options: Any) -> Plan:
-    """A plan on the first tp * cp * dp fake devices."""
+    """Return a plan on the first tp * cp * dp fake devices."""
     return Plan(make_mesh(tp, cp, dp), **options)
 
 
@@ -50,9 +51,9 @@ def causal_attention(
     sink_N: Array | None = None,
     v_width: int | None = None,
 ) -> tuple[Array, None]:
-    """JAX's own, over all pairs, in the form that a Transformer takes. With sinks its gradients are wrong."""
+    """Attend with JAX's own function, in the form that a Transformer calls. With sinks its gradients are wrong."""
     with jax.default_matmul_precision("highest" if q_BTNH.dtype == jnp.float32 else "default"):
-        found: Any = jax.nn.dot_product_attention(
+        output: Any = jax.nn.dot_product_attention(
             q_BTNH,
             k_BTKH,
             k_BTKH if v_BTKH is None else v_BTKH,
@@ -63,17 +64,17 @@ def causal_attention(
             return_residual=sink_N is not None,
         )
     if sink_N is None:
-        return found[..., :v_width], state
-    o_BTNH, lse_BTN = found
+        return output[..., :v_width], state
+    o_BTNH, lse_BTN = output
     return merge_sink(Partial(o_BTNH, lse_BTN.astype(jnp.float32)), sink_N).o_BTNH.astype(q_BTNH.dtype), state
 
 
-def softmax_attention(q_TNH, k_SKH, v_SKH, seen_TS, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Outputs [T, N, H] and log-sum-exps [T, N] of one row in float64; a query that sees nothing gives (0, -inf)."""
+def softmax_attention(q_TNH, k_SKH, v_SKH, visible_TS, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return outputs [T, N, H] and log-sum-exps [T, N] of one row in float64; (0, -inf) where nothing is visible."""
     q, k, v = (np.asarray(jnp.asarray(x, jnp.float32), np.float64) for x in (q_TNH, k_SKH, v_SKH))
     groups = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, groups, 1), np.repeat(v, groups, 1)
-    s = np.where(seen_TS[:, None], scale * np.einsum("tnh,snh->tns", q, k), -np.inf)
+    s = np.where(visible_TS[:, None], scale * np.einsum("tnh,snh->tns", q, k), -np.inf)
     top = np.max(s, -1, keepdims=True, initial=-1e300)
     p = np.exp(s - top)
     total = p.sum(-1)
@@ -95,7 +96,7 @@ def _all_logits(model: Transformer, tokens_BS: jax.Array) -> jax.Array:
 
 
 def naive_logits(model: Transformer, texts: Sequence[Sequence[int]], padded_to: int) -> np.ndarray:
-    """Logits [row, position, V] of every prefix, in one pass without a cache. What follows a token cannot touch it."""
+    """Return logits [row, position, V] from one causal pass without a cache, in which padding changes nothing."""
     tokens_BS = np.zeros((len(texts), padded_to), np.int32)
     for row, text in enumerate(texts):
         tokens_BS[row, : len(text)] = text
@@ -103,7 +104,7 @@ def naive_logits(model: Transformer, texts: Sequence[Sequence[int]], padded_to: 
 
 
 def naive_greedy(model: Transformer, prompts: Sequence[Sequence[int]], steps: int, padded_to: int) -> list[list[int]]:
-    """The loop that everybody would write first: the whole text through the model for each new token."""
+    """Decode greedily by running the whole text through the model for each new token."""
     texts = [list(prompt) for prompt in prompts]
     for _ in range(steps):
         logits = naive_logits(model, texts, padded_to)
@@ -115,18 +116,18 @@ def naive_greedy(model: Transformer, prompts: Sequence[Sequence[int]], steps: in
 def ties_before_difference(
     model: Transformer, prompt: Sequence[int], ours: Sequence[int], theirs: Sequence[int], padded_to: int
 ) -> int:
-    """0 if the tokens are equal, 1 if they part at a tie of the reference's two best logits. Anything else fails."""
+    """Return 0 if the tokens are equal, 1 if the first difference is at a tie of the two best logits; else fail."""
     if list(ours) == list(theirs):
         return 0
     index = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
     text = [*prompt, *theirs[:index]]
     best = np.sort(naive_logits(model, [text], padded_to)[0, len(text) - 1])[-2:]
     gap = best[1] - best[0]
-    assert gap < TIE, f"token {index} is {ours[index]}, not {theirs[index]}; the two best logits lie {gap:.2g} apart"
+    assert gap < TIE, f"token {index} is {ours[index]}, not {theirs[index]}; the two best logits differ by {gap:.2g}"
     return 1
 
 
-def gaps_of(model: Transformer, prompt: Sequence[int], said: Sequence[int], padded_to: int) -> np.ndarray:
-    """By how much the naive logit of each token lies below the best, after the prompt and the tokens before it."""
-    logits = naive_logits(model, [[*prompt, *said]], padded_to)[0, len(prompt) - 1 : len(prompt) + len(said) - 1]
-    return logits.max(-1) - logits[np.arange(len(said)), said]
+def gaps_of(model: Transformer, prompt: Sequence[int], tokens: Sequence[int], padded_to: int) -> np.ndarray:
+    """Return the difference between the best naive logit and that of the token, for each generated token."""
+    logits = naive_logits(model, [[*prompt, *tokens]], padded_to)[0, len(prompt) - 1 : len(prompt) + len(tokens) - 1]
+    return logits.max(-1) - logits[np.arange(len(tokens)), tokens]

@@ -1,7 +1,7 @@
-"""attend and merge against a float64 softmax, and the laws of the monoid."""
+"""Checks attend and merge against a float64 softmax, and the algebraic properties of merge."""
 
+import functools
 import itertools
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helix_jax.attention import Partial, attend, attend_in_passes, merge, span
+from helix_jax.attention import Partial, PassOptions, attend, attend_in_passes, merge, visible_span
 from tests.reference import relative_error, softmax_attention
 
 B, T, N, K, H, W, M, A = 3, 4, 6, 2, 8, 4, 7, 30
@@ -18,7 +18,7 @@ S = M * W
 
 
 def pages_of(random: np.random.Generator, dtype=jnp.float32):
-    """Rows of keys and values [B, S, K, H], and the same in pages that lie about in a pool of NaN."""
+    """Return rows of keys and values [B, S, K, H], the same as pages scattered in a pool of NaN, and the page table."""
     k_BSKH, v_BSKH = random.normal(size=(2, B, S, K, H)).astype(np.float32)
     table_BM = random.permutation(A)[: B * M].reshape(B, M)
     pool = np.full((2, A, K, W, H), np.nan, np.float32)
@@ -37,54 +37,56 @@ def expected(q_BTNH, k_BSKH, v_BSKH, lo_BT, hi_BT, scale=0.3):
     return [np.stack(parts) for parts in zip(*rows, strict=True)]
 
 
-def check(found: Partial, o, lse, bound: float):
+def check(partial: Partial, o, lse, bound: float):
     empty = np.isneginf(lse)
-    np.testing.assert_array_equal(np.isneginf(found.lse_BTN), empty)
-    assert (np.asarray(found.o_BTNH)[empty] == 0).all()
-    assert relative_error(found.o_BTNH, o) <= bound
-    np.testing.assert_allclose(np.asarray(found.lse_BTN)[~empty], lse[~empty], rtol=0, atol=10 * bound)
+    np.testing.assert_array_equal(np.isneginf(partial.lse_BTN), empty)
+    assert (np.asarray(partial.o_BTNH)[empty] == 0).all()
+    assert relative_error(partial.o_BTNH, o) <= bound
+    np.testing.assert_allclose(np.asarray(partial.lse_BTN)[~empty], lse[~empty], rtol=0, atol=10 * bound)
 
 
-def passes_of(pages: int, *, by_page: bool):
-    return partial(attend_in_passes, v_width=None, pages_per_pass=pages, by_page=by_page)
+SCALE = 0.3
+
+
+def in_passes(pages: int, *, by_page: bool):
+    return jax.jit(functools.partial(attend_in_passes, PassOptions(SCALE, None, pages, by_page)))
 
 
 FORMS = {
-    "as chosen": attend,
-    "a page a pass": passes_of(1, by_page=False),
-    "3 pages a pass": passes_of(3, by_page=False),
-    "3 pages a pass, one by one": passes_of(3, by_page=True),  # what an accelerator takes for few queries
-    "all, one by one": passes_of(M, by_page=True),
+    "attend": jax.jit(functools.partial(attend, scale=SCALE)),
+    "1 page per pass": in_passes(1, by_page=False),
+    "3 pages per pass": in_passes(3, by_page=False),
+    "3 pages per pass, by page": in_passes(3, by_page=True),  # the form for few queries on an accelerator
+    "one pass, by page": in_passes(M, by_page=True),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 2e-6), (jnp.bfloat16, 4e-3)])
 def test_attend_equals_float64_softmax(form, dtype, bound):
-    """lo and hi at random, rising and falling, some queries empty; one pass over the pages, or a loop of them."""
-    if "one by one" in form and dtype == jnp.bfloat16:
+    """The bounds lo and hi are random, rising and falling, and some queries are empty."""
+    if "by page" in form and dtype == jnp.bfloat16:
         pytest.skip("a CPU has no such product in bfloat16")
     random = np.random.default_rng(0)
-    run = jax.jit(partial(FORMS[form], scale=0.3))
     for _ in range(10):
         k_BSKH, v_BSKH, k_AKWH, v_AKWH, table_BM = pages_of(random, dtype)
         q_BTNH = jnp.asarray(random.normal(size=(B, T, N, H)), dtype)
         lo_BT, hi_BT = np.sort(random.integers(0, S + 1, (2, B, T)), axis=0)
         lo_BT[0, 0] = hi_BT[0, 0] = 0
         lo_BT[1] = hi_BT[1] = 0
-        found = run(q_BTNH, k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT)
-        assert found.o_BTNH.dtype == found.lse_BTN.dtype == jnp.float32
-        check(found, *expected(q_BTNH, k_BSKH, v_BSKH, lo_BT, hi_BT), bound)
+        partial = FORMS[form](q_BTNH, k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT)
+        assert partial.o_BTNH.dtype == partial.lse_BTN.dtype == jnp.float32
+        check(partial, *expected(q_BTNH, k_BSKH, v_BSKH, lo_BT, hi_BT), bound)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_no_query_sees_may_be_nan(form):
-    """Unused slots, freed pages and table entries that point anywhere; then, to show that it can fail, a used slot."""
+def test_slots_that_no_query_sees_may_be_nan(form):
+    """Unused slots, freed pages and invalid table entries change nothing. A used slot that is NaN does."""
     random = np.random.default_rng(1)
     k_BSKH, v_BSKH, k_AKWH, v_AKWH, table_BM = pages_of(random)
     q_BTNH = jnp.asarray(random.normal(size=(B, T, N, H)), jnp.float32)
-    lo_BT = jnp.full((B, T), 5)
-    hi_BT = jnp.asarray([[9, 11, 10, 6]] * B)
+    lo_BT = np.full((B, T), 5)
+    hi_BT = np.asarray([[9, 11, 10, 6]] * B)
     hidden = np.ones(S, bool)
     hidden[5:11] = False
 
@@ -96,24 +98,25 @@ def test_what_no_query_sees_may_be_nan(form):
         return jnp.asarray(k), jnp.asarray(v)
 
     def run(k_AKWH, v_AKWH, table_BM):
-        return FORMS[form](q_BTNH, k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT, scale=0.3)
+        return FORMS[form](q_BTNH, k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT)
 
-    nowhere_BM = np.array(table_BM)
-    nowhere_BM[:, 3:] = [[-1, 10**6, 3, 29]] * B
-    found = run(*poisoned(hidden, table_BM), jnp.asarray(nowhere_BM))
-    check(found, *expected(q_BTNH, k_BSKH, v_BSKH, lo_BT, hi_BT), 2e-6)
+    invalid_BM = np.array(table_BM)
+    invalid_BM[:, 3:] = [[-1, 10**6, 3, 29]] * B
+    partial = run(*poisoned(hidden, table_BM), jnp.asarray(invalid_BM))
+    check(partial, *expected(q_BTNH, k_BSKH, v_BSKH, lo_BT, hi_BT), 2e-6)
 
     hidden[7] = True
     assert np.isnan(run(*poisoned(hidden, table_BM), table_BM).o_BTNH).any()
 
 
-def test_values_may_be_the_first_part_of_the_keys():
+def test_values_can_be_the_first_numbers_of_the_keys():
     random = np.random.default_rng(2)
     k_BSKH, _, k_AKWH, _, table_BM = pages_of(random)
     q_BTNH = jnp.asarray(random.normal(size=(B, T, N, H)), jnp.float32)
     lo_BT, hi_BT = jnp.zeros((B, T), int), jnp.full((B, T), 17)
-    found = attend(q_BTNH, k_AKWH, None, table_BM, lo_BT, hi_BT, scale=0.3, v_width=5)
-    check(found, *expected(q_BTNH, k_BSKH, k_BSKH[..., :5], lo_BT, hi_BT), 2e-6)
+    run = jax.jit(functools.partial(attend, scale=SCALE, v_width=5))
+    partial = run(q_BTNH, k_AKWH, None, table_BM, lo_BT, hi_BT)
+    check(partial, *expected(q_BTNH, k_BSKH, k_BSKH[..., :5], lo_BT, hi_BT), 2e-6)
 
 
 def partials(random: np.random.Generator, count: int) -> Partial:
@@ -123,17 +126,16 @@ def partials(random: np.random.Generator, count: int) -> Partial:
     return Partial(jnp.asarray(o, jnp.float32), jnp.asarray(lse, jnp.float32))
 
 
-def pick(stack: Partial, *indices: int) -> Partial:
-    return Partial(*(x[np.asarray(indices)] for x in stack))
-
-
 def close(a: Partial, b: Partial):
     np.testing.assert_allclose(a.lse_BTN, b.lse_BTN, rtol=1e-6, atol=1e-5)
     np.testing.assert_allclose(a.o_BTNH, b.o_BTNH, rtol=1e-5, atol=1e-5)
 
 
-def both(a: Partial, b: Partial) -> Partial:
-    return merge(Partial(*(jnp.stack(pair) for pair in zip(a, b, strict=True))))
+merge_stacked = jax.jit(merge)
+
+
+def merge_two(a: Partial, b: Partial) -> Partial:
+    return merge_stacked(Partial(*(np.stack(pair) for pair in zip(a, b, strict=True))))
 
 
 @settings(max_examples=50, deadline=None)
@@ -142,18 +144,18 @@ def test_merge_is_a_commutative_monoid(seed: int):
     stack = partials(np.random.default_rng(seed), 3)
     a, b, c = (Partial(*(x[i] for x in stack)) for i in range(3))
     empty = Partial(jnp.zeros_like(a.o_BTNH), jnp.full_like(a.lse_BTN, -jnp.inf))
-    close(both(a, b), both(b, a))
-    close(both(both(a, b), c), both(a, both(b, c)))
-    close(merge(stack), both(both(a, b), c))
-    for one in (both(a, empty), both(empty, a)):
+    close(merge_two(a, b), merge_two(b, a))
+    close(merge_two(merge_two(a, b), c), merge_two(a, merge_two(b, c)))
+    close(merge_stacked(stack), merge_two(merge_two(a, b), c))
+    for one in (merge_two(a, empty), merge_two(empty, a)):
         np.testing.assert_array_equal(one.lse_BTN, a.lse_BTN)
         np.testing.assert_array_equal(one.o_BTNH, a.o_BTNH)
 
 
-def test_only_what_is_seen_is_read():
-    """From the page of the row's least `lo` on, in the fewest passes: rows far apart do not lengthen each other."""
+def test_only_visible_pages_are_read():
+    """Each row is read from the page of its smallest `lo` on, so that distant rows do not need more passes."""
     lo_BT, hi_BT = jnp.asarray([[990, 995], [3, 0], [0, 0]]), jnp.asarray([[1000, 1004], [10, 0], [0, 0]])
-    first_page_B, slots = span(lo_BT, hi_BT, page=8, room=4096)
+    first_page_B, slots = visible_span(lo_BT, hi_BT, page=8, slots=4096)
     np.testing.assert_array_equal(first_page_B, [123, 0, 512])
     assert slots == 1004 - 123 * 8
 
@@ -164,7 +166,7 @@ def test_merge_of_parts_is_attention_over_the_whole():
     q_BTNH = jnp.asarray(random.normal(size=(B, T, N, H)), jnp.float32)
     cuts = (0, 3, 3, 11, 20)
     parts = [
-        attend(q_BTNH, k_AKWH, v_AKWH, table_BM, jnp.full((B, T), lo), jnp.full((B, T), hi), scale=0.3)
+        FORMS["attend"](q_BTNH, k_AKWH, v_AKWH, table_BM, np.full((B, T), lo), np.full((B, T), hi))
         for lo, hi in itertools.pairwise(cuts)
     ]
     whole = merge(Partial(*(jnp.stack(x) for x in zip(*parts, strict=True))))
@@ -173,15 +175,16 @@ def test_merge_of_parts_is_attention_over_the_whole():
 
 
 def test_merge_has_finite_gradients_also_at_minus_infinity():
-    """The derivative is that of the formula where something is seen, and zero, not NaN, where nothing is."""
+    """The derivative is that of the formula where a partial is not empty, and zero, not NaN, where it is."""
     stack = partials(np.random.default_rng(4), 3)
     stack = stack._replace(lse_BTN=stack.lse_BTN.at[:, 0, 0].set(-jnp.inf))
 
+    @jax.jit
     def total(stack: Partial):
         whole = merge(stack)
         return jnp.sum(jnp.sin(whole.o_BTNH)) + jnp.sum(jnp.where(jnp.isfinite(whole.lse_BTN), whole.lse_BTN, 0))
 
-    grad = jax.grad(total)(stack)
+    grad = jax.jit(jax.grad(total))(stack)
     assert all(np.isfinite(x).all() for x in grad)
     np.testing.assert_array_equal(grad.lse_BTN[:, 0, 0], 0)
     finite = np.argwhere(np.isfinite(np.asarray(stack.lse_BTN)))

@@ -1,7 +1,8 @@
-"""The island on plain arrays: append, attend and combine on every rank, against float64 attention on one."""
+"""Checks helix_attention on plain arrays: append, attend and combine on every rank, against float64 attention."""
 
 import functools
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,221 +10,238 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+import helix_jax.cache.pages
 from helix_jax.attention import Partial, merge
-from helix_jax.cache import Pages, Rows, append, make_cache, per_row
+from helix_jax.cache import CacheSpec, Pages, Rows, append, make_cache, per_row
 from helix_jax.combine import COMBINES, combine
 from helix_jax.helix import helix_attention
-from helix_jax.layout import PLACEMENTS, BlockLayout
+from helix_jax.layout import PLACEMENTS
 from helix_jax.mesh import make_mesh
 from helix_jax.plan import Plan
 from tests.reference import relative_error, softmax_attention
 
 B, H, PAGE, SCALE = 4, 8, 4, 0.4
-PROMPTS, MOST = (1, 30, 0, 17), (9, 61, 0, 40)  # shorter than a block, not a multiple of one, idle, another
+PROMPT_LENS = (1, 30, 0, 17)  # shorter than a block, several blocks and a part of one, empty, another
+MAX_LENS = (9, 61, 0, 40)
 
 STATIC = ("scale", "window", "v_width")
 run = jax.jit(helix_attention, static_argnums=0, static_argnames=STATIC, donate_argnums=1)
 
 
-def plan_of(tp: int, cp: int, placement: str = "helix", how: str = "psum", block: int = 3) -> Plan:
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def plan_on(tp: int, cp: int, placement: str = "helix", how: str = "psum", block: int = 3) -> Plan:
     return Plan(make_mesh(tp, cp), block, placement, how)
 
 
-def decode_all(
-    plan: Plan,
-    heads: int,
-    kv_heads: int,
-    chunk: int,
-    dtype,
-    *,
-    fill: float = 0.0,
-    window: int | None = None,
-    sink_N=None,
-    v_width: int | None = None,
-):
-    """Feeds whole rows through the island in chunks; returns outputs beside those of float64 attention.
+class Case(NamedTuple):
+    """The shapes and options of `decode_all`. With `v_width`, the values are the first numbers of the keys."""
 
-    v_width: of latent attention, whose values are the first numbers of its keys.
-    """
-    latent = v_width is not None
-    how = {"scale": SCALE, "window": window, "sink_N": sink_N, "v_width": v_width}
+    heads: int = 8
+    kv_heads: int = 2
+    chunk: int = 7
+    dtype: Any = jnp.float32
+    fill: float = 0.0
+    window: int | None = None
+    sink_N: Any = None
+    v_width: int | None = None
+
+    @property
+    def spec(self) -> CacheSpec:
+        return CacheSpec(1, self.kv_heads, H, self.dtype, latent=self.v_width is not None)
+
+
+def decode_all(plan: Plan, case: Case) -> tuple[np.ndarray, np.ndarray, Pages]:
+    """Append whole rows in chunks. Return the outputs, those of float64 attention, and the pages."""
     random = np.random.default_rng(0)
-    q_BSNH = jnp.asarray(random.normal(size=(B, max(MOST), heads, H)), dtype)
-    k_BSKH, v_BSKH = (jnp.asarray(random.normal(size=(B, max(MOST), kv_heads, H)), dtype) for _ in "kv")
-    if latent:
-        v_BSKH = k_BSKH[..., :v_width]
-    shape = {"layers": 1, "kv_heads": kv_heads, "head_width": H, "dtype": dtype, "latent": latent}
-    ([pages],), rows = make_cache(plan, PROMPTS, MOST, page=PAGE, **shape)
-    pages = jax.tree.map(lambda pool: jnp.full_like(pool, fill), pages)
+    q_BSNH, *kv_BSKH = (
+        jnp.asarray(random.normal(size=(B, max(MAX_LENS), heads, H)), case.dtype)
+        for heads in (case.heads, case.kv_heads, case.kv_heads)
+    )
+    k_BSKH, v_BSKH = kv_BSKH if case.v_width is None else (kv_BSKH[0], kv_BSKH[0][..., : case.v_width])
+    ([pages],), rows = make_cache(plan, case.spec, PROMPT_LENS, MAX_LENS, page=PAGE)
+    pages = jax.tree.map(lambda pool: jnp.full_like(pool, case.fill), pages)
+    options = {"scale": SCALE, "window": case.window, "sink_N": case.sink_N, "v_width": case.v_width}
 
     outputs = [[] for _ in range(B)]
-    for first in range(0, max(MOST), chunk):
-        # What lies past a row's count is poison: it must not be written, nor touch the others.
-        count_B = np.clip(np.asarray(MOST) - first, 0, chunk)
-        new = []
-        for x in (q_BSNH, k_BSKH, v_BSKH):
-            x = np.array(x[:, first : first + chunk])
-            x = np.pad(x, [(0, 0), (0, chunk - x.shape[1]), (0, 0), (0, 0)])
-            for row, count in enumerate(count_B):
-                x[row, count:] = np.nan
-            new.append(jnp.asarray(x))
-        new = (*new[:2], None) if latent else new
-        o_BTNH, pages = run(plan, pages, *new, rows, per_row(plan, count_B), **how)
-        rows = rows._replace(length_B=rows.length_B + per_row(plan, count_B))
+    for first in range(0, max(MAX_LENS), case.chunk):
+        count_B = np.clip(np.asarray(MAX_LENS) - first, 0, case.chunk)
+        q, k, v = (take_chunk(x, first, case.chunk, count_B) for x in (q_BSNH, k_BSKH, v_BSKH))
+        o_BTNH, pages = run(
+            plan, pages, q, k, v if case.v_width is None else None, rows, per_row(plan, count_B), **options
+        )
+        rows = rows._replace(length_B=per_row(plan, np.asarray(rows.length_B) + count_B))
+        o_BTNH = np.asarray(o_BTNH, np.float64)
         for row, count in enumerate(count_B):
-            outputs[row].append(np.asarray(o_BTNH[row, :count], np.float64))
-            assert (np.asarray(o_BTNH[row, count:]) == 0).all()
+            outputs[row].append(o_BTNH[row, :count])
+            assert (o_BTNH[row, count:] == 0).all()
     ours = np.concatenate([np.concatenate(row) for row in outputs])
-    theirs = np.concatenate(
-        [expected(q[:n], k[:n], v[:n], window, sink_N) for q, k, v, n in zip(q_BSNH, k_BSKH, v_BSKH, MOST, strict=True)]
-    )
+    rows_of = zip(q_BSNH, k_BSKH, v_BSKH, MAX_LENS, strict=True)
+    theirs = np.concatenate([expected(q[:n], k[:n], v[:n], case.window, case.sink_N) for q, k, v, n in rows_of])
     return ours, theirs, pages
+
+
+def take_chunk(x_BSNH, first: int, size: int, count_B: np.ndarray) -> np.ndarray:
+    """Return the next tokens. Those past a row's count are NaN: they must not be written, nor affect the others."""
+    x_BTNH = np.array(x_BSNH[:, first : first + size])
+    x_BTNH = np.pad(x_BTNH, [(0, 0), (0, size - x_BTNH.shape[1]), (0, 0), (0, 0)])
+    x_BTNH[np.arange(size) >= count_B[:, None]] = np.nan
+    return x_BTNH
 
 
 def expected(q_TNH, k_TKH, v_TKH, window, sink_N) -> np.ndarray:
     position = np.arange(len(q_TNH))
-    behind = position[:, None] - position
-    seen = (behind >= 0) & (behind < (window or len(position) + 1))
-    o_TNH, lse_TN = softmax_attention(q_TNH, k_TKH, v_TKH, seen, SCALE)
+    distance = position[:, None] - position
+    visible = (distance >= 0) & (distance < (window or len(position) + 1))
+    o_TNH, lse_TN = softmax_attention(q_TNH, k_TKH, v_TKH, visible, SCALE)
     share_TN = 1 if sink_N is None else 1 / (1 + np.exp(np.asarray(sink_N, np.float64) - lse_TN))
     return o_TNH * np.broadcast_to(share_TN, lse_TN.shape)[..., None]
+
+
+def assert_exact(plan: Plan, case: Case, bound: float = 2e-6) -> Pages:
+    ours, theirs, pages = decode_all(plan, case)
+    assert ours.shape == theirs.shape
+    assert relative_error(ours, theirs) <= bound
+    return pages
 
 
 @pytest.mark.parametrize("how", COMBINES)
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_sharded_attention_equals_float64(placement: str, how: str):
-    ours, theirs, _ = decode_all(plan_of(2, 4, placement, how), 8, 2, 7, jnp.float32)
-    assert relative_error(ours, theirs) <= 2e-6
+    assert_exact(plan_on(2, 4, placement, how), Case())
 
 
 @pytest.mark.parametrize("window", [1, 5, 1000])
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_windows_see_what_float64_sees_in_them(placement: str, window: int):
-    """Shorter than a block, across several ranks, and longer than any row; with a NaN in every slot not written."""
-    ours, theirs, _ = decode_all(plan_of(2, 4, placement), 8, 2, 7, jnp.float32, window=window, fill=np.nan)
-    assert relative_error(ours, theirs) <= 2e-6
+def test_windows_equal_float64(placement: str, window: int):
+    """Shorter than a block, across several ranks, and longer than any row. Slots that are not written are NaN."""
+    assert_exact(plan_on(2, 4, placement), Case(window=window, fill=np.nan))
 
 
-@pytest.mark.parametrize("how", COMBINES)
-def test_sinks_take_their_share_once(how: str):
-    """Per head, over whichever ranks, also where a window leaves most ranks empty, and however large the sink."""
+@pytest.mark.parametrize(
+    ("tp", "cp", "how", "window"),
+    [
+        (2, 4, "psum", None),
+        (1, 8, "psum", 4),
+        (2, 4, "psum_scatter", 4),
+        (1, 8, "psum_scatter", None),
+        (2, 4, "all_to_all", None),
+        (1, 8, "all_to_all", 4),
+        (1, 1, "psum", None),
+        (1, 1, "all_to_all", 4),
+    ],
+)
+def test_sinks_count_once_in_the_softmax(tp: int, cp: int, how: str, window: int | None):
+    """Per head, on any number of ranks, also if a window leaves most ranks empty, and for any size of the sink."""
     sink_N = jnp.asarray([-1e30, -3, 0, 0.5, 1, 2, 5, 40], jnp.float32)
-    for tp, cp in ((2, 4), (1, 8), (1, 1)):
-        for window in (None, 4):
-            plan = plan_of(tp, cp, "helix", how)
-            ours, theirs, _ = decode_all(plan, 8, 2, 16, jnp.float32, window=window, sink_N=sink_N)
-            assert relative_error(ours, theirs) <= 2e-6
+    assert_exact(plan_on(tp, cp, "helix", how), Case(chunk=16, window=window, sink_N=sink_N))
 
 
-@pytest.mark.parametrize("how", COMBINES)
-@pytest.mark.parametrize(("tp", "cp"), [(1, 8), (2, 4), (8, 1)])
+@pytest.mark.parametrize(
+    ("tp", "cp", "how"),
+    [
+        *[(1, 8, "psum"), (1, 8, "all_to_all"), (2, 4, "psum_scatter"), (2, 4, "all_to_all"), (8, 1, "psum")],
+        *[slow(1, 8, "psum_scatter"), slow(2, 4, "psum"), slow(8, 1, "psum_scatter"), slow(8, 1, "all_to_all")],
+    ],
+)
 def test_latent_attention_equals_float64(tp: int, cp: int, how: str):
-    """One key for all heads, whose first numbers are the value; every device of tp holds it."""
-    ours, theirs, pages = decode_all(plan_of(tp, cp, "helix", how), 16, 1, 7, jnp.float32, v_width=6, fill=np.nan)
-    assert ours.shape[-1] == 6
-    assert relative_error(ours, theirs) <= 2e-6
+    """One key for all heads, whose first numbers are the value; every device of tp stores it."""
+    pages = assert_exact(plan_on(tp, cp, "helix", how), Case(16, 1, v_width=6, fill=np.nan))
     assert pages.v_AKWH is None
 
 
 @pytest.mark.parametrize("v_width", [None, 5])
-def test_pages_that_are_stored_wider_than_heads_give_the_same(v_width: int | None, monkeypatch):
-    """As they are on TPUs, in lanes of 128."""
-    monkeypatch.setattr(Plan, "stored_width", lambda self, width: -(-width // 128) * 128)
-    kv_heads = 1 if v_width else 2
-    ours, theirs, pages = decode_all(plan_of(2, 4), 8, kv_heads, 7, jnp.float32, v_width=v_width, fill=np.nan)
+def test_pages_can_be_wider_than_heads(v_width: int | None, monkeypatch):
+    """As on TPUs, where pages store a multiple of 128 numbers per head."""
+    monkeypatch.setattr(helix_jax.cache.pages, "stored_width", lambda width, device: -(-width // 128) * 128)
+    pages = assert_exact(plan_on(2, 4), Case(kv_heads=1 if v_width else 2, v_width=v_width, fill=np.nan))
     assert pages.k_AKWH.shape[-1] == 128
-    assert relative_error(ours, theirs) <= 2e-6
 
 
-def numbers_held(cache) -> int:
-    """By all devices together, copies included."""
+def stored_numbers(cache) -> int:
+    """Return how many numbers all devices store together, copies included."""
     return sum(shard.data.size for pool in jax.tree.leaves(cache) for shard in pool.addressable_shards)
 
 
 @pytest.mark.parametrize(("tp", "cp"), [(1, 8), (2, 4), (4, 2), (1, 1)])
-def test_the_latent_cache_holds_one_vector_per_slot_for_each_of_tp(tp: int, cp: int):
-    """DeepSeek's shape: 512 + 64 numbers, not copied per head. Counted on the devices."""
-    plan = plan_of(tp, cp, block=16)
-    shape = {"layers": 3, "kv_heads": 1, "head_width": 512 + 64, "dtype": jnp.bfloat16, "latent": True}
-    cache, rows = make_cache(plan, [100, 7], [200, 150], page=16, **shape)
+def test_a_latent_cache_stores_one_vector_per_slot_on_each_device_of_tp(tp: int, cp: int):
+    """With DeepSeek's 512 + 64 numbers, which are not copied per head."""
+    plan = plan_on(tp, cp, block=16)
+    cache, rows = make_cache(plan, CacheSpec(3, 1, 512 + 64, jnp.bfloat16, latent=True), [100, 7], [200, 150], page=16)
     slots = rows.table_RBM.size * 16
     assert slots >= 350
-    assert numbers_held(cache) == (512 + 64) * 3 * slots * tp
+    assert stored_numbers(cache) == (512 + 64) * 3 * slots * tp
 
 
 @pytest.mark.parametrize(("tp", "cp"), [(1, 1), (1, 8), (2, 4), (4, 2), (8, 1)])
-def test_a_cache_of_grouped_heads_is_shared_by_tp_and_cp(tp: int, cp: int):
-    """The same positions: 1 / (tp cp) of the bytes on each device, and no number twice."""
-    shape = {"layers": 2, "kv_heads": 8, "head_width": 4, "dtype": jnp.float32}
-    cache, _ = make_cache(plan_of(tp, cp, block=16), [1024], [2048], page=16, **shape)
+def test_a_cache_of_grouped_heads_is_sharded_over_tp_and_cp(tp: int, cp: int):
+    """Each device stores 1 / (tp cp) of the bytes, and no number is stored twice."""
+    cache, _ = make_cache(plan_on(tp, cp, block=16), CacheSpec(2, 8, 4, jnp.float32), [1024], [2048], page=16)
     for pool in jax.tree.leaves(cache):
         assert {shard.data.nbytes for shard in pool.addressable_shards} == {2048 * 8 * 4 * 4 // (tp * cp)}
 
 
-@pytest.mark.parametrize("how", COMBINES)
-def test_a_bfloat16_cache_costs_4e_3(how: str):
-    ours, theirs, _ = decode_all(plan_of(1, 8, "helix", how), 8, 2, 7, jnp.bfloat16)
-    assert relative_error(ours, theirs) <= 4e-3
+@pytest.mark.parametrize("how", ["psum", slow("psum_scatter"), slow("all_to_all")])
+def test_a_bfloat16_cache_has_an_error_of_at_most_4e_3(how: str):
+    assert_exact(plan_on(1, 8, "helix", how), Case(dtype=jnp.bfloat16), 4e-3)
 
 
-@pytest.mark.parametrize(("tp", "cp"), [(1, 1), (1, 3), (2, 3), (1, 5), (3, 2), (1, 7), (8, 1)])
+@pytest.mark.parametrize(("tp", "cp"), [(1, 1), (1, 3), (2, 3), slow(1, 5), slow(3, 2), (1, 7), slow(8, 1)])
 def test_meshes_need_not_be_powers_of_two(tp: int, cp: int):
-    ours, theirs, _ = decode_all(plan_of(tp, cp), tp * cp * 2, tp, 16, jnp.float32)
-    assert relative_error(ours, theirs) <= 2e-6
+    assert_exact(plan_on(tp, cp), Case(tp * cp * 2, tp, chunk=16))
 
 
-def test_rows_may_lie_on_dp():
-    mesh = make_mesh(tp=2, cp=2, dp=2)
-    ours, theirs, _ = decode_all(Plan(mesh, 3), 8, 2, 7, jnp.float32)
-    assert relative_error(ours, theirs) <= 2e-6
+def test_rows_can_be_sharded_over_dp():
+    assert_exact(Plan(make_mesh(tp=2, cp=2, dp=2), 3), Case())
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_nan_in_every_unused_slot_changes_nothing(placement: str):
-    """All pages start as NaN: whatever is not written stays NaN, on empty ranks and in idle rows too."""
-    clean, _, _ = decode_all(plan_of(2, 4, placement), 8, 2, 7, jnp.float32)
-    poisoned, _, pages = decode_all(plan_of(2, 4, placement), 8, 2, 7, jnp.float32, fill=np.nan)
+    """If all pages start as NaN, the slots that are not written stay NaN, on empty ranks and in idle rows too."""
+    clean, _, _ = decode_all(plan_on(2, 4, placement), Case())
+    poisoned, _, pages = decode_all(plan_on(2, 4, placement), Case(fill=np.nan))
     np.testing.assert_array_equal(poisoned, clean)
     written = ~np.isnan(np.asarray(pages.k_AKWH)).any((1, 3))
-    assert written.sum() == sum(MOST)  # each position once, on one rank
+    assert written.sum() == sum(MAX_LENS)  # each position once, on one rank
 
 
-def test_a_used_slot_that_is_nan_does_change_the_result():
-    """The control of the test above."""
-    plan = plan_of(2, 4)
-    shape = {"layers": 1, "kv_heads": 2, "head_width": H, "dtype": jnp.float32}
-    ([pages],), rows = make_cache(plan, [5], [8], page=PAGE, **shape)
-    q, k, v = (jnp.ones((1, 5, heads, H)) for heads in (8, 2, 2))
+def test_nan_in_a_used_slot_changes_the_result():
+    """The negative control of the test above."""
+    plan = plan_on(2, 4)
+    ([pages],), rows = make_cache(plan, CacheSpec(1, 2, H, jnp.float32), [5], [8], page=PAGE)
+    q, k, v = (np.ones((1, 5, heads, H), np.float32) for heads in (8, 2, 2))
     count = per_row(plan, [5])
     _, pages = run(plan, pages, q, k, v, rows, count, scale=SCALE)
+    pages = Pages(pages.k_AKWH, pages.v_AKWH.at[0, :, 0].set(jnp.nan))  # slot 0 of rank 0 stores position 0
     rows = rows._replace(length_B=count)
-    pages = Pages(pages.k_AKWH, pages.v_AKWH.at[0, :, 0].set(jnp.nan))  # slot 0 of rank 0 holds position 0
-    o_BTNH, _ = run(plan, pages, q[:, :1], k[:, :1], v[:, :1], rows, per_row(plan, [1]), scale=SCALE)
-    assert np.isnan(o_BTNH).all()
+    o_BTNH, _ = run(plan, pages, q, k, v, rows, per_row(plan, [1]), scale=SCALE)
+    assert np.isnan(o_BTNH[:, 0]).all()
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_every_position_lies_where_the_layout_says(placement: str):
-    """The keys are the positions themselves: read the pools back, rank by rank, slot by slot."""
-    plan = plan_of(1, 4, placement)
-    shape = {"layers": 1, "kv_heads": 4, "head_width": 2, "dtype": jnp.float32}
-    ([pages],), rows = make_cache(plan, [11, 2], [40, 30], page=PAGE, **shape)
+def test_every_position_is_stored_where_the_layout_says(placement: str):
+    """The keys are the positions themselves, and are read back from the pools, rank by rank, slot by slot."""
+    plan = plan_on(1, 4, placement)
+    ([pages],), rows = make_cache(plan, CacheSpec(1, 4, 2, jnp.float32), [11, 2], [40, 30], page=PAGE)
     for position in range(40):
-        k = jnp.full((2, 1, 4, 2), position, jnp.float32)
-        count_B = per_row(plan, [1, position < 30])
-        _, pages = run(plan, pages, k, k, k, rows, count_B, scale=SCALE)
-        rows = rows._replace(length_B=rows.length_B + count_B)
+        k = np.full((2, 1, 4, 2), position, np.float32)
+        count_B = np.asarray([1, position < 30])
+        _, pages = run(plan, pages, k, k, k, rows, per_row(plan, count_B), scale=SCALE)
+        rows = rows._replace(length_B=per_row(plan, np.asarray(rows.length_B) + count_B))
     k_RAW = np.asarray(pages.k_AKWH)[:, 0, :, 0].reshape(4, -1, PAGE)
+    table_RBM = np.asarray(rows.table_RBM)
     for row, (prompt_len, length) in enumerate([(11, 40), (2, 30)]):
         for position in range(length):
             rank, slot = plan.layout.owner(position, prompt_len), plan.layout.slot(position, prompt_len)
-            page = np.asarray(rows.table_RBM)[rank, row, slot // PAGE]
+            page = table_RBM[rank, row, slot // PAGE]
             assert k_RAW[rank, page, slot % PAGE] == position
 
 
 @pytest.mark.parametrize(("table", "slots"), [([[0, 1], [2, 3]], [4, 3]), ([[0, -1], [2, 3]], [2, 3])])
-def test_a_token_that_finds_no_page_is_dropped_not_misplaced(table, slots):
-    """Past the table, or at an entry that an allocator has marked as free."""
+def test_a_token_without_a_page_is_dropped(table, slots):
+    """Past the table, or at an entry that an allocator marked as free. It does not overwrite another slot."""
     pages = Pages(jnp.zeros((4, 1, 2, 3)), jnp.zeros((4, 1, 2, 3)))
     new = jnp.ones((2, 1, 1, 3))
     owned = jnp.asarray([[True], [True]])
@@ -231,84 +249,119 @@ def test_a_token_that_finds_no_page_is_dropped_not_misplaced(table, slots):
     assert np.asarray(after.k_AKWH).sum(-1).reshape(-1).tolist() == [0, 0, 0, 0, 0, 0, 0, 3]
 
 
-def test_the_three_combines_agree_and_empty_ranks_are_nothing():
+def test_the_three_combines_agree_and_ignore_empty_ranks():
     mesh = make_mesh(1, 8)
     random = np.random.default_rng(0)
     lse = random.normal(size=(8, 2, 3, 16)) * 10
     lse[random.random(lse.shape) < 0.4] = -np.inf
-    lse[:, 0, 0] = -np.inf  # nothing anywhere
+    lse[:, 0, 0] = -np.inf  # empty on all ranks
     o = np.where(np.isneginf(lse)[..., None], 0, random.normal(size=(*lse.shape, 4)))
     o, lse = jnp.asarray(o, jnp.float32), jnp.asarray(lse, jnp.float32)
 
-    def sharded(how, o_RBTNH, lse_RBTN):
+    def combine_shard(how, o_RBTNH, lse_RBTN):
         return combine(Partial(o_RBTNH[0], lse_RBTN[0]), how)
 
     P = jax.sharding.PartitionSpec
-    whole = merge(Partial(o, lse))
+    merged = merge(Partial(o, lse))
     for how in COMBINES:
-        met = jax.shard_map(
-            functools.partial(island, how),
+        sharded = jax.shard_map(
+            functools.partial(combine_shard, how),
             mesh=mesh,
             in_specs=(P("cp"), P("cp")),
             out_specs=Partial(P(None, None, "cp"), P(None, None, "cp")),
-        )(o, lse)
-        np.testing.assert_allclose(met.lse_BTN, whole.lse_BTN, rtol=1e-6, atol=1e-5)
-        np.testing.assert_allclose(met.o_BTNH, whole.o_BTNH, rtol=1e-5, atol=1e-6)
-        assert not np.isnan(met.o_BTNH).any()
+        )
+        combined = jax.jit(sharded)(o, lse)
+        np.testing.assert_allclose(combined.lse_BTN, merged.lse_BTN, rtol=1e-6, atol=1e-5)
+        np.testing.assert_allclose(combined.o_BTNH, merged.o_BTNH, rtol=1e-5, atol=1e-6)
+        assert not np.isnan(combined.o_BTNH).any()
 
 
 @pytest.mark.parametrize(
-    ("prompt_lens", "max_lens", "change", "message"),
+    ("how", "heads", "message"), [("ring", 8, "choose one of psum, ps"), ("psum", 6, "cp 4 does not")]
+)
+def test_an_invalid_combine_is_rejected(how: str, heads: int, message: str):
+    partial = Partial(np.zeros((1, 1, heads, 2), np.float32), np.zeros((1, 1, heads), np.float32))
+    P = jax.sharding.PartitionSpec
+    combine_shard = jax.shard_map(
+        functools.partial(combine, how=how), mesh=make_mesh(1, 4), in_specs=(Partial(P(), P()),), out_specs=P("cp")
+    )
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(combine_shard, partial)
+
+
+@pytest.mark.parametrize(
+    ("prompt_lens", "max_lens", "change", "error", "message"),
     [
-        ([3], [4], {"page": 0}, "page is 0: give at least 1"),
-        ([3, 9], [4, 8], {}, "row 1: a prompt of 9 tokens does not fit its room of 8"),
-        ([1, 1, 1], [1, 1, 1], {}, "3 rows cannot be shared among dp 2"),
-        ([], [], {}, "0 rows cannot be shared"),
-        ([1, 1], [4], {}, "2 prompt_lens, but 1 max_lens: give one of each per row"),
-        ([1, 1], [4, 4], {"kv_heads": 3}, "tp 2 does not divide the 3 key/value heads: choose tp 1 or 3"),
+        ([3], [4], {"page": 0}, ValueError, "page is 0: give at least 1"),
+        ([3], [4], {"page": True}, TypeError, "page is True: give a whole number"),
+        ([3, 9], [4, 8], {}, ValueError, "row 1: a prompt of 9 tokens exceeds its max_len 8"),
+        ([1, 1, 1], [1, 1, 1], {}, ValueError, "dp 2 does not divide 3 rows: give a positive multiple of 2"),
+        ([], [], {}, ValueError, "dp 2 does not divide 0 rows: give a positive multiple of 2"),
+        ([1, 1], [4], {}, ValueError, "2 prompt_lens, but 1 max_lens: give one of each per row"),
+        ([1, 1], [4, 4], {"kv_heads": 3}, ValueError, "tp 2 does not divide the 3 key/value heads: choose tp 1 or 3"),
     ],
 )
-def test_a_cache_that_cannot_be_is_refused(prompt_lens, max_lens, change, message):
+def test_an_invalid_cache_is_rejected(prompt_lens, max_lens, change, error, message):
     dp = 1 if len(prompt_lens) == 1 or max_lens == [4, 8] else 2
     plan = Plan(make_mesh(2, 2, dp))
-    shape = {"page": 4, "layers": 1, "kv_heads": 2, "head_width": 8, "dtype": jnp.float32} | change
-    with pytest.raises(ValueError, match=message):
-        make_cache(plan, prompt_lens, max_lens, **shape)
+    options = {"page": 4, "kv_heads": 2} | change
+    spec = CacheSpec(1, options["kv_heads"], 8, jnp.float32)
+    with pytest.raises(error, match=message):
+        make_cache(plan, spec, prompt_lens, max_lens, page=options["page"])
 
 
-def test_heads_that_do_not_divide_are_refused_with_the_nearest_that_do():
-    q, k = jnp.ones((1, 1, 12, H)), jnp.ones((1, 1, 6, H))
+def test_heads_that_the_mesh_does_not_divide_are_rejected():
+    q, k = np.ones((1, 1, 12, H), np.float32), np.ones((1, 1, 6, H), np.float32)
     pages = Pages(jnp.ones((8, 6, PAGE, H)), jnp.ones((8, 6, PAGE, H)))
     rows = Rows(jnp.zeros((8, 1, 1), jnp.int32), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
     count = jnp.ones(1, jnp.int32)
     with pytest.raises(ValueError, match="tp 4 does not divide the 6 key/value heads: choose tp 3 or 6"):
-        helix_attention(plan_of(4, 2), pages, q, k, k, rows, count, scale=1.0)
+        helix_attention(plan_on(4, 2), pages, q, k, k, rows, count, scale=1.0)
     with pytest.raises(ValueError, match="tp 1 x cp 8 = 8 does not divide the 12 query heads: choose cp 6 or 12"):
-        helix_attention(plan_of(1, 8), pages, q, k, k, rows, count, scale=1.0)
+        helix_attention(plan_on(1, 8), pages, q, k, k, rows, count, scale=1.0)
+    with pytest.raises(ValueError, match="window is 0: give at least 1"):
+        helix_attention(plan_on(1, 2), pages, q, k, k, rows, count, scale=1.0, window=0)
 
 
-def test_a_mesh_over_slices_of_tpus_is_refused():
+def test_a_mesh_over_several_tpu_slices_is_rejected():
     chips = [SimpleNamespace(platform="tpu", slice_index=number // 2) for number in range(4)]
-    with pytest.raises(ValueError, match="the devices are of 2 slices of TPUs: give those of one slice"):
+    with pytest.raises(ValueError, match="the devices belong to 2 TPU slices: pass the devices of one slice"):
         make_mesh(1, 4, devices=chips)
 
 
-def test_a_plan_that_cannot_be_is_refused():
+def test_a_mesh_without_sizes_puts_all_devices_on_cp():
+    assert dict(make_mesh().shape) == {"dp": 1, "tp": 1, "cp": 8}
+    assert dict(make_mesh(tp=2).shape) == {"dp": 1, "tp": 2, "cp": 4}
+    assert dict(make_mesh(tp=2, dp=2).shape) == {"dp": 2, "tp": 2, "cp": 2}
+
+
+def test_an_invalid_mesh_is_rejected():
+    with pytest.raises(ValueError, match="tp 4 x cp 4 needs 16 devices, but there are 8 of platform 'cpu'"):
+        make_mesh(4, 4)
+    with pytest.raises(ValueError, match="cp is 0: give at least 1"):
+        make_mesh(1, 0)
+    with pytest.raises(ValueError, match="tp is 0: give at least 1"):
+        make_mesh(0)
+    with pytest.raises(TypeError, match="dp is True: give a whole number"):
+        make_mesh(1, 1, True)
+
+
+def test_an_invalid_plan_is_rejected():
     mesh = make_mesh(2, 4)
-    with pytest.raises(ValueError, match="deals to 8 ranks, but the mesh has cp 4"):
-        Plan(mesh)
-    with pytest.raises(ValueError, match="unknown combine 'ring': choose one of psum, psum_scatter, all_to_all"):
+    with pytest.raises(ValueError, match="block is 0: give at least 1"):
+        Plan(mesh, 0)
+    with pytest.raises(ValueError, match="placement is 'spiral': choose one of helix, striped, last_rank"):
+        Plan(mesh, placement="spiral")
+    with pytest.raises(ValueError, match="combine is 'ring': choose one of psum, psum_scatter, all_to_all"):
         Plan(mesh, combine="ring")
-    with pytest.raises(ValueError, match="unknown kernel 'triton': choose one of auto, xla"):
+    with pytest.raises(ValueError, match="kernel is 'triton': choose one of auto, xla"):
         Plan(mesh, kernel="triton")
+    with pytest.raises(ValueError, match="experts is 'tp': choose one of flat, cp"):
+        Plan(mesh, experts="tp")
     for other in (
         jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)),
         jax.make_mesh((1, 4, 2), ("dp", "cp", "tp"), axis_types=(AxisType.Auto,) * 3),
         jax.make_mesh((1, 2, 4), ("dp", "tp", "cp"), axis_types=(AxisType.Explicit,) * 3),
     ):
-        with pytest.raises(ValueError, match="make it with make_mesh"):
+        with pytest.raises(ValueError, match="create the mesh with helix_jax.make_mesh"):
             Plan(other)
-    with pytest.raises(ValueError, match="tp 4 x cp 4 needs 16 devices, but there are 8 of platform 'cpu'"):
-        make_mesh(4, 4)
-    with pytest.raises(ValueError, match="cp is 0: give at least 1"):
-        make_mesh(1, 0)
