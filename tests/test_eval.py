@@ -1,9 +1,9 @@
-"""The evaluations: what is asked leaves no trace, what is lost is one rank's, and the scripts run as users run them."""
+"""Tests the evaluations: a session against a model without a cache, needles and perplexity against one device."""
 
-import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -11,173 +11,317 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helix_jax.checkpoint import load
+from helix_jax.checkpoint import DEMO_MODEL, load
+from helix_jax.cli import eval as command
+from helix_jax.cli import main
+from helix_jax.evaluation import (
+    ONE_DEVICE,
+    CacheSession,
+    NeedleAnswers,
+    NeedleOptions,
+    NeedleResults,
+    PerplexityOptions,
+    PerplexityResults,
+    ask_needles,
+    held_out_text,
+    make_needles,
+    make_plans,
+    run_perplexity,
+    spaced_windows,
+)
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import make_mesh
 from helix_jax.plan import Plan
-from tests.conftest import ROOT
+from helix_jax.training.passkeys import DIGITS
+from tests.conftest import GOLDEN, ROOT
 from tests.reference import naive_logits, plan_of
 from tests.test_cli import ENVIRONMENT
 
-TEXT = (ROOT / "scripts" / "data" / "kjv.txt").read_bytes()[-3000:]
+KJV = ROOT / "scripts" / "data" / "kjv.txt"
+TEXT = KJV.read_bytes()[-3000:]
+
+# All tests of the byte model share these shapes, so that each program is compiled once per plan.
+ROWS, MAX_LEN, CHUNK = 4, 200, 64
+PLAN = {"cp": 4, "block": 4}
+PROMPTS = [list(TEXT[:70]), list(TEXT[100:133]), list(TEXT[200:201]), list(TEXT[300:428])]
 
 
 @pytest.fixture(scope="module")
-def reader_of(byte_model: Path):
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        module = importlib.import_module("reader")
-    finally:
-        sys.path.pop(0)
-    mesh = make_mesh(1, 4)
-    model = load(byte_model, Plan(mesh), jnp.float32)
+def open_session(byte_model: Path) -> Callable[..., CacheSession]:
+    def open_session(placement: str = "helix") -> CacheSession:
+        plan = plan_of(**PLAN, placement=placement)
+        return CacheSession(load(byte_model, plan, jnp.float32), plan, PROMPTS, MAX_LEN, CHUNK)
 
-    def make(placement: str, prompts, room: int):
-        most = max(map(len, prompts)) + room
-        return module.Reader(model, Plan(mesh, 4, placement), prompts, most)
-
-    return make
+    return open_session
 
 
-PROMPTS = [list(TEXT[:70]), list(TEXT[100:133])]
+@pytest.fixture
+def evaluate(monkeypatch: pytest.MonkeyPatch, byte_model: Path) -> Callable[..., int]:
+    """Return a function that runs `helix-jax eval` on the byte model, in this process with its 8 devices."""
+    monkeypatch.setattr(command, "open_mesh", lambda platform, tp, cp: make_mesh(tp, cp))
+
+    def evaluate(*arguments: object) -> int:
+        name, *options = map(str, arguments)
+        shared = [word for key, value in PLAN.items() for word in (f"--{key}", str(value))]
+        shared += ["--model", str(byte_model), "--prefill-chunk", str(CHUNK)]
+        return main(["eval", name, *shared, *options])
+
+    return evaluate
 
 
-@pytest.mark.parametrize("placement", ["helix", "striped"])
-def test_a_reader_reads_and_says_what_a_model_without_a_cache_does(reader_of, byte_model: Path, placement: str):
-    model, reader = load(byte_model, plan_of(), jnp.float32), reader_of(placement, PROMPTS, 60)
-    reader.read([TEXT[200:209], TEXT[300:320]])
-    texts = [[*PROMPTS[0], *TEXT[200:209]], [*PROMPTS[1], *TEXT[300:320]]]
-    for row, said in enumerate(reader.say(12).tolist()):
-        logits = naive_logits(model, [[*texts[row], *said]], 128)[0]
-        at = np.arange(len(texts[row]) - 1, len(texts[row]) + 11)
-        gap = logits[at].max(-1) - logits[at, said]
-        assert gap.max() < 1e-4
-    token_B = np.asarray([5, 6])
-    before = [list(np.asarray(reader.lengths))]
-    logits_BV = reader.read_one(token_B)
-    assert (reader.lengths == before[0] + np.ones(2)).all()
-    assert logits_BV.shape == (2, 256)
+# sessions -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_question_leaves_no_trace(reader_of):
-    asked, quiet = reader_of("helix", PROMPTS, 60), reader_of("helix", PROMPTS, 60)
-    first = asked.answer([b"What is this?", b"And that?"], 7)
-    again = asked.answer([b"What is this?", b"And that?"], 7)
-    np.testing.assert_array_equal(first, again)
-    np.testing.assert_array_equal(asked.say(20), quiet.say(20))
+@pytest.mark.parametrize("placement", ["helix", pytest.param("striped", marks=pytest.mark.slow)])
+def test_a_session_decodes_what_a_model_without_a_cache_does(open_session, byte_model: Path, placement: str):
+    model, session = load(byte_model, plan_of(cp=1), jnp.float32), open_session(placement)
+    appended = [TEXT[400:409], TEXT[500:520], TEXT[600:601], TEXT[700:720]]
+    session.append(appended)
+    texts = [[*prompt, *text] for prompt, text in zip(PROMPTS, appended, strict=True)]
+    decoded_BS = np.concatenate([session.decode(DIGITS) for _ in range(3)], 1)
+    for text, decoded in zip(texts, decoded_BS.tolist(), strict=True):
+        logits = naive_logits(model, [[*text, *decoded]], MAX_LEN)[0]
+        at = np.arange(len(text) - 1, len(text) + len(decoded) - 1)
+        assert (logits[at].max(-1) - logits[at, decoded]).max() < 1e-4
+    before = session.lengths
+    assert before.tolist() == [len(text) + 15 for text in texts]
+    logits_BV = session.append_one(np.arange(ROWS))
+    assert session.lengths.tolist() == np.asarray(session.rows.length_B).tolist() == (before + 1).tolist()
+    expected = naive_logits(model, [[*texts[1], *decoded_BS[1].tolist(), 1]], MAX_LEN)[0, before[1]]
+    np.testing.assert_allclose(logits_BV[1], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_lost_is_one_rank_s(reader_of):
-    reader = reader_of("helix", PROMPTS, 4)
-    before = jax.tree.map(np.asarray, reader.cache)
-    reader.lose(2)
-    for was, now in zip(jax.tree.leaves(before), jax.tree.leaves(reader.cache), strict=True):
+def test_a_question_leaves_no_trace(open_session):
+    questioned, untouched = open_session(), open_session()
+    questions = [b"What is this?", b"And that?", b"?", b"Who?"]
+    first = questioned.answer(questions, DIGITS)
+    np.testing.assert_array_equal(first, questioned.answer(questions, DIGITS))
+    np.testing.assert_array_equal(questioned.decode(DIGITS), untouched.decode(DIGITS))
+
+
+def test_zeroing_a_rank_changes_only_its_pages(open_session):
+    session = open_session()
+    before = jax.tree.map(np.asarray, session.cache)
+    session.zero_rank(2)
+    for was, now in zip(jax.tree.leaves(before), jax.tree.leaves(session.cache), strict=True):
         was_R, now_R = (np.asarray(x).reshape(4, -1) for x in (was, now))
         assert was_R[2].any()
         assert not now_R[2].any()
         np.testing.assert_array_equal(np.delete(was_R, 2, 0), np.delete(now_R, 2, 0))
+    with pytest.raises(ValueError, match="rank is 4, but there are 4 cp ranks: choose one from 0 to 3"):
+        session.zero_rank(4)
 
 
-def run(script: str, *options: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "scripts" / script, *options]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, check=False)
+def test_a_session_refuses_tokens_that_it_has_no_pages_for(open_session):
+    session = open_session()
+    for extend in (
+        lambda: session.decode(73),
+        lambda: session.append([b"", b"", b"", b"x" * 73]),
+        lambda: session.answer([b"", b"", b"", b"x" * 70], DIGITS),
+    ):
+        with pytest.raises(ValueError, match=f"have 20[13] positions, but max_len is {MAX_LEN}: give a larger one"):
+            extend()
+    assert session.lengths.tolist() == [len(prompt) for prompt in PROMPTS]
 
 
-def test_needles_are_hidden_and_asked_for_and_every_placement_answers_alike(byte_model: Path, tmp_path: Path):
-    options = ("--model", byte_model, "--cp", 2, "--lengths", 120, 200, "--depths", 3, "--decoded", 20)
+# needles --------------------------------------------------------------------------------------------------------------
+
+NEEDLES = ("needles", "--lengths", 100, 130, "--depths", 2, "--decoded", DIGITS)
+
+
+def check_needles(found: dict, placements: list[str]) -> None:
+    """Check that every placement answers like one device, and that each needle is where it says."""
+    plans = found["plans"]
+    assert list(plans) == [ONE_DEVICE, *placements]
+    assert len(found["needles"]) == ROWS
+    for name in placements:
+        assert plans[name]["answers"] == plans[ONE_DEVICE]["answers"]
+        assert all(len(answers) == 2 for answers in plans[name]["answers"])
+        np.testing.assert_allclose(plans[name]["bits_per_byte"], plans[ONE_DEVICE]["bits_per_byte"], rtol=1e-5)
+        layout = BlockLayout(PLAN["cp"], PLAN["block"], name)
+        for needle, owner in zip(found["needles"], plans[name]["owners"], strict=True):
+            context, position = needle["context"], needle["key_position"]
+            assert context[position:].startswith(needle["key"])
+            assert owner == int(layout.owner(position, len(context)))
+
+
+def test_needles_are_answered_alike_on_a_mesh_and_on_one_device(evaluate, capsys, tmp_path: Path):
+    pytest.importorskip("matplotlib")
     files = ("--json", tmp_path / "n.json", "--plot", tmp_path / "n.png")
-    done = run("eval_needle.py", *options, "--placement", "helix", "--placement", "striped", *files)
-    assert done.returncode == 0, done.stderr
-    assert "again after 20 tokens" in done.stdout
+    assert evaluate(*NEEDLES, "--placement", "helix", *files) == 0
+    assert f"again after {DIGITS} tokens" in capsys.readouterr().out
     found = json.loads((tmp_path / "n.json").read_text())
-    assert len(found["cells"]) == 6
-    assert found["helix"]["answers"] == found["striped"]["answers"] == found["one device"]["answers"]
-    assert all(len(said) == 2 for said in found["helix"]["answers"])
-    for cell, owner in zip(found["cells"], found["helix"]["owners"], strict=True):
-        assert cell["context"][cell["place"] :].startswith(cell["key"])
-        assert owner == int(BlockLayout(2, 16).owner(cell["place"], len(cell["context"])))
-    np.testing.assert_allclose(found["helix"]["bits_per_byte"], found["one device"]["bits_per_byte"], rtol=1e-5)
+    check_needles(found, ["helix"])
+    assert found["cp"] == PLAN["cp"]
     assert (tmp_path / "n.png").stat().st_size > 1000
 
+    # A zeroed rank changes the answers on the mesh only, and then nothing is compared.
+    assert evaluate(*NEEDLES, "--placement", "helix", "--zero-rank", 0, "--json", tmp_path / "z.json") == 0
+    zeroed = json.loads((tmp_path / "z.json").read_text())
+    assert zeroed["plans"][ONE_DEVICE]["answers"] == found["plans"][ONE_DEVICE]["answers"]
+    assert zeroed["plans"]["helix"]["answers"] != found["plans"]["helix"]["answers"]
+    assert zeroed["plans"]["helix"]["bits_per_byte"] is None
 
-def test_the_keys_of_a_rank_are_lost_with_it_and_no_others(tmp_path: Path):
-    """By the model that ships: one device finds all of them, and four find all but those of the rank that is zeroed."""
-    options = ("--cp", 4, "--lengths", 1000, "--depths", 9, "--decoded", 0, "--placement", "helix")
-    done = run("eval_needle.py", *options, "--lose", 1, "--json", tmp_path / "n.json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "n.json").read_text())
-    keys = [cell["key"] for cell in found["cells"]]
-    assert found["one device"]["answers"] == [[key] for key in keys]
-    owners = found["helix"]["owners"]
+
+@pytest.mark.slow
+def test_needles_are_answered_alike_under_every_placement(evaluate, tmp_path: Path):
+    assert evaluate(*NEEDLES, "--json", tmp_path / "n.json") == 0
+    check_needles(json.loads((tmp_path / "n.json").read_text()), ["helix", "striped", "last_rank"])
+
+
+def test_the_passkeys_of_a_zeroed_rank_are_lost_and_no_others():
+    """The demo model finds all passkeys, but not those that a zeroed rank stored."""
+    plan = plan_of(cp=4)
+    model = load(DEMO_MODEL, plan, jnp.float32)
+    options = NeedleOptions(lengths=(400,), depths=5, decoded=0, rows=5, chunk=64)
+    needles = make_needles(held_out_text(KJV.read_bytes(), 0.05, 400), options)
+    keys = [needle.key for needle in needles]
+    assert ask_needles(model, plan, needles, options) == [[key] for key in keys]
+    owners = [int(plan.layout.owner(needle.key_position, len(needle.context))) for needle in needles]
     assert set(owners) == {0, 1, 2, 3}
-    for key, [said], owner in zip(keys, found["helix"]["answers"], owners, strict=True):
-        assert (said == key) == (owner != 1)
+    options = NeedleOptions(lengths=(400,), depths=5, decoded=0, rows=5, chunk=64, zero_rank=1)
+    for key, [answer], owner in zip(keys, ask_needles(model, plan, needles, options), owners, strict=True):
+        assert (answer == key) == (owner != 1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_the_shipped_model_finds_keys_at_every_depth_of_its_whole_context_under_every_placement(tmp_path: Path):
-    options = ("--cp", 8, "--lengths", 7600, "--depths", 8, "--rows", 8)
-    done = run("eval_needle.py", *options, "--json", tmp_path / "n.json")
-    assert done.returncode == 0, done.stderr  # every placement answers every cell as one device does
+@pytest.mark.optimized
+def test_the_demo_model_finds_passkeys_at_every_depth_of_its_whole_context(evaluate, tmp_path: Path):
+    options = ("--model", DEMO_MODEL, "--cp", 8, "--block", 16, "--prefill-chunk", 512)
+    shape = ("--lengths", 7600, "--depths", 8, "--rows", 8, "--json", tmp_path / "n.json")
+    assert evaluate("needles", *options, *shape) == 0  # every placement answers like one device
     found = json.loads((tmp_path / "n.json").read_text())
-    assert len(found["one device"]["answers"]) == 8
-    assert all(said == [cell["key"]] * 2 for said, cell in zip(found["helix"]["answers"], found["cells"], strict=True))
+    assert len(found["plans"][ONE_DEVICE]["answers"]) == 8
+    for answers, needle in zip(found["plans"]["helix"]["answers"], found["needles"], strict=True):
+        assert answers == [needle["key"]] * 2
 
 
-def test_perplexity_is_that_of_one_pass_at_every_position(byte_model: Path, tmp_path: Path):
-    options = ("--model", byte_model, "--cp", 2, "--positions", 2, 50, "--span", 20, "--windows", 3)
-    done = run("eval_perplexity.py", *options, "--placement", "helix", "--json", tmp_path / "p.json")
-    assert done.returncode == 0, done.stderr
+# perplexity -----------------------------------------------------------------------------------------------------------
+
+
+def test_perplexity_equals_that_of_one_pass_without_a_cache(evaluate, byte_model: Path, capsys, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    positions, span = (2, 180), 20
+    options = ("--positions", *positions, "--span", span, "--windows", ROWS, "--placement", "helix")
+    files = ("--json", tmp_path / "p.json", "--plot", tmp_path / "p.png")
+    assert evaluate("perplexity", *options, *files) == 0
+    assert "180 bytes" in capsys.readouterr().out
+    assert (tmp_path / "p.png").stat().st_size > 1000
     found = json.loads((tmp_path / "p.json").read_text())["bits_per_byte"]
-    text = (ROOT / "scripts" / "data" / "kjv.txt").read_bytes()
-    text = text[len(text) - int(len(text) * 0.05) :]
-    model = load(byte_model, plan_of(), jnp.float32)
-    for row, position in enumerate((2, 50)):
+    text, model = held_out_text(KJV.read_bytes(), 0.05, 200), load(byte_model, plan_of(cp=1), jnp.float32)
+    for row, position in enumerate(positions):
         nats = []
-        for start in np.linspace(0, len(text) - position - 20, 3).astype(int):
-            window = list(text[start : start + position + 20])
-            logits = naive_logits(model, [window], 80)[0].astype(np.float64)
+        for start in np.linspace(0, len(text) - position - span, ROWS).astype(int):
+            window = list(text[start : start + position + span])
+            logits = naive_logits(model, [window], MAX_LEN)[0].astype(np.float64)
             logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-            nats += [-logp[at - 1, window[at]] for at in range(position, position + 20)]
-        for name in ("one device", "helix"):
+            nats += [-logp[at - 1, window[at]] for at in range(position, position + span)]
+        for name in (ONE_DEVICE, "helix"):
             np.testing.assert_allclose(found[name][row], np.mean(nats) / np.log(2), rtol=1e-5)
+
+
+def test_perplexity_needs_one_device_first():
+    plans = {"helix": plan_of(cp=2)}
+    with pytest.raises(ValueError, match="the plans are .'helix'.: give 'one device' first"):
+        run_perplexity(lambda plan: pytest.fail("loaded"), plans, TEXT, PerplexityOptions((2,)))
+
+
+# results and input ----------------------------------------------------------------------------------------------------
+
+
+def test_a_placement_that_differs_from_one_device_is_exit_1(evaluate, monkeypatch, capsys):
+    def run_needles(load, plans, text, options, **_):
+        results = NeedleResults(options, make_needles(text, options))
+        for name in plans:
+            answers = [[needle.key, name if name == "striped" else "12345"] for needle in results.needles]
+            results.plans[name] = NeedleAnswers(answers, [0] * len(answers), 2.0)
+        return results
+
+    monkeypatch.setattr(command, "run_needles", run_needles)
+    assert evaluate(*NEEDLES) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith("under striped, 4 of 4 needles are answered differently than on one device")
+
+    gaps = {ONE_DEVICE: 0.0, "helix": 9e-4, "striped": 0.25, "last_rank": float("nan")}
+    results = PerplexityResults(PerplexityOptions((2,)), {name: [1.0] for name in gaps}, gaps)
+    monkeypatch.setattr(command, "run_perplexity", lambda *_, **__: results)
+    assert evaluate("perplexity", "--positions", 2) == 1
+    striped, last_rank = capsys.readouterr().err.splitlines()
+    assert "under striped, the loss of a byte differs by 0.25 nats" in striped
+    assert "under last_rank, the loss of a byte differs by nan nats" in last_rank
+
+
+def test_the_default_contexts_and_positions_fit_the_model():
+    needles = NeedleOptions(decoded=100).for_model(1024)
+    assert len(needles.lengths) == 4
+    assert needles.max_len == 1024
+    assert PerplexityOptions().for_model(1024).positions == (64, 128, 256, 512)
+    assert PerplexityOptions(span=50).for_model(100).positions == (50,)
+
+
+def test_windows_are_spaced_evenly_over_the_text():
+    assert spaced_windows(bytes(range(10)), 4, 3).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+
+
+def test_plans_begin_with_one_device():
+    mesh = make_mesh(1, 2)
+    plans = make_plans(mesh, ["striped"], block=8)
+    assert list(plans) == [ONE_DEVICE, "striped"]
+    assert plans[ONE_DEVICE].mesh.size == 1
+    assert plans["striped"] == Plan(mesh, 8, "striped")
+
+
+GOLDEN_LLAMA = GOLDEN / "llama"
+SHORT = ["--lengths", 100, "--decoded", 9]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "options", "message"),
+    [
+        ("needles", ["--lengths", 500, "--decoded", 9], "a context of 500 bytes, 9 decoded tokens and a question"),
+        ("needles", ["--lengths", 20, "--decoded", 0], "a context of 20 bytes"),
+        ("needles", [*SHORT, "--zero-rank", 4], "zero_rank is 4, but there are 4 cp ranks: choose one from 0 to 3"),
+        ("needles", ["--zero-rank", -1], "zero_rank is -1: give at least 0"),
+        ("needles", ["--depths", 0], "depths is 0: give at least 1"),
+        ("needles", [*SHORT, "--held-out", 0], "the held-out share is 0.0: give a number above 0"),
+        ("needles", ["--model", GOLDEN_LLAMA], "does not have the tokenizer 'bytes': give a byte model"),
+        ("needles", ["--decoded", 100000], "100000 decoded tokens"),
+        ("needles", [*SHORT, "--cp", 0], "cp is 0: give at least 1"),
+        ("needles", [*SHORT, "--placement", "spiral"], "placement is 'spiral': choose one of"),
+        ("needles", [*SHORT, "--plot", "p.foo"], "--plot 'p.foo'"),
+        ("needles", [*SHORT, "--json", "/nowhere/n.json"], "/nowhere/n.json"),
+        ("needles", [*SHORT, "--text", "/nowhere/t.txt"], "/nowhere/t.txt"),
+        ("perplexity", ["--held-out", "inf"], "the held-out share is inf"),
+        ("perplexity", ["--span", 1000], "a span of 1000 bytes exceed the model's 512 positions"),
+        ("perplexity", ["--positions", 500], "position 500 and a span of 64 bytes exceed"),
+        ("perplexity", ["--positions", 1], "a position is 1: give at least 2"),
+        ("perplexity", ["--model", GOLDEN_LLAMA], "does not have the tokenizer 'bytes': give a byte model"),
+        ("perplexity", ["--held-out", 0.00001], "the held-out text has 44 bytes, but 320 are needed: give more text"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(evaluate, capsys, evaluation: str, options, message: str):
+    assert evaluate(evaluation, *options) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_without_a_checkout_the_text_must_be_given(evaluate, monkeypatch, capsys, tmp_path: Path):
+    monkeypatch.setattr(command, "DEFAULT_TEXT", tmp_path / "kjv.txt")
+    assert evaluate("perplexity") == 2
+    assert "is only in a checkout of the repository: give --text FILE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("script", "options", "message"),
     [
-        (
-            "eval_needle.py",
-            ["--lengths", 500, "--decoded", 9],
-            "contexts of [500] bytes, 9 decoded and",
-        ),
-        ("eval_needle.py", ["--lengths", 20, "--decoded", 0], "a context of 20 bytes holds no fact and question"),
-        ("eval_needle.py", ["--lose", 2], "--lose 2 is no rank of cp 2: give 0 to 1"),
-        ("eval_needle.py", ["--depths", 0], "--depths is 0: give at least 1"),
-        (
-            "eval_needle.py",
-            ["--held-out", 0, "--lengths", 100, "--decoded", 9],
-            "--held-out is 0.0: give a share above 0",
-        ),
-        ("eval_needle.py", ["--model", GOLDEN_LLAMA := ROOT / "tests" / "golden" / "llama"], "is no byte model"),
-        ("eval_needle.py", ["--decoded", 100000], "100000 decoded and"),
-        ("eval_needle.py", ["--cp", 0], "--cp is 0: give at least 1"),
-        ("eval_needle.py", ["--plot", "p.foo", "--decoded", 9], "--plot 'p.foo' is of no kind that matplotlib writes"),
-        ("eval_needle.py", ["--json", "/nowhere/n.json", "--lengths", 100, "--decoded", 9], "/nowhere/n.json"),
-        ("eval_perplexity.py", ["--held-out", "inf"], "--held-out is inf"),
-        ("eval_perplexity.py", ["--span", 1000], "a span of 1000"),
-        ("eval_perplexity.py", ["--positions", 500], "positions [500], a span of 64"),
-        ("eval_perplexity.py", ["--model", GOLDEN_LLAMA], "is no byte model"),
-        (
-            "eval_perplexity.py",
-            ["--held-out", 0.00001],
-            "44 bytes are held out, and what is asked for needs 320: give more",
-        ),
+        ("eval_needle.py", ["--trials", "0"], "trials is 0: give at least 1"),
+        ("eval_perplexity.py", ["--windows", "0"], "windows is 0: give at least 1"),
     ],
 )
-def test_what_cannot_be_evaluated_is_one_line_and_exit_2(byte_model: Path, script: str, options, message: str):
-    done = run(script, "--model", byte_model, "--cp", 2, *options)
-    assert done.returncode == 2, done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert message in done.stderr
+def test_the_scripts_run_the_subcommands(script: str, options: list[str], message: str):
+    arguments = [sys.executable, ROOT / "scripts" / script, *options]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert message in line

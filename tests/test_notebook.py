@@ -1,16 +1,21 @@
-"""The notebook, run from its first cell to its last in one process, as Jupyter would: a cell that fails fails here."""
+"""Tests the notebook: all cells run in order in one process, as in Jupyter, and a wrong token stops the run."""
 
 import ast
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.conftest import ROOT
+import helix_jax as hx
+from helix_jax.generation import Decoded
+from tests.conftest import FAST_COMPILATION, ROOT
 from tests.test_cli import ENVIRONMENT
 
 NOTEBOOK = ROOT / "scripts" / "helix_colab.ipynb"
@@ -18,12 +23,12 @@ CONTENT = json.loads(NOTEBOOK.read_text())
 CODE = {cell["id"]: "".join(cell["source"]) for cell in CONTENT["cells"] if cell["cell_type"] == "code"}
 AS_TEXT: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": 500}
 
-# What Jupyter does, without Jupyter: one namespace, a cell after the other, and each cell's figures drawn at its end.
+# Runs a notebook like Jupyter: all cells in one namespace, in order. Each cell's figures are drawn after it.
 RUNNER = """
 import json, sys
 from pathlib import Path
 
-notebook, seen = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+notebook, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 names = {"__name__": "__main__"}
 for cell in notebook["cells"]:
     if cell["cell_type"] == "code":
@@ -31,35 +36,28 @@ for cell in notebook["cells"]:
         pyplot = sys.modules.get("matplotlib.pyplot")
         figures = pyplot.get_fignums() if pyplot else []
         for number in figures:
-            pyplot.figure(number).savefig(seen / f"{cell['id']}-{number}.png")
+            pyplot.figure(number).savefig(folder / f"{cell['id']}-{number}.png")
         if figures:
             pyplot.close("all")
-        (seen / cell["id"]).touch()
+        (folder / cell["id"]).touch()
 """
 
 
-def run(notebook: Path, seen: Path) -> subprocess.CompletedProcess:
-    """Leaves a file in `seen` for every cell that came to its end, and a picture for every figure."""
+def run(notebook: Path, folder: Path) -> subprocess.CompletedProcess:
+    """Run a notebook. Writes a file into `folder` for every cell that completes, and a picture of every figure."""
     return subprocess.run(
-        [sys.executable, "-c", RUNNER, str(notebook), str(seen)],
-        cwd=seen,
-        env=ENVIRONMENT | {"MPLBACKEND": "Agg", "PIP_NO_INDEX": "1"},
+        [sys.executable, "-c", RUNNER, str(notebook), str(folder)],
+        cwd=folder,
+        env=ENVIRONMENT | FAST_COMPILATION | {"MPLBACKEND": "Agg", "PIP_NO_INDEX": "1"},
         **AS_TEXT,
     )
-
-
-def written(file: Path, *sources: str) -> Path:
-    """A notebook of these code cells, called cell-0, cell-1 and so on."""
-    cells = [{"cell_type": "code", "id": f"cell-{i}", "source": [source]} for i, source in enumerate(sources)]
-    file.write_text(json.dumps({"cells": cells}))
-    return file
 
 
 def test_every_cell_runs_and_every_figure_is_drawn(tmp_path: Path):
     pytest.importorskip("matplotlib")
     done = run(NOTEBOOK, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "pip install" not in done.stdout  # helix_jax is there
+    assert "pip install" not in done.stdout  # helix_jax is already installed
     assert {path.name for path in tmp_path.iterdir() if not path.suffix} == set(CODE)
     drawing = {name for name, source in CODE.items() if "plt.show()" in source}
     assert {path.stem.rsplit("-", 1)[0] for path in tmp_path.glob("*.png")} == drawing
@@ -67,7 +65,10 @@ def test_every_cell_runs_and_every_figure_is_drawn(tmp_path: Path):
 
 
 def test_a_cell_that_fails_stops_the_run_and_is_named(tmp_path: Path):
-    notebook = written(tmp_path / "bad.ipynb", "token = 1", "assert token == 2, 'a wrong token'", "never = True")
+    sources = ["token = 1", "assert token == 2, 'a wrong token'", "never = True"]
+    cells = [{"cell_type": "code", "id": f"cell-{i}", "source": [source]} for i, source in enumerate(sources)]
+    notebook = tmp_path / "bad.ipynb"
+    notebook.write_text(json.dumps({"cells": cells}))
     done = run(notebook, tmp_path)
     assert done.returncode == 1
     assert 'File "cell cell-1"' in done.stderr
@@ -75,37 +76,59 @@ def test_a_cell_that_fails_stops_the_run_and_is_named(tmp_path: Path):
     assert [(tmp_path / f"cell-{i}").exists() for i in range(3)] == [True, False, False]
 
 
-def shortened(*names: str, lie: str) -> list[str]:
-    """These cells, after a `stream` that computes nothing and whose last token is wrong where `lie` holds."""
-    stream = f"""
-import importlib.util
-from pathlib import Path
-
-def stream(model, prompts, plan, *, max_new_tokens, **options):
-    for left in reversed(range(max_new_tokens)):
-        yield Decoded((65 + (left == 0 and ({lie})),), np.zeros((1, 256)), 0.0)
-
-hx.stream = stream
-"""
-    return [CODE["devices"], stream, *(CODE[name] for name in names)]
+IsWrong = Callable[[hx.Transformer, hx.Plan], bool]
 
 
-def test_a_wrong_token_fails_the_cell_that_finds_it(tmp_path: Path):
+def sharded(model: hx.Transformer, plan: hx.Plan) -> bool:
+    return plan.mesh.size > 1
+
+
+@pytest.fixture(scope="module")
+def cached_load() -> Callable[..., hx.Transformer]:
+    return cache(hx.load)
+
+
+@pytest.fixture
+def run_cells(monkeypatch: pytest.MonkeyPatch, cached_load) -> Callable[..., None]:
+    """Return a function that runs cells in this process, with a `stream` that computes nothing.
+
+    All its tokens are 65, except that the last one is 66 where `is_wrong(model, plan)`.
+    """
     pytest.importorskip("matplotlib")
-    sharded = "plan.mesh.size > 1"
-    for names, lie in [
+
+    def run_cells(is_wrong: IsWrong, *cells: str) -> None:
+        def stream(model, prompts, plan, *, max_new_tokens: int, **_) -> Iterator[Decoded]:
+            for remaining in reversed(range(max_new_tokens)):
+                token = 66 if remaining == 0 and is_wrong(model, plan) else 65
+                yield Decoded((token,), np.zeros((1, 256)), 0.0)
+
+        monkeypatch.setattr(hx, "stream", stream)
+        monkeypatch.setattr(hx, "load", cached_load)
+        names = {"__name__": "__main__"}
+        for cell in ("devices", *cells):
+            exec(compile(CODE[cell], f"cell {cell}", "exec"), names)
+
+    return run_cells
+
+
+@pytest.mark.parametrize(
+    ("cells", "is_wrong"),
+    [
         (["decode"], sharded),
-        (["decode", "swap"], f"{sharded} and plan.layout.placement == 'striped'"),
-        (["decode", "swap"], f"{sharded} and plan.combine == 'all_to_all'"),
-        (["decode", "folder"], f"{sharded} and model.config.family == 'mistral'"),
-    ]:
-        done = run(written(tmp_path / "lie.ipynb", *shortened(*names, lie=lie)), tmp_path)
-        assert done.returncode == 1
-        assert f'File "cell cell-{len(names) + 1}"' in done.stderr
-        assert "AssertionError" in done.stderr
-        assert "than one" in done.stderr
-    done = run(written(tmp_path / "truth.ipynb", *shortened("decode", "swap", lie="False")), tmp_path)
-    assert done.returncode == 0, done.stderr
+        (["decode", "swap"], lambda model, plan: sharded(model, plan) and plan.placement == "striped"),
+        (["decode", "swap"], lambda model, plan: sharded(model, plan) and plan.combine == "all_to_all"),
+        (["decode", "folder"], lambda model, plan: sharded(model, plan) and model.config.family == "mistral"),
+    ],
+    ids=["decode", "placement", "combine", "folder"],
+)
+def test_a_wrong_token_fails_the_cell_that_finds_it(run_cells, cells: list[str], is_wrong: IsWrong):
+    with pytest.raises(AssertionError, match="other tokens than one") as failure:
+        run_cells(is_wrong, *cells)
+    assert str(failure.traceback[-1].path) == f"cell {cells[-1]}"
+
+
+def test_equal_tokens_pass_every_comparison(run_cells):
+    run_cells(lambda model, plan: False, "decode", "swap", "folder")
 
 
 # installing -----------------------------------------------------------------------------------------------------------
@@ -113,12 +136,12 @@ def test_a_wrong_token_fails_the_cell_that_finds_it(tmp_path: Path):
 
 @pytest.fixture
 def without_helix_jax(tmp_path: Path) -> dict[str, str]:
-    """A helix_jax that cannot be imported, and a pip that says what it was asked for."""
-    broken, pip = tmp_path / "instead" / "helix_jax.py", tmp_path / "instead" / "pip.py"
+    """Return an environment where helix_jax cannot be imported and pip only prints its arguments."""
+    broken, pip = tmp_path / "fake" / "helix_jax.py", tmp_path / "fake" / "pip.py"
     broken.parent.mkdir()
     broken.write_text("raise ImportError")
     pip.write_text("import sys; print('pip got', sys.argv[1:])")
-    return {"PYTHONPATH": str(tmp_path / "instead")}
+    return {"PYTHONPATH": str(tmp_path / "fake")}
 
 
 def install(folder: Path, environment: dict[str, str], source: str = "") -> subprocess.CompletedProcess:
@@ -126,27 +149,27 @@ def install(folder: Path, environment: dict[str, str], source: str = "") -> subp
     return subprocess.run([sys.executable, "-c", cell], cwd=folder, env=ENVIRONMENT | environment, **AS_TEXT)
 
 
-def test_what_is_missing_is_installed_from_the_clone_around_or_beside(tmp_path: Path, without_helix_jax):
+def test_a_missing_helix_jax_is_installed_from_a_clone_around_or_beside_the_notebook(tmp_path: Path, without_helix_jax):
     (tmp_path / "content").mkdir()
     (tmp_path / "content" / "a clone").symlink_to(ROOT)
     for folder in (ROOT / "scripts", tmp_path / "content"):
         done = install(folder, without_helix_jax)
         assert done.returncode == 0, done.stderr
-        [asked] = re.findall(r"pip got (.*)", done.stdout)
-        *options, wanted = ast.literal_eval(asked)
+        [arguments] = re.findall(r"pip got (.*)", done.stdout)
+        *options, requirement = ast.literal_eval(arguments)
         assert options == ["install", "--quiet"]
-        assert re.fullmatch(rf"helix_jax\[plot(,\w+)?\] @ {re.escape(ROOT.as_uri())}", wanted)
+        assert re.fullmatch(rf"helix_jax\[plot(,\w+)?\] @ {re.escape(ROOT.as_uri())}", requirement)
 
 
-def test_an_address_goes_to_pip_as_it_is(tmp_path: Path, without_helix_jax):
+def test_an_address_is_passed_to_pip_unchanged(tmp_path: Path, without_helix_jax):
     done = install(tmp_path, without_helix_jax, "git+https://nowhere.example/helix_jax")
     assert "@ git+https://nowhere.example/helix_jax'" in done.stdout
 
 
-def test_without_a_clone_the_reader_is_told_what_to_do(tmp_path: Path, without_helix_jax):
+def test_without_a_clone_the_error_says_what_to_do(tmp_path: Path, without_helix_jax):
     done = install(tmp_path, without_helix_jax)
     assert done.returncode == 1
-    assert "put one there, or name one in SOURCE" in done.stderr
+    assert "put one there, or set SOURCE" in done.stderr
 
 
 # the file -------------------------------------------------------------------------------------------------------------
@@ -168,5 +191,5 @@ def test_the_file_is_a_notebook_of_version_4_5_for_python_3():
 
 
 @pytest.mark.parametrize("cell", CODE)
-def test_cells_are_plain_python(cell: str):
+def test_a_cell_is_plain_python(cell: str):
     ast.parse(CODE[cell])

@@ -1,190 +1,272 @@
-#!/usr/bin/env python3
-"""Hides passkeys in real text, at every depth of contexts of every length, and asks for them.
+"""Hides passkeys in text, at every depth of contexts of every length, and asks a model for them.
 
-python scripts/eval_needle.py --cp 8 --placement helix --placement striped --json needles.json --plot needles.png
-
-Each is asked for twice: at once after the context, and again after --decoded tokens that the model has said, which lie,
-block by block, on the ranks in turn. The same cells are read on one device; a placement that answers otherwise in any
-of them is a failure: exit 1. Beside the keys: bits per byte of held-out text that follows the longest context. --lose
-zeroes what one rank has cached of the context, before the first question.
+Each passkey is asked for twice: directly after its context, and again after tokens that the model has decoded. The
+decoded tokens are stored on the ranks round-robin, so the second answer reads a cache in its decoding layout.
 """
 
-import argparse
-import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from evaluating import ALONE, byte_model, held_out_text, models_of, plans_of, run, shared_parser
-from reader import Reader, forced_nats
-from reporting import new_figure, write_json
-from rich.console import Console
-from rich.table import Table
 
+from helix_jax.evaluation.placements import ONE_DEVICE, LoadModel, OnProgress, ignore_progress
+from helix_jax.evaluation.scoring import score_span
+from helix_jax.evaluation.session import CacheSession
+from helix_jax.evaluation.texts import spaced_windows
+from helix_jax.generation import DEFAULT_CHUNK
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
-from helix_jax.training.passkeys import DIGITS, NAMES, fact, haystack, new_key, question
 from helix_jax.training import LOG2_E
+from helix_jax.training.passkeys import DIGITS, NAMES, fact, haystack, new_key, question
+from helix_jax.validation import check_int
+
+QUESTION_BYTES = len(question(max(NAMES, key=len))) + DIGITS  # the longest question with its answer
 
 
-def main() -> int:
-    options = parse_arguments()
-    return run(lambda: evaluate(checked(options)), if_too_large="give fewer --rows")
+@dataclass(frozen=True)
+class NeedleOptions:
+    """Which contexts are made, and how they are read.
+
+    Args:
+        lengths: Bytes of the contexts. Empty, the default, means four lengths up to what the model has positions for.
+        depths: The number of depths, evenly spaced from the first byte to the last.
+        trials: Contexts per length and depth, each with other text and another passkey.
+        decoded: Tokens that are decoded before each passkey is asked for again. 0 asks once.
+        seed: The seed of text and passkeys.
+        rows: Contexts that are read at once.
+        chunk: Tokens per step while contexts are read.
+        zero_rank: A cp rank whose cache is zeroed before the first question, except on one device.
+
+    Raises:
+        TypeError: A number is not an int.
+        ValueError: A number is below its minimum.
+    """
+
+    lengths: tuple[int, ...] = ()
+    depths: int = 9
+    trials: int = 1
+    decoded: int = 500
+    seed: int = 0
+    rows: int = 16
+    chunk: int = DEFAULT_CHUNK
+    zero_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("depths", "trials", "rows", "chunk"):
+            check_int(name, getattr(self, name), least=1)
+        for name in ("decoded", "seed") if self.zero_rank is None else ("decoded", "seed", "zero_rank"):
+            check_int(name, getattr(self, name), least=0)
+        for length in self.lengths:
+            check_int("a context length", length, least=1)
+
+    @property
+    def max_len(self) -> int:
+        """The positions that a row needs: the longest context, the decoded tokens, a question and its answer."""
+        return max(self.lengths) + self.decoded + QUESTION_BYTES
+
+    def for_model(self, max_positions: int) -> "NeedleOptions":
+        """Return these options with the lengths filled in for a model of `max_positions` positions.
+
+        Raises:
+            ValueError: A context does not fit the model with the decoded tokens and the question.
+        """
+        longest = max_positions - self.decoded - QUESTION_BYTES
+        options = replace(self, lengths=self.lengths or tuple(max(1, longest * n // 4) for n in range(1, 5)))
+        if max(options.lengths) > longest:
+            raise ValueError(
+                f"a context of {max(options.lengths)} bytes, {self.decoded} decoded tokens and a question of "
+                f"{QUESTION_BYTES} bytes exceed the model's {max_positions} positions: give shorter contexts, or fewer "
+                f"decoded tokens"
+            )
+        return options
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = shared_parser(__doc__)
-    add = parser.add_argument
-    add("--lengths", type=int, nargs="+", metavar="BYTES", help="of contexts (default: 4, up to the model's positions)")
-    add("--depths", type=int, default=9, metavar="N", help="from the first byte to the last (default: 9)")
-    add("--trials", type=int, default=1, metavar="N", help="of each cell, with other text and keys (default: 1)")
-    add("--decoded", type=int, default=500, metavar="TOKENS", help="before it is asked again (default: 500)")
-    add("--lose", type=int, metavar="RANK", help="zero what this rank has cached of the context")
-    add("--seed", type=int, default=0, help="of text and keys (default: 0)")
-    add("--rows", type=int, default=16, metavar="N", help="cells at once (default: 16)")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class Needle:
+    """A passkey in a context.
+
+    Args:
+        length: Bytes of the context and the question.
+        depth: Where the passkey is in the context, from 0 (first) to 1 (last).
+        name: The name that the passkey is asked for by.
+        key: The passkey.
+        key_position: The position of its first byte.
+        context: The context as Latin-1 text, which represents every byte.
+    """
+
+    length: int
+    depth: float
+    name: str
+    key: str
+    key_position: int
+    context: str
 
 
-def checked(options: argparse.Namespace) -> argparse.Namespace:
-    for name, least in {"depths": 1, "trials": 1, "decoded": 0, "rows": 1, "seed": 0, "tp": 1, "cp": 1}.items():
-        if getattr(options, name) < least:
-            raise ValueError(f"--{name} is {getattr(options, name)}: give at least {least}")
-    if options.lose is not None and not 0 <= options.lose < options.cp:
-        raise ValueError(f"--lose {options.lose} is no rank of cp {options.cp}: give 0 to {options.cp - 1}")
-    return options
+@dataclass(frozen=True)
+class NeedleAnswers:
+    """What a model answers under one plan.
+
+    Args:
+        answers: For each needle its answers: directly after the context, and again after the decoded tokens.
+        owners: For each needle the rank that stores the first byte of its passkey.
+        bits_per_byte: Of held-out text that follows the longest context. None if a rank was zeroed.
+    """
+
+    answers: list[list[str]]
+    owners: list[int]
+    bits_per_byte: float | None
 
 
-def evaluate(options: argparse.Namespace) -> list[str]:
-    """Prints and writes what was found. Returns a line for every placement that differs from one device."""
-    config = byte_model(options)
-    asked = len(question(max(NAMES, key=len))) + DIGITS
-    room = asked + options.decoded
-    longest = config.max_positions - room
-    lengths = options.lengths or [max(1, longest * n // 4) for n in range(1, 5)]
-    if max(lengths) > longest or min(lengths) < 1:
-        raise ValueError(
-            f"contexts of {lengths} bytes, {options.decoded} decoded and {asked} of a question do not fit the model's "
-            f"{config.max_positions} positions: give other --lengths, or less --decoded"
-        )
-    text = held_out_text(options, least=max(lengths) + room)
-    figure = new_figure("--plot", options.plot) if options.plot else None
-    cells, plans = make_cells(options, text, lengths), plans_of(options)
-    found: dict[str, Any] = {"cells": cells, "cp": options.cp, "decoded": options.decoded, "lost": options.lose}
-    write_json(options.json, found)  # a file that cannot be written is better known now
-    for name, plan, model in models_of(options, plans):
-        lose = None if name == ALONE else options.lose
-        found[name] = {
-            "answers": ask_all(model, plan, cells, options, lose, max(lengths) + room),
-            "owners": owners(plan, cells),
+@dataclass
+class NeedleResults:
+    """The needles, and what a model answers under each plan. `dataclasses.asdict` gives what JSON can store."""
+
+    options: NeedleOptions
+    needles: list[Needle]
+    plans: dict[str, NeedleAnswers] = field(default_factory=dict)
+
+    @property
+    def questions(self) -> int:
+        """How often each passkey is asked for."""
+        return 2 if self.options.decoded else 1
+
+    def correct(self, plan: str, index: int) -> np.ndarray:
+        """Return for each needle whether the answer to its first (0) or second (1) question is its passkey."""
+        pairs = zip(self.plans[plan].answers, self.needles, strict=True)
+        return np.asarray([answers[index] == needle.key for answers, needle in pairs])
+
+    def count_different(self) -> dict[str, int]:
+        """Return, by plan, how many needles are answered differently than on one device, if there are any."""
+        expected = self.plans[ONE_DEVICE].answers
+        counts = {
+            name: sum(a != b for a, b in zip(found.answers, expected, strict=True))
+            for name, found in self.plans.items()
         }
-        if options.lose is None:
-            rows = min(options.rows, len(cells))
-            nats = forced_nats(model, plan, text, max(lengths), room, rows, max(lengths) + room)
-            found[name]["bits_per_byte"] = float(nats.mean()) * LOG2_E
-        write_json(options.json, found)
-    report(found, list(plans))
-    if figure:
-        draw(figure, options.plot, found, list(plans)[1])
-    alone = found[ALONE]["answers"]
-    if options.lose is not None:
-        return []
-    return [
-        f"under {name} {sum(a != b for a, b in zip(alone, found[name]['answers'], strict=True))} of {len(cells)} cells "
-        f"are answered otherwise than on one device"
-        for name in plans
-        if found[name]["answers"] != alone
-    ]
+        return {name: count for name, count in counts.items() if count}
 
 
-def make_cells(options: argparse.Namespace, text: bytes, lengths: list[int]) -> list[dict[str, Any]]:
-    random, cells = np.random.default_rng(options.seed), []
-    for length in lengths:
+def make_needles(text: bytes, options: NeedleOptions) -> list[Needle]:
+    """Hide a passkey in pieces of `text`, for every length, depth and trial.
+
+    Args:
+        text: At least as long as the longest context.
+        options: The options for a model, as `NeedleOptions.for_model` returns them.
+
+    Raises:
+        ValueError: A context is too short for a passkey and its question, or the text is too short.
+    """
+    random, needles = np.random.default_rng(options.seed), []
+    for length in options.lengths:
         for depth in np.linspace(0, 1, options.depths) if options.depths > 1 else [0.5]:
             for _ in range(options.trials):
                 name, key = str(random.choice(NAMES)), new_key(random)
                 start = int(random.integers(0, max(1, len(text) - length)))
                 prompt = haystack(text[start : start + length], length, float(depth), name, key)
-                place = prompt.find(fact(name, key)) + len(fact(name, key)) - DIGITS - 2  # of the key's first byte
-                cell = {"length": length, "depth": float(depth), "name": name, "key": key, "place": place}
-                cells.append(cell | {"context": prompt[: -len(question(name))].decode("latin-1")})
-    return cells
+                hidden = fact(name, key)
+                position = prompt.find(hidden) + hidden.find(key.encode())
+                context = prompt[: -len(question(name))].decode("latin-1")
+                needles.append(Needle(length, float(depth), name, key, position, context))
+    return needles
 
 
-def ask_all(
+def run_needles(
+    load: LoadModel,
+    plans: Mapping[str, Plan],
+    text: bytes,
+    options: NeedleOptions,
+    *,
+    on_progress: OnProgress = ignore_progress,
+    on_result: Callable[[NeedleResults], None] = lambda results: None,
+) -> NeedleResults:
+    """Ask a model for passkeys under each plan.
+
+    Args:
+        load: Loads the model for a plan. One model is in memory at a time.
+        plans: The plans by name, as `make_plans` returns them.
+        text: Held-out text, at least `options.max_len` bytes.
+        options: The options for the model, as `NeedleOptions.for_model` returns them.
+        on_progress: Called as the needles of a plan are asked for.
+        on_result: Called before the first plan and after each, with the results so far.
+
+    Raises:
+        ValueError: A context or the text is too short, or `zero_rank` is not a rank of a plan.
+    """
+    results = NeedleResults(options, make_needles(text, options))
+    _check_zero_rank(plans, options)
+    on_result(results)
+    for name, plan in plans.items():
+        model = load(plan)
+
+        def report(done: int, total: int, name: str = name) -> None:
+            on_progress(name, done, total)
+
+        zeroed = replace(options, zero_rank=None) if name == ONE_DEVICE else options
+        answers = ask_needles(model, plan, results.needles, zeroed, on_progress=report)
+        owners = [int(plan.layout.owner(needle.key_position, len(needle.context))) for needle in results.needles]
+        bits = None if options.zero_rank is not None else _bits_after(model, plan, text, results)
+        del model
+        results.plans[name] = NeedleAnswers(answers, owners, bits)
+        on_result(results)
+    return results
+
+
+def ask_needles(
     model: Transformer,
     plan: Plan,
-    cells: list[dict[str, Any]],
-    options: argparse.Namespace,
-    lose: int | None,
-    most: int,
+    needles: Sequence[Needle],
+    options: NeedleOptions,
+    *,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[str]]:
-    """For each cell what was said at once, and again later."""
+    """Return the answers of a model for each needle: after its context, and again after decoded tokens.
+
+    Args:
+        model: A byte model that is sharded as `plan` decodes with it.
+        plan: The mesh and the placement.
+        needles: What `make_needles` returns.
+        options: The options that the needles were made with.
+        on_progress: Called with the number of needles that were asked for, and their total.
+
+    Raises:
+        ValueError: `options.zero_rank` is not a rank of the plan.
+    """
     answers: list[list[str]] = []
-    for first in range(0, len(cells), options.rows):
-        some = cells[first : first + options.rows]
-        rows = [some[n % len(some)] for n in range(min(options.rows, len(cells)))]  # as many as ever: one compilation
-        reader = Reader(model, plan, [cell["context"].encode("latin-1") for cell in rows], most)
-        if lose is not None:
-            reader.lose(lose)
-        asked = [question(cell["name"]) for cell in rows]
-        said = [reader.answer(asked, DIGITS)]
-        if options.decoded:
-            reader.say(options.decoded)
-            said.append(reader.answer(asked, DIGITS))
-        texts = [[bytes(row.tolist()).decode("latin-1") for row in both] for both in zip(*said, strict=True)]
-        answers += texts[: len(some)]
+    rows = min(options.rows, len(needles))
+    for first in range(0, len(needles), rows):
+        on_progress(first, len(needles))
+        part = needles[first : first + rows]
+        # The last batch is filled up by repetition, so that all batches share compiled programs.
+        answers += _ask(model, plan, [part[n % len(part)] for n in range(rows)], options)[: len(part)]
+    on_progress(len(needles), len(needles))
     return answers
 
 
-def owners(plan: Plan, cells: list[dict[str, Any]]) -> list[int]:
-    """The rank that holds the key's first byte."""
-    return [int(plan.layout.owner(cell["place"], len(cell["context"]))) for cell in cells]
+def _ask(model: Transformer, plan: Plan, needles: Sequence[Needle], options: NeedleOptions) -> list[list[str]]:
+    contexts = [needle.context.encode("latin-1") for needle in needles]
+    session = CacheSession(model, plan, contexts, options.max_len, options.chunk)
+    if options.zero_rank is not None:
+        session.zero_rank(options.zero_rank)
+    questions = [question(needle.name) for needle in needles]
+    answers = [session.answer(questions, DIGITS)]
+    if options.decoded:
+        session.decode(options.decoded)
+        answers.append(session.answer(questions, DIGITS))
+    return [[bytes(answer.tolist()).decode("latin-1") for answer in row] for row in zip(*answers, strict=True)]
 
 
-def right(found: dict[str, Any], name: str, asked: int) -> np.ndarray:
-    answers = found[name]["answers"]
-    return np.asarray([said[asked] == cell["key"] for said, cell in zip(answers, found["cells"], strict=True)])
+def _bits_after(model: Transformer, plan: Plan, text: bytes, results: NeedleResults) -> float:
+    """Return bits per byte of text that follows the longest context, with the programs that the needles compiled."""
+    options = results.options
+    windows_BS = spaced_windows(text, options.max_len, min(options.rows, len(results.needles)))
+    span = options.max_len - max(options.lengths)
+    nats_BS = score_span(model, plan, windows_BS, span, max_len=options.max_len, chunk=options.chunk)
+    return float(nats_BS.mean()) * LOG2_E
 
 
-def report(found: dict[str, Any], names: list[str]) -> None:
-    times = len(found[names[0]]["answers"][0])
-    lengths = sorted({cell["length"] for cell in found["cells"]})
-    table = Table("keys that were found", *(f"{length:,} bytes" for length in lengths), "all")
-    for name in names:
-        for asked in range(times):
-            good, at = right(found, name, asked), np.asarray([cell["length"] for cell in found["cells"]])
-            shares = [good[at == length].mean() for length in lengths]
-            label = name if asked == 0 else f"  again after {found['decoded']} tokens"
-            table.add_row(label, *(f"{share:.1%}" for share in shares), f"{good.mean():.1%}")
-        if "bits_per_byte" in found[name]:
-            table.add_row(
-                "  bits per byte after it", *[""] * (len(lengths) - 1), f"{found[name]['bits_per_byte']:.4f}", ""
+def _check_zero_rank(plans: Mapping[str, Plan], options: NeedleOptions) -> None:
+    for name, plan in plans.items():
+        ranks = plan.layout.ranks
+        if name != ONE_DEVICE and options.zero_rank is not None and options.zero_rank >= ranks:
+            raise ValueError(
+                f"zero_rank is {options.zero_rank}, but there are {ranks} cp ranks: choose one from 0 to {ranks - 1}"
             )
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
-
-
-def draw(figure: Any, file: Path, found: dict[str, Any], name: str) -> None:
-    """Depth by length, as asked at once and again; in each cell the rank that owns the key."""
-    times = len(found[name]["answers"][0])
-    lengths = sorted({cell["length"] for cell in found["cells"]})
-    depths = sorted({cell["depth"] for cell in found["cells"]})
-    figure.set_size_inches(1.5 + 1.1 * len(lengths) * times, 1.5 + 0.4 * len(depths))
-    for asked, axes in enumerate(np.atleast_1d(figure.subplots(1, times, sharey=True))):
-        good = right(found, name, asked)
-        share = np.zeros((len(depths), len(lengths)))
-        for row, depth in enumerate(depths):
-            for column, length in enumerate(lengths):
-                here = [i for i, c in enumerate(found["cells"]) if (c["length"], c["depth"]) == (length, depth)]
-                share[row, column] = good[here].mean()
-                axes.text(column, row, f"rank {found[name]['owners'][here[0]]}", ha="center", va="center", fontsize=7)
-        axes.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-        axes.set_title("asked at once" if asked == 0 else f"after {found['decoded']} decoded tokens", fontsize=9)
-        axes.set_xlabel("context, bytes")
-    figure.suptitle(f"keys found under {name}, cp {found['cp']}; depth of the key", fontsize=10)
-    figure.savefig(file, dpi=150)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

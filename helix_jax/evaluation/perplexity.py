@@ -1,89 +1,131 @@
-#!/usr/bin/env python3
-"""Bits per byte of held-out text by how far into the context it stands, sharded and on one device.
+"""Measures bits per byte of held-out text at several positions, read token by token over a sharded cache.
 
-python scripts/eval_perplexity.py --cp 8 --placement helix --json perplexity.json --plot perplexity.png
-
-At each position the context before it is read, and then --span bytes one by one, as if they had been decoded: so they
-lie on the ranks in turn. The numbers of every placement must be those of one device, within 1e-3 nats a byte: else
-exit 1.
+At each position the context before it is read, and then the bytes of a span one by one, as if they had been decoded. So
+the span is stored on the ranks round-robin.
 """
 
-import argparse
-import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from evaluating import ALONE, byte_model, held_out_text, models_of, plans_of, run, shared_parser
-from reader import forced_nats
-from reporting import new_figure, write_json
-from rich.console import Console
-from rich.table import Table
 
+from helix_jax.evaluation.placements import ONE_DEVICE, LoadModel, OnProgress, ignore_progress
+from helix_jax.evaluation.scoring import score_span
+from helix_jax.evaluation.texts import spaced_windows
+from helix_jax.generation import DEFAULT_CHUNK
+from helix_jax.plan import Plan
 from helix_jax.training import LOG2_E
+from helix_jax.validation import check_int
 
-CLOSE_NATS = 1e-3
-
-
-def main() -> int:
-    options = parse_arguments()
-    return run(lambda: evaluate(options), if_too_large="give fewer --windows")
+MAX_GAP_NATS = 1e-3
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = shared_parser(__doc__)
-    add = parser.add_argument
-    add("--positions", type=int, nargs="+", metavar="BYTES", help="of contexts (default: from 64 on, times two)")
-    add("--span", type=int, default=64, metavar="BYTES", help="read one by one (default: 64)")
-    add("--windows", type=int, default=8, metavar="N", help="places in the text (default: 8)")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class PerplexityOptions:
+    """Which text is scored, and how it is read.
+
+    Args:
+        positions: Bytes before each span. Empty, the default, means powers of 2 from 64 on.
+        span: Bytes that are scored one by one.
+        windows: Places in the text.
+        chunk: Tokens per step while contexts are read.
+
+    Raises:
+        TypeError: A number is not an int.
+        ValueError: A number is below its minimum.
+    """
+
+    positions: tuple[int, ...] = ()
+    span: int = 64
+    windows: int = 8
+    chunk: int = DEFAULT_CHUNK
+
+    def __post_init__(self) -> None:
+        for name in ("span", "windows", "chunk"):
+            check_int(name, getattr(self, name), least=1)
+        for position in self.positions:
+            check_int("a position", position, least=2)
+
+    @property
+    def max_len(self) -> int:
+        """The positions that a row needs."""
+        return max(self.positions) + self.span
+
+    def for_model(self, max_positions: int) -> "PerplexityOptions":
+        """Return these options with the positions filled in for a model of `max_positions` positions.
+
+        Raises:
+            ValueError: A span exceeds the model's positions.
+        """
+        longest = max_positions - self.span
+        default = tuple(2**n for n in range(6, 32) if 2**n <= longest) or (max(2, longest),)
+        options = replace(self, positions=self.positions or default)
+        if max(options.positions) > longest:
+            raise ValueError(
+                f"position {max(options.positions)} and a span of {self.span} bytes exceed the model's {max_positions} "
+                f"positions: give smaller ones"
+            )
+        return options
 
 
-def evaluate(options: argparse.Namespace) -> list[str]:
-    """Prints and writes what was found. Returns a line for every placement that differs from one device."""
-    config = byte_model(options)
-    longest = config.max_positions - options.span
-    positions = options.positions or [2**n for n in range(6, 32) if 2**n <= longest] or [longest]
-    if min(options.span, options.windows) < 1 or min(positions) < 2 or max(positions) > longest:
-        raise ValueError(
-            f"positions {positions}, a span of {options.span}, {options.windows} windows: give positions from 2 to "
-            f"{longest}, as the model has {config.max_positions}, and at least 1 of the others"
-        )
-    text = held_out_text(options, least=max(positions) + options.span)
-    figure = new_figure("--plot", options.plot) if options.plot else None
-    plans = plans_of(options)
-    found: dict[str, Any] = {"positions": positions, "span": options.span, "cp": options.cp, "bits_per_byte": {}}
-    write_json(options.json, found)  # a file that cannot be written is better known now
-    alone, different = np.zeros(0), []
-    for name, plan, model in models_of(options, plans):
-        most = max(positions) + options.span  # one shape, and one compilation, for all
-        nats = np.stack([forced_nats(model, plan, text, at, options.span, options.windows, most) for at in positions])
-        found["bits_per_byte"][name] = (nats.mean((1, 2)) * LOG2_E).tolist()
-        write_json(options.json, found)
-        alone = nats if name == ALONE else alone
-        gap = float(np.abs(nats - alone).max())
-        if gap > CLOSE_NATS:
-            different.append(f"under {name} a byte is {gap:.2g} nats from what it is on one device")
-    report(found)
-    if figure:
-        draw(figure, options.plot, found)
-    return different
+@dataclass
+class PerplexityResults:
+    """Bits per byte under each plan, by position. `dataclasses.asdict` gives what JSON can store.
+
+    Args:
+        options: The options.
+        bits_per_byte: By plan, one number per position.
+        gap_nats: By plan, the largest difference of a byte's loss from one device.
+    """
+
+    options: PerplexityOptions
+    bits_per_byte: dict[str, list[float]] = field(default_factory=dict)
+    gap_nats: dict[str, float] = field(default_factory=dict)
+
+    def different(self) -> dict[str, float]:
+        """Return, by plan, the gaps that exceed `MAX_GAP_NATS`."""
+        return {name: gap for name, gap in self.gap_nats.items() if not gap <= MAX_GAP_NATS}
 
 
-def report(found: dict[str, Any]) -> None:
-    table = Table("bits per byte after", *found["bits_per_byte"])
-    for row, position in enumerate(found["positions"]):
-        table.add_row(f"{position:,} bytes", *(f"{bits[row]:.4f}" for bits in found["bits_per_byte"].values()))
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+def run_perplexity(
+    load: LoadModel,
+    plans: Mapping[str, Plan],
+    text: bytes,
+    options: PerplexityOptions,
+    *,
+    on_progress: OnProgress = ignore_progress,
+    on_result: Callable[[PerplexityResults], None] = lambda results: None,
+) -> PerplexityResults:
+    """Measure bits per byte under each plan.
 
+    Args:
+        load: Loads the model for a plan. One model is in memory at a time.
+        plans: The plans by name, `ONE_DEVICE` first, as `make_plans` returns them.
+        text: Held-out text, at least `options.max_len` bytes.
+        options: The options for the model, as `PerplexityOptions.for_model` returns them.
+        on_progress: Called as the positions of a plan are scored.
+        on_result: Called before the first plan and after each, with the results so far.
 
-def draw(figure: Any, file: Path, found: dict[str, Any]) -> None:
-    axes = figure.add_subplot(xlabel="bytes before", ylabel="bits per byte", xscale="log")
-    for name, bits in found["bits_per_byte"].items():
-        axes.plot(found["positions"], bits, "o-" if name == ALONE else "x--", label=name, markersize=4)
-    axes.legend()
-    figure.savefig(file, dpi=150)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    Raises:
+        ValueError: The plans do not begin with `ONE_DEVICE`.
+    """
+    if next(iter(plans), None) != ONE_DEVICE:
+        raise ValueError(f"the plans are {list(plans)}: give '{ONE_DEVICE}' first")
+    results = PerplexityResults(options)
+    on_result(results)
+    expected_PBS = np.zeros(0)
+    for name, plan in plans.items():
+        model, nats_PBS = load(plan), []
+        for done, position in enumerate(options.positions):
+            on_progress(name, done, len(options.positions))
+            windows_BS = spaced_windows(text, position + options.span, options.windows)
+            nats_PBS.append(
+                score_span(model, plan, windows_BS, options.span, max_len=options.max_len, chunk=options.chunk)
+            )
+        on_progress(name, len(options.positions), len(options.positions))
+        del model
+        expected_PBS = np.stack(nats_PBS) if name == ONE_DEVICE else expected_PBS
+        results.bits_per_byte[name] = (np.mean(nats_PBS, (1, 2)) * LOG2_E).tolist()
+        results.gap_nats[name] = float(np.abs(np.stack(nats_PBS) - expected_PBS).max())
+        on_result(results)
+    return results

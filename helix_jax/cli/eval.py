@@ -1,0 +1,271 @@
+"""Compares what a model recalls and predicts under each placement with one device."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from helix_jax.checkpoint import DEMO_MODEL, load, read_config
+from helix_jax.cli.console import Reporter
+from helix_jax.cli.devices import open_mesh
+from helix_jax.cli.output import new_figure, write_json
+from helix_jax.config import ModelConfig
+from helix_jax.evaluation import (
+    NeedleOptions,
+    NeedleResults,
+    PerplexityOptions,
+    PerplexityResults,
+    check_byte_model,
+    held_out_text,
+    make_plans,
+    run_needles,
+    run_perplexity,
+)
+from helix_jax.evaluation.plots import plot_needles, plot_perplexity
+from helix_jax.generation import DEFAULT_CHUNK
+from helix_jax.kernels import KERNELS
+from helix_jax.layout import PLACEMENTS
+from helix_jax.models.transformer import Transformer
+from helix_jax.plan import Plan
+
+OK, DIFFERENT = 0, 1
+DEFAULT_TEXT = Path(__file__).parents[2] / "scripts" / "data" / "kjv.txt"  # not part of an installed package
+
+NEEDLES = """Hide passkeys in held-out text, at every depth of contexts of every length, and ask for them: directly
+after the context, and again after --decoded tokens of the model, which are stored on the ranks round-robin. A placement
+that answers differently from one device makes the exit code 1. --zero-rank zeroes what one rank has cached of the
+context before the first question, and skips this comparison."""
+
+PERPLEXITY = """Measure bits per byte of held-out text at several positions. At each, the context before it is read, and
+then --span bytes one by one as if they had been decoded, so they are stored on the ranks round-robin. A placement whose
+loss of a byte differs from one device by more than 1e-3 nats makes the exit code 1."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the evaluations, and their options, to the parser of `helix-jax eval`."""
+    commands = parser.add_subparsers(required=True, metavar="needles|perplexity")
+    for name, text, description, add_own, evaluate in (
+        ("needles", "find passkeys in long contexts", NEEDLES, _add_needle_arguments, _evaluate_needles),
+        ("perplexity", "bits per byte by position", PERPLEXITY, _add_perplexity_arguments, _evaluate_perplexity),
+    ):
+        added = commands.add_parser(name, help=text, description=description, allow_abbrev=False)
+        _add_shared_arguments(added)
+        add_own(added)
+        added.set_defaults(evaluate=evaluate)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the evaluation that `options` choose. Returns the exit code: 1 if a placement differs from one device."""
+    reporter = Reporter()
+    different = options.evaluate(options, reporter)
+    for line in different:
+        reporter.info(line)
+    return DIFFERENT if different else OK
+
+
+def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", type=Path, default=DEMO_MODEL, metavar="DIR", help="a byte model (default: the demo model)")
+    add("--text", type=Path, metavar="FILE", help="a text file (default: scripts/data/kjv.txt of a checkout)")
+    add("--held-out", type=float, default=0.05, metavar="SHARE", help="share at its end to read (default: %(default)s)")
+    add("--tp", type=int, default=1, metavar="N", help="devices that share the heads in attention (default: 1)")
+    add("--cp", type=int, metavar="N", help="devices that share the sequence (default: all devices / tp)")
+    add("--block", type=int, default=16, metavar="TOKENS", help="length of a decode block (default: 16)")
+    add("--placement", action="append", metavar="|".join(PLACEMENTS), help="may be repeated (default: all)")
+    add("--kernel", default="auto", metavar="|".join(KERNELS), help="the attention kernel (default: auto)")
+    add(
+        "--prefill-chunk",
+        type=int,
+        default=DEFAULT_CHUNK,
+        metavar="TOKENS",
+        help="prompt tokens per step (default: %(default)s)",
+    )
+    add("--platform", choices=("auto", "cpu", "gpu", "tpu"), default="auto", help="cpu: tp * cp fake devices")
+    add("--json", type=Path, metavar="FILE", help="write the results to a file")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the results")
+
+
+def _add_needle_arguments(parser: argparse.ArgumentParser) -> None:
+    add, default = parser.add_argument, NeedleOptions()
+    add(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="BYTES",
+        help="of contexts (default: 4 that fit)",
+    )
+    add("--depths", type=int, default=default.depths, metavar="N", help="of the passkeys (default: %(default)s)")
+    add("--trials", type=int, default=default.trials, metavar="N", help="per length and depth (default: %(default)s)")
+    add(
+        "--decoded",
+        type=int,
+        default=default.decoded,
+        metavar="TOKENS",
+        help="before asking again (default: 500)",
+    )
+    add("--zero-rank", type=int, metavar="RANK", help="zero what this cp rank has cached of the context")
+    add("--seed", type=int, default=default.seed, help="seed of text and passkeys (default: %(default)s)")
+    add("--rows", type=int, default=default.rows, metavar="N", help="contexts to read at once (default: %(default)s)")
+
+
+def _add_perplexity_arguments(parser: argparse.ArgumentParser) -> None:
+    add, default = parser.add_argument, PerplexityOptions()
+    add("--positions", type=int, nargs="+", default=[], metavar="BYTES", help="(default: powers of 2 from 64)")
+    add("--span", type=int, default=default.span, metavar="BYTES", help="bytes to score (default: %(default)s)")
+    add("--windows", type=int, default=default.windows, metavar="N", help="places in the text (default: %(default)s)")
+
+
+def _evaluate_needles(options: argparse.Namespace, reporter: Reporter) -> list[str]:
+    """Return a line for every placement that differs from one device."""
+    needles = NeedleOptions(
+        lengths=tuple(options.lengths),
+        depths=options.depths,
+        trials=options.trials,
+        decoded=options.decoded,
+        seed=options.seed,
+        rows=options.rows,
+        chunk=options.prefill_chunk,
+        zero_rank=options.zero_rank,
+    )
+    task = _open_task(options, reporter, lambda config: needles.for_model(config.max_positions))
+    with _Bars(reporter) as bars:
+        results = run_needles(
+            task.load, task.plans, task.text, task.options, on_progress=bars.update, on_result=task.write_json
+        )
+    _print(_needles_table(results))
+    if task.figure:
+        plot_needles(task.figure, results, list(task.plans)[1])
+        task.figure.savefig(options.plot, dpi=150)
+    if options.zero_rank is not None:
+        return []
+    return [
+        f"under {name}, {count} of {len(results.needles)} needles are answered differently than on one device"
+        for name, count in results.count_different().items()
+    ]
+
+
+def _evaluate_perplexity(options: argparse.Namespace, reporter: Reporter) -> list[str]:
+    """Return a line for every placement that differs from one device."""
+    perplexity = PerplexityOptions(
+        tuple(options.positions), span=options.span, windows=options.windows, chunk=options.prefill_chunk
+    )
+    task = _open_task(options, reporter, lambda config: perplexity.for_model(config.max_positions))
+    with _Bars(reporter) as bars:
+        results = run_perplexity(
+            task.load, task.plans, task.text, task.options, on_progress=bars.update, on_result=task.write_json
+        )
+    _print(_perplexity_table(results))
+    if task.figure:
+        plot_perplexity(task.figure, results)
+        task.figure.savefig(options.plot, dpi=150)
+    return [
+        f"under {name}, the loss of a byte differs by {gap:.2g} nats from one device"
+        for name, gap in results.different().items()
+    ]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What an evaluation runs on. Everything but the weights has been checked and opened."""
+
+    options: Any
+    text: bytes
+    plans: dict[str, Plan]
+    figure: Any
+    load: Callable[[Plan], Transformer]
+    write_json: Callable[[Any], None]
+
+
+def _open_task(
+    options: argparse.Namespace, reporter: Reporter, fill_in: Callable[[ModelConfig], NeedleOptions | PerplexityOptions]
+) -> _Task:
+    """Check all input, then open the devices. `fill_in` returns the options of the evaluation for a model."""
+    config = read_config(options.model)
+    check_byte_model(config, str(options.model))
+    filled_in = fill_in(config)
+    text = held_out_text(_read_text(options.text), options.held_out, filled_in.max_len)
+    figure = new_figure("--plot", options.plot) if options.plot else None
+    mesh = open_mesh(options.platform, options.tp, options.cp)
+    plans = make_plans(mesh, options.placement or PLACEMENTS, options.block, options.kernel)
+    for plan in plans.values():
+        plan.check_model(config)
+    return _Task(
+        options=filled_in,
+        text=text,
+        plans=plans,
+        figure=figure,
+        load=lambda plan: load(options.model, plan, jnp.float32),
+        write_json=lambda results: write_json(options.json, {"cp": mesh.shape["cp"]} | asdict(results)),
+    )
+
+
+def _read_text(file: Path | None) -> bytes:
+    if file is None and not DEFAULT_TEXT.exists():
+        raise ValueError(f"the default text '{DEFAULT_TEXT}' is only in a checkout of the repository: give --text FILE")
+    return (file or DEFAULT_TEXT).read_bytes()
+
+
+class _Bars:
+    """A progress bar per plan, shown from its first report to its last."""
+
+    def __init__(self, reporter: Reporter):
+        self._reporter = reporter
+        self._open: tuple[Progress, TaskID] | None = None
+
+    def __enter__(self) -> "_Bars":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._close()
+
+    def update(self, name: str, done: int, total: int) -> None:
+        """Show that `done` of `total` parts of the work under the plan `name` are done."""
+        if self._open is None:
+            bar = self._reporter.counting()
+            bar.start()
+            self._open = bar, bar.add_task(name, total=total)
+        bar, task = self._open
+        bar.update(task, completed=done)
+        if done == total:
+            self._close()
+
+    def _close(self) -> None:
+        if self._open:
+            self._open[0].stop()
+            self._open = None
+
+
+def _print(table: Table) -> None:
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _needles_table(results: NeedleResults) -> Table:
+    at = [needle.length for needle in results.needles]
+    lengths = sorted(set(at))
+    table = Table("passkeys found", *(f"{length:,} bytes" for length in lengths), "all")
+    for name, found in results.plans.items():
+        for index in range(results.questions):
+            correct = results.correct(name, index)
+            shares = [correct[[length == one for one in at]].mean() for length in lengths]
+            label = f"  again after {results.options.decoded} tokens" if index else name
+            table.add_row(label, *(f"{share:.1%}" for share in shares), f"{correct.mean():.1%}")
+        if found.bits_per_byte is not None:
+            empty = [""] * (len(lengths) - 1)
+            table.add_row("  bits per byte after it", *empty, f"{found.bits_per_byte:.4f}", "")
+    return table
+
+
+def _perplexity_table(results: PerplexityResults) -> Table:
+    table = Table("bits per byte after", *results.bits_per_byte)
+    for index, position in enumerate(results.options.positions):
+        table.add_row(f"{position:,} bytes", *(f"{bits[index]:.4f}" for bits in results.bits_per_byte.values()))
+    return table
