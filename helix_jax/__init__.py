@@ -1,15 +1,27 @@
-"""Helix parallelism in JAX: decode over a key/value cache that is sharded along the sequence.
+"""Helix parallelism in JAX: decoding over a key/value cache that is sharded along the sequence.
 
-Array names end in the letters of their dimensions, `q_BTNH`; lower case is this rank's share of one (`o_BTnH`):
+    plan = helix_jax.Plan(helix_jax.make_mesh(tp=2, cp=4))
+    [tokens] = helix_jax.generate(helix_jax.load(helix_jax.DEMO_MODEL, plan), [list(b"In the beginning")], plan)
 
-    B rows (sequences)   T new tokens per row in this call   S cached positions   N query heads   K key/value heads
-    G = N / K            H width of a head                   D model width        F feed-forward  V vocabulary
-    L layers             R ranks on cp                       A pages in the pool  W tokens per page  M pages per row
-    E experts            C a few: pages in a pass, experts of a token             X anything else
-    Q, Z width of the latents of queries, of keys and values                      Y = Z + the rotary part, cached
-    I, U width of a head's key that is not rotated, of its value, in latent attention (H = I + the rotary part)
+Names of arrays end in `_` and the letters of their dimensions, such as `q_BTNH`. A lower-case letter is this rank's
+share of a dimension, such as `o_BTnH` under `shard_map`:
 
-A position is global and 0-based, a slot is its place on the rank that owns it. A partial is `(o, lse)`.
+    B  rows (sequences)                       D  model width
+    T  new tokens per row in this call        F  feed-forward width
+    S  cached positions                       V  vocabulary
+    N  query heads                            L  layers
+    K  key/value heads                        R  ranks on cp
+    G  query heads per key/value head, N / K  A  pages in the pool
+    H  head width                             W  tokens per page
+    E  experts                                M  pages per row
+    Q  width of the query latent              C  a few: pages per pass, experts per token
+    Z  width of the key/value latent          X  anything else
+    Y  width of a cached latent: Z and the rotary part
+    I  width of the part of a head's key that is not rotated, in latent attention (H is I and the rotary part)
+    U  width of a head's value, in latent attention
+
+A position is global and 0-based; a slot is its place on the rank that owns it. A partial is `(o, lse)`: softmax
+attention over a subset of the slots, and the logarithm of its denominator.
 """
 
 from helix_jax.attention import Partial, attend, merge
@@ -17,15 +29,17 @@ from helix_jax.cache import CacheSpec, KVCache, Pages, Rows, make_cache
 from helix_jax.checkpoint import DEMO_MODEL, load, save, shard
 from helix_jax.combine import COMBINES, combine
 from helix_jax.config import ModelConfig
-from helix_jax.engine import FinishedEvent, Engine, EngineStats, RequestOutput, TokenEvent, SamplingParams, transfer
-from helix_jax.generation import generate, stream
+from helix_jax.engine import Engine, EngineStats, FinishedEvent, RequestOutput, SamplingParams, TokenEvent, transfer
+from helix_jax.generation import Compiled, Decoded, Prefilled, generate, stream
 from helix_jax.helix import helix_attention
 from helix_jax.layout import PLACEMENTS, BlockLayout
 from helix_jax.mesh import make_mesh
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.sampling import Sampling, make_sampling
-from helix_jax.step import many_steps, step
+from helix_jax.step import DecodeInput, MultiStepOutput, StepOutput, many_steps, step
+from helix_jax.text import Detokenizer, Tokenizer, open_tokenizer
+from helix_jax.validation import MissingPackageError
 
 __version__ = "0.1.0"
 
@@ -35,24 +49,32 @@ __all__ = [
     "PLACEMENTS",
     "BlockLayout",
     "CacheSpec",
-    "FinishedEvent",
+    "Compiled",
+    "DecodeInput",
+    "Decoded",
+    "Detokenizer",
     "Engine",
     "EngineStats",
+    "FinishedEvent",
     "KVCache",
+    "MissingPackageError",
     "ModelConfig",
+    "MultiStepOutput",
     "Pages",
     "Partial",
     "Plan",
+    "Prefilled",
     "RequestOutput",
     "Rows",
-    "TokenEvent",
     "Sampling",
     "SamplingParams",
+    "StepOutput",
+    "TokenEvent",
+    "Tokenizer",
     "Transformer",
     "attend",
     "combine",
     "generate",
-    "transfer",
     "helix_attention",
     "load",
     "make_cache",
@@ -60,8 +82,10 @@ __all__ = [
     "make_sampling",
     "many_steps",
     "merge",
+    "open_tokenizer",
     "save",
     "shard",
     "step",
     "stream",
+    "transfer",
 ]

@@ -1,6 +1,5 @@
-"""A batch of prompts to tokens: prefill in chunks, then one step per token, as a stream of events."""
+"""Generate from a batch of prompts: prefill in chunks, then one step per token, as a stream of events."""
 
-import operator
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -8,34 +7,39 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
-from jax.sharding import NamedSharding
 
 from helix_jax.arrays import put
 from helix_jax.cache import CacheSpec, KVCache, Rows, make_cache, per_row
 from helix_jax.config import ModelConfig
-from helix_jax.mesh import EXPERT_WEIGHTS, ROWS_B, weight_sharding
+from helix_jax.mesh import ROWS_B
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
-from helix_jax.sampling import Sampling, make_sampling
-from helix_jax.step import StepOutput, step
+from helix_jax.sampling import Sampling
+from helix_jax.step import StepOutput, check_model_placement, step
+from helix_jax.validation import check_int, check_token_ids
 
 DEFAULT_PAGE = 64
 DEFAULT_CHUNK = 512
 
-# A row's prompt; None is an idle row, which takes part in nothing.
+# The prompt of a row. None is an idle row, which generates nothing.
 Prompt = Sequence[int] | np.ndarray | None
 
 
 class Compiled(NamedTuple):
-    """The two programs, of a prefill chunk and of a decode step, are ready."""
+    """The programs for a prefill chunk and for a decode step are compiled."""
 
     seconds: float
 
 
 class Prefilled(NamedTuple):
-    """`done` of the `total` positions of the longest prompt are in the cache, after `seconds` for this chunk."""
+    """A prefill chunk is done.
+
+    Attributes:
+        done: Positions of the longest prompt that are in the cache.
+        total: The length of the longest prompt.
+        seconds: The time of this chunk.
+    """
 
     done: int
     total: int
@@ -43,10 +47,12 @@ class Prefilled(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """The next token of each row, and the logits that it was chosen from.
+    """Each row has a new token.
 
-    tokens: None for a row that is idle or has ended. logits_BV: without meaning there; on the device until it is read.
-    seconds: 0 for the first tokens, which come out of the prefill.
+    Attributes:
+        tokens: The token of each row, None for a row that is idle or has ended.
+        logits_BV: The logits that the tokens were chosen from, on the device. Undefined for a row without a token.
+        seconds: The time of the step. 0 for the first tokens, which the prefill computes.
     """
 
     tokens: tuple[int | None, ...]
@@ -56,12 +62,23 @@ class Decoded(NamedTuple):
 
 Event = Compiled | Prefilled | Decoded
 
-# Runs one step and waits for it: on a CPU split into devices, steps that pile up deadlock.
-Run = Callable[[KVCache, Rows, np.ndarray, np.ndarray], StepOutput]
+# Runs one step and waits for it: on a CPU that is split into devices, programs that queue up deadlock.
+RunStep = Callable[[KVCache, Rows, np.ndarray, np.ndarray], StepOutput]
 
 
-def generate(model: Transformer, prompts: Sequence[Prompt], plan: Plan, **options) -> list[list[int]]:
-    """The new tokens of each prompt; options and errors as `stream`."""
+def generate(model: Transformer, prompts: Sequence[Prompt], plan: Plan, **options: Any) -> list[list[int]]:
+    """Return the new tokens of each prompt.
+
+    Args:
+        model: A model of `load` or `shard`.
+        prompts: The token ids of each prompt. None is an idle row.
+        plan: How the mesh decodes: the plan that the model was loaded with.
+        **options: As in `stream`.
+
+    Raises:
+        TypeError: As `stream`.
+        ValueError: As `stream`.
+    """
     tokens: list[list[int]] = [[] for _ in prompts]
     for event in stream(model, prompts, plan, **options):
         if isinstance(event, Decoded):
@@ -81,42 +98,56 @@ def stream(
     sampling: Sampling | None = None,
     stop_token_ids: Sequence[int] | None = None,
 ) -> Iterator[Event]:
-    """Continues every prompt by up to `max_new_tokens` tokens, and tells what happens as it happens.
+    """Generate up to `max_new_tokens` tokens after each prompt, as a stream of events.
 
-    chunk: prompt tokens per prefill step. page: cache slots per page. sampling: greedy if left out. stop_token_ids: a row
-    ends after any of these; the model's own if left out.
+    Args:
+        model: A model of `load` or `shard`.
+        prompts: The token ids of each prompt. None is an idle row.
+        plan: How the mesh decodes: the plan that the model was loaded with.
+        max_new_tokens: The most tokens to generate per row.
+        page: Cache slots per page.
+        chunk: Prompt tokens per prefill step.
+        sampling: The sampling settings of each row, default greedy.
+        stop_token_ids: A row ends after any of these, default those of the model.
+
+    Returns:
+        One `Compiled`, a `Prefilled` per chunk, and a `Decoded` per token.
 
     Raises:
-        ValueError: an empty prompt, a token id outside the vocabulary, more positions than the model has, heads that
-            the mesh does not divide, a number below 1.
+        TypeError: A prompt is not a sequence of token ids, or a number is not an int.
+        ValueError: A prompt is empty or too long for the model, a token id is not in the vocabulary, a number is below
+            1, the mesh does not divide the heads, or the model was not loaded with this plan.
     """
-    check_placed(model, plan)
-    if sampling and len(sampling.seed_B) != len(prompts):
-        raise ValueError(f"sampling is for {len(sampling.seed_B)} rows, but there are {len(prompts)} prompts")
+    check_model_placement(model, plan)
     checked = check_request(model.config, prompts, max_new_tokens=max_new_tokens, chunk=chunk, page=page)
+    if sampling and len(sampling.temperature_B) != len(prompts):
+        rows = len(prompts)
+        raise ValueError(
+            f"sampling has {len(sampling.temperature_B)} rows for {rows} prompts: use make_sampling({rows})"
+        )
     lens = [len(prompt) for prompt in checked]
-    # The last token is said, not cached.
-    room = [n + max_new_tokens - 1 if n else 0 for n in lens]
-    cache, rows = make_cache(plan, CacheSpec.from_config(model.config, model.dtype), lens, room, page=page)
-    sampling = put(sampling or make_sampling(len(prompts)), plan.mesh, ROWS_B)
+    max_lens = [n + max_new_tokens - 1 if n else 0 for n in lens]  # the last token is not cached
+    cache, rows = make_cache(plan, CacheSpec.from_config(model.config, model.dtype), lens, max_lens, page=page)
+    is_greedy = sampling is None or not np.asarray(sampling.temperature_B).any()
+    settings = None if is_greedy else put(sampling, plan.mesh, ROWS_B)
     weights = model.weights()
 
     def run(cache: KVCache, rows: Rows, tokens_BT: np.ndarray, count_B: np.ndarray) -> StepOutput:
         new = per_row(plan, tokens_BT), per_row(plan, count_B)
-        return jax.block_until_ready(step(model.config, plan, weights, cache, rows, *new, sampling))
+        return jax.block_until_ready(step(model.config, plan, weights, cache, rows, *new, settings))
 
-    ends = np.asarray(model.config.eos_token_ids if stop_token_ids is None else stop_token_ids, np.int32)
-    return _events(run, cache, rows, checked, chunk, max_new_tokens, ends)
+    stop_ids = np.asarray(model.config.eos_token_ids if stop_token_ids is None else stop_token_ids, np.int32)
+    return _events(run, cache, rows, checked, chunk, max_new_tokens, stop_ids)
 
 
 def _events(
-    run: Run,
+    run: RunStep,
     cache: KVCache,
     rows: Rows,
     prompts: Sequence[Sequence[int]],
     chunk: int,
     max_new_tokens: int,
-    ends: np.ndarray,
+    stop_ids: np.ndarray,
 ) -> Iterator[Event]:
     lens_B = np.asarray([len(prompt) for prompt in prompts])
     longest = int(lens_B.max())
@@ -125,23 +156,23 @@ def _events(
     for row, prompt in enumerate(prompts):
         tokens_BS[row, : lens_B[row]] = prompt
 
-    began = time.perf_counter()
-    for width in sorted({T, 1}):  # a step of idle rows changes nothing, and compiles
+    start = time.perf_counter()
+    for width in sorted({T, 1}):  # a step over idle rows compiles the program and changes nothing
         cache, rows = run(cache, rows, tokens_BS[:, :width], np.zeros_like(lens_B))[2:]
-    yield Compiled(time.perf_counter() - began)
+    yield Compiled(time.perf_counter() - start)
     out = yield from _prefill(run, cache, rows, tokens_BS, lens_B, T)
-    yield from _decode(run, out, lens_B > 0, max_new_tokens, ends)
+    yield from _decode(run, out, lens_B > 0, max_new_tokens, stop_ids)
 
 
 def _prefill(
-    run: Run, cache: KVCache, rows: Rows, tokens_BS: np.ndarray, lens_B: np.ndarray, T: int
+    run: RunStep, cache: KVCache, rows: Rows, tokens_BS: np.ndarray, lens_B: np.ndarray, T: int
 ) -> Generator[Event, None, StepOutput]:
-    """Fills the cache with the prompts. Returns what a step would have that read the last token of every prompt."""
+    """Prefill the prompts in chunks. Return the output of a step that read the last token of every prompt."""
     longest = int(lens_B.max())
     token_B: Any = np.zeros(len(lens_B), np.int32)
     logits_BV: Any = None
     for first in range(0, longest, T):
-        began = time.perf_counter()
+        start = time.perf_counter()
         count_B = np.clip(lens_B - first, 0, T)
         out = run(cache, rows, tokens_BS[:, first : first + T], count_B)
         cache, rows = out.cache, out.rows
@@ -149,80 +180,55 @@ def _prefill(
         if ended_B.any():
             token_B = np.where(ended_B, out.token_B, token_B)
             logits_BV = out.logits_BV if logits_BV is None else jnp.where(ended_B[:, None], out.logits_BV, logits_BV)
-        yield Prefilled(min(first + T, longest), longest, time.perf_counter() - began)
+        yield Prefilled(min(first + T, longest), longest, time.perf_counter() - start)
     return StepOutput(token_B, logits_BV, cache, rows)
 
 
-def _decode(run: Run, out: StepOutput, live_B: np.ndarray, max_new_tokens: int, ends: np.ndarray) -> Iterator[Event]:
-    """Says the first token, and goes on from it until every row has ended."""
+def _decode(
+    run: RunStep, out: StepOutput, live_B: np.ndarray, max_new_tokens: int, stop_ids: np.ndarray
+) -> Iterator[Event]:
+    """Yield the tokens that the prefill chose, then decode until every row has ended."""
     seconds = 0.0
     for remaining in reversed(range(max_new_tokens)):
         token_B = np.asarray(out.token_B)
-        said = tuple(int(token) if live else None for token, live in zip(token_B, live_B, strict=True))
-        yield Decoded(said, out.logits_BV, seconds)
-        live_B = live_B & ~np.isin(token_B, ends)
+        tokens = tuple(int(token) if live else None for token, live in zip(token_B, live_B, strict=True))
+        yield Decoded(tokens, out.logits_BV, seconds)
+        live_B = live_B & ~np.isin(token_B, stop_ids)
         if not remaining or not live_B.any():
             return
-        began = time.perf_counter()
+        start = time.perf_counter()
         out = run(out.cache, out.rows, token_B[:, None], live_B.astype(np.int32))
-        seconds = time.perf_counter() - began
-
-
-def check_placed(model: Transformer, plan: Plan) -> None:
-    """Raises ValueError if the model's weights do not lie as the plan has them, or the mesh cannot share its heads."""
-    placed = model.embed_VD[...].sharding
-    if not isinstance(placed, NamedSharding) or placed.mesh != plan.mesh:
-        raise ValueError("the model's weights lie on another mesh than the plan's: use load or shard with plan.mesh")
-    plan.check_model(model.config)
-    _check_experts(model, plan)
-
-
-def _check_experts(model: Transformer, plan: Plan) -> None:
-    """Experts that lie otherwise than the plan has them would be moved in every step."""
-    for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        name = str(path[-1])
-        if name in EXPERT_WEIGHTS[plan.experts]:
-            lies, wanted = parameter[...].sharding, weight_sharding(plan.mesh, name, plan.experts)
-            if not lies.is_equivalent_to(wanted, parameter.ndim):
-                raise ValueError(f"the model's experts are not spread as the plan's '{plan.experts}': load them so")
+        seconds = time.perf_counter() - start
 
 
 def check_request(
     config: ModelConfig, prompts: Sequence[Prompt], *, max_new_tokens: int, chunk: int, page: int
 ) -> list[list[int]]:
-    """The prompts as lists of ids, an idle row as an empty one: all that can be refused before a weight is loaded.
+    """Check everything about a request that can be checked before weights are loaded.
+
+    Returns:
+        The prompts as lists of ids. An idle row is an empty list.
 
     Raises:
-        ValueError: as `stream`, of the request itself.
+        TypeError: A prompt is not a sequence of token ids, or a number is not an int.
+        ValueError: A prompt is empty or too long for the model, a token id is not in the vocabulary, or a number is
+            below 1.
     """
-    for name, value in (("max_new_tokens", max_new_tokens), ("prefill chunk", chunk), ("page", page)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}: give at least 1")
+    for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk), ("page", page)):
+        check_int(name, value, least=1)
     if all(prompt is None for prompt in prompts):
-        raise ValueError("no prompts: give at least one")
-    return [_check_prompt(config, row, prompt, max_new_tokens) for row, prompt in enumerate(prompts)]
+        raise ValueError("there are no prompts: give at least one")
+    return [
+        [] if prompt is None else _check_prompt(config, f"prompt {row}", prompt, max_new_tokens)
+        for row, prompt in enumerate(prompts)
+    ]
 
 
-def _check_prompt(config: ModelConfig, row: int, prompt: Prompt, max_new_tokens: int) -> list[int]:
-    if prompt is None:
-        return []
-    if not isinstance(prompt, Sequence | np.ndarray):
-        raise ValueError(f"prompt {row} is {prompt!r}: give a list of prompts, each a sequence of token ids")
-    if len(prompt) == 0:
-        raise ValueError(f"prompt {row} is empty: give at least one token")
-    try:
-        ids = [operator.index(token) for token in prompt]
-    except TypeError:
-        raise ValueError(f"prompt {row} is not a sequence of token ids: give whole numbers") from None
-    outside = [token for token in ids if not 0 <= token < config.vocab]
-    if outside:
-        raise ValueError(
-            f"prompt {row}: token id {outside[0]} is outside of the vocabulary of {config.vocab}: "
-            f"give ids from 0 to {config.vocab - 1}"
-        )
+def _check_prompt(config: ModelConfig, name: str, prompt: Sequence[int] | np.ndarray, max_new_tokens: int) -> list[int]:
+    ids = check_token_ids(name, prompt, config.vocab)
     if len(ids) + max_new_tokens > config.max_positions:
         raise ValueError(
-            f"prompt {row}: {len(ids)} tokens and {max_new_tokens} new ones exceed the model's "
-            f"{config.max_positions} positions: shorten the prompt or ask for fewer"
+            f"{name}: {len(ids)} tokens and {max_new_tokens} new ones exceed the model's {config.max_positions} "
+            f"positions: shorten the prompt or reduce max_new_tokens"
         )
     return ids

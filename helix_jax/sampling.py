@@ -1,28 +1,39 @@
-"""From logits to tokens, each row by its own rules."""
+"""Sampling: from logits to tokens, each row with its own settings."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt32
 
-MAX_LOGPROBS = 20  # of the likeliest tokens, that can be told with each
+from helix_jax.validation import check_int, check_number
+
+MAX_LOGPROBS = 20  # of the most probable tokens, that can be reported per token
+_SEEDS = 2**64
+_LARGEST = 1e30  # a setting must be finite in float32
 
 
 class Sampling(NamedTuple):
-    """How each row chooses. Traced: one compiled step serves every choice.
+    """The sampling settings of each row of a batch.
 
-    temperature_B: 0 is greedy. top_k_B: only the k likeliest tokens (0: all). top_p_B: only the fewest of the likeliest
-    whose probability reaches p (1: all). min_p_B: only tokens at least so probable as this share of the likeliest (0:
-    all). seed_B: with the position it is all that the draw depends on.
+    They are arrays, so that one compiled step serves all settings.
+
+    Attributes:
+        temperature_B: Divides the logits. 0 is greedy.
+        top_k_B: Only the k most probable tokens are kept. 0 keeps all.
+        top_p_B: Only the smallest set of most probable tokens with total probability at least p is kept. 1 keeps all.
+        min_p_B: Only tokens with at least this fraction of the largest probability are kept. 0 keeps all.
+        seed_B2: The seed, as its high and its low 32 bits. A draw depends on the seed and the position, and on nothing
+            else besides the logits and the settings of the row.
     """
 
     temperature_B: Float[Array, "B"]
     top_k_B: Int[Array, "B"]
     top_p_B: Float[Array, "B"]
     min_p_B: Float[Array, "B"]
-    seed_B: Int[Array, "B"]
+    seed_B2: UInt32[Array, "B 2"]
 
 
 def make_sampling(
@@ -33,77 +44,136 @@ def make_sampling(
     seed: int = 0,
     min_p: int | float = 0.0,
 ) -> Sampling:
-    """The same rules for every row, except that row b draws with `seed + b`.
+    """Create sampling settings that are the same for every row, except that row b draws with the seed `seed + b`.
+
+    Args:
+        rows: The number of rows.
+        temperature: Divides the logits. 0 is greedy.
+        top_k: Keep only the k most probable tokens. 0 keeps all.
+        top_p: Keep only the smallest set of most probable tokens with total probability at least p. 1 keeps all.
+        seed: The seed of the first row, from 0 to 2^64 - 1.
+        min_p: Keep only tokens with at least this fraction of the largest probability. 0 keeps all.
 
     Raises:
-        ValueError: a negative temperature or top_k, a top_p outside of (0, 1] or a min_p outside of [0, 1].
+        TypeError: A setting is not a number, or `top_k` or `seed` is not an int.
+        ValueError: A setting is out of range. The message names the range.
     """
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}: give 0 (greedy) or a positive number")
-    if top_k < 0:
-        raise ValueError(f"top_k is {top_k}: give 0 (all tokens) or more")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}: give a probability above 0, at most 1")
-    if not 0 <= min_p <= 1:
-        raise ValueError(f"min_p is {min_p}: give a share from 0 to 1")
+    check_sampling(temperature, top_k, top_p, min_p)
+    check_seed(seed)
+    seed_B = [(seed + row) % _SEEDS for row in range(rows)]
+    words_B2 = np.asarray([divmod(seed, 2**32) for seed in seed_B], np.uint32).reshape(rows, 2)
     return Sampling(
         jnp.full(rows, temperature, jnp.float32),
         jnp.full(rows, min(top_k, 2**31 - 1), jnp.int32),
         jnp.full(rows, top_p, jnp.float32),
         jnp.full(rows, min_p, jnp.float32),
-        jnp.arange(rows, dtype=jnp.uint32) + jnp.uint32(seed % 2**32),
+        jnp.asarray(words_B2),
     )
 
 
-def sample(logits_BV: Float[Array, "B V"], sampling: Sampling, position_B: Int[Array, "B"]) -> Int[Array, "B"]:
-    """The token at `position_B` of each row: a function of its logits, rules and position, not of mesh or batch."""
-    greedy_B = jnp.argmax(logits_BV, -1)
+def check_sampling(temperature: int | float, top_k: int, top_p: int | float, min_p: int | float) -> None:
+    """Check the sampling settings of a row.
+
+    Raises:
+        TypeError: A setting is not a number, or `top_k` is not an int.
+        ValueError: A setting is out of range. The message names the range.
+    """
+    for name, value in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p)):
+        check_number(name, value)
+    check_int("top_k", top_k)
+    if not 0 <= temperature < _LARGEST:
+        raise ValueError(f"temperature is {temperature}: give 0 (greedy) or a positive number")
+    if top_k < 0:
+        raise ValueError(f"top_k is {top_k}: give 0 (all tokens) or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}: give a probability above 0 and at most 1")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p is {min_p}: give a number from 0 to 1")
+
+
+def check_seed(seed: int) -> None:
+    """Check a seed.
+
+    Raises:
+        TypeError: It is not an int.
+        ValueError: It is not between 0 and 2^64 - 1.
+    """
+    check_int("seed", seed)
+    if not 0 <= seed < _SEEDS:
+        raise ValueError(f"seed is {seed}: give a whole number from 0 to 2^64 - 1")
+
+
+def sample(logits_BV: Float[Array, "B V"], sampling: Sampling | None, position_B: Int[Array, "B"]) -> Int[Array, "B"]:
+    """Choose the token of each row at its position.
+
+    The token depends on the row's logits, settings and position, not on the mesh or on other rows.
+
+    Args:
+        logits_BV: The logits of each row.
+        sampling: The settings. None is greedy for all rows, without the sampler in the compiled program.
+        position_B: The position of the token that is chosen.
+    """
+    greedy_B = jnp.argmax(logits_BV, -1).astype(jnp.int32)
+    if sampling is None:
+        return greedy_B
 
     def draw() -> Array:
-        drawn_B = jax.vmap(_draw)(logits_BV, sampling, position_B)
+        drawn_B = jax.vmap(_draw)(logits_BV, sampling, position_B).astype(jnp.int32)
         return jnp.where(sampling.temperature_B > 0, drawn_B, greedy_B)
 
-    # A sort of the vocabulary per token is dear: skipped at run time when every row is greedy.
-    return lax.cond((sampling.temperature_B > 0).any(), draw, lambda: greedy_B).astype(jnp.int32)
+    # Sorting the vocabulary for each token is expensive. It is skipped at run time when every row is greedy.
+    return lax.cond((sampling.temperature_B > 0).any(), draw, lambda: greedy_B)
 
 
 def _draw(logits_V: Array, row: Sampling, position: Array) -> Array:
-    key = jax.random.fold_in(jax.random.key(row.seed_B), position)
-    # From the largest on, so that a low temperature makes none infinite.
+    # Below 2^32 this is the key that jax.random.key makes of a seed; above, that would drop the high word.
+    key = jax.random.fold_in(jax.random.wrap_key_data(row.seed_B2, impl="threefry2x32"), position)
+    # Relative to the largest, so that a low temperature does not make any of them infinite.
     scaled_V = (logits_V - logits_V.max()) / jnp.where(row.temperature_B > 0, row.temperature_B, 1)
-    kept_V = _keep(scaled_V, row.top_k_B, row.top_p_B) & _likely(scaled_V, row.min_p_B)
+    kept_V = _in_top_k_and_p(scaled_V, row.top_k_B, row.top_p_B) & _above_min_p(scaled_V, row.min_p_B)
     return jax.random.categorical(key, jnp.where(kept_V, scaled_V, -jnp.inf))
 
 
-def _likely(logits_V: Array, min_p: Array) -> Array:
-    """p >= min_p * the largest p, in logarithms; the likeliest is one of them, min_p 0 leaves all."""
+def _above_min_p(logits_V: Array, min_p: Array) -> Array:
+    """Return which tokens satisfy p >= min_p * max(p), computed in logarithms. The most probable one always does."""
     return (min_p <= 0) | (logits_V - logits_V.max() >= jnp.log(min_p))
 
 
-def _keep(logits_V: Array, top_k: Array, top_p: Array) -> Array:
-    """Which tokens both filters leave, top-p among what top-k left. The likeliest always stays; ties go by index."""
+def _in_top_k_and_p(logits_V: Array, top_k: Array, top_p: Array) -> Array:
+    """Return which tokens both filters keep, top-p among those that top-k keeps.
+
+    The most probable token is always kept. Ties are ordered by token id.
+    """
     order_V = jnp.argsort(-logits_V, stable=True)
     rank_V = jnp.arange(logits_V.size)
     in_k_V = (top_k == 0) | (rank_V < top_k)
     p_V = jax.nn.softmax(jnp.where(in_k_V, logits_V[order_V], -jnp.inf))
     before_V = jnp.cumsum(p_V) - p_V
-    # top_p 1 keeps all by name: rounding may bring the sum of what stands before to 1.
+    # top_p 1 is a case of its own, because the sum of the preceding probabilities may be rounded to 1.
     in_p_V = (top_p >= 1) | (before_V < top_p) | (rank_V == 0)
     return jnp.zeros(logits_V.size, bool).at[order_V].set(in_k_V & in_p_V)
 
 
-def apply_repetition_penalty(logits_BV: Float[Array, "B V"], seen_BV: Bool[Array, "B V"], penalty_B: Float[Array, "B"]) -> Array:
-    """Logits of tokens that were there already, divided by the penalty, or multiplied where they are negative.
+def apply_repetition_penalty(
+    logits_BV: Float[Array, "B V"], seen_BV: Bool[Array, "B V"], penalty_B: Float[Array, "B"]
+) -> Float[Array, "B V"]:
+    """Return logits in which tokens that occurred before are less probable.
 
-    Source: arXiv 1909.05858, section 4.1; for negative ones as transformers does it.
+    Args:
+        logits_BV: The logits of each row.
+        seen_BV: Which tokens the prompt or the output of the row contains.
+        penalty_B: Positive logits of these tokens are divided by it, negative ones multiplied. 1 changes nothing.
+
+    Source:
+        arXiv 1909.05858, section 4.1; for negative logits, transformers.
     """
     penalty_B1 = penalty_B[:, None]
-    less_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
-    return jnp.where(seen_BV & (penalty_B1 != 1), less_BV, logits_BV)
+    penalised_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+    return jnp.where(seen_BV & (penalty_B1 != 1), penalised_BV, logits_BV)
 
 
 class Logprobs(NamedTuple):
-    """Log-probabilities of the tokens that were chosen, and of the likeliest C, most likely first."""
+    """Log-probabilities of the chosen token of each row, and of its C most probable tokens in descending order."""
 
     chosen_B: Float[Array, "B"]
     top_BC: Float[Array, "B C"]
@@ -111,7 +181,10 @@ class Logprobs(NamedTuple):
 
 
 def compute_logprobs(logits_BV: Float[Array, "B V"], token_B: Int[Array, "B"]) -> Logprobs:
-    """Before temperature, penalties and filters."""
+    """Return the log-probabilities of `token_B` and of the most probable tokens.
+
+    They are those of the model: before temperature, penalties and filters.
+    """
     logprobs_BV = jax.nn.log_softmax(logits_BV)
     chosen_B = jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=1)[:, 0]
     top_BC, ids_BC = lax.top_k(logprobs_BV, min(MAX_LOGPROBS, logits_BV.shape[1]))
