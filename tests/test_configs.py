@@ -95,7 +95,7 @@ def weights_by_arithmetic(config: ModelConfig, tp: int, flat: int) -> int:
 
 
 # Others of the same family stand for these.
-SLOW = {name: pytest.mark.slow for name in ("llama-3.1-70b", "gpt-oss-120b", "deepseek-r1")}
+SLOW = dict.fromkeys(("llama-3.1-70b", "gpt-oss-120b", "deepseek-r1"), pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in MODELS])
