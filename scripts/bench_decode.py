@@ -36,11 +36,10 @@ from helix_jax.config import ModelConfig
 from helix_jax.generation import DEFAULT_PAGE
 from helix_jax.kernels import KERNELS
 from helix_jax.layout import PLACEMENTS
-from helix_jax.mesh import REPLICATED, ROWS_B, TP, make_mesh, sharding
+from helix_jax.mesh import REPLICATED, TP, make_mesh, sharding
 from helix_jax.models.transformer import Weights
 from helix_jax.plan import Plan
-from helix_jax.sampling import make_sampling
-from helix_jax.step import MultiStepOutput, StepOutput, many_steps, step
+from helix_jax.step import DecodeInput, MultiStepOutput, StepOutput, many_steps, step
 
 WARM_UP = 2
 LEAST_CALLS = 3  # of many tokens, for a median
@@ -195,12 +194,11 @@ def programs(job: Job, plan: Plan, weights: Weights) -> tuple[Program, Program]:
     """A step, and a call of many that nothing ends."""
     rows, where = job.options.rows, sharding(plan.mesh, REPLICATED)
     token_B = np.arange(rows) % job.config.vocab
-    sampling = jax.device_put(make_sampling(rows), sharding(plan.mesh, ROWS_B))
-    new = {"tokens_BT": per_row(plan, token_B[:, None]), "count_B": per_row(plan, np.ones(rows)), "sampling": sampling}
-    first = {"token_B": per_row(plan, token_B), "limit_B": per_row(plan, [2**31 - 1] * rows), "sampling": sampling}
-    first["stop_token_ids"] = jax.device_put(np.zeros(0, np.int32), where)
+    new = {"tokens_BT": per_row(plan, token_B[:, None]), "count_B": per_row(plan, np.ones(rows)), "sampling": None}
+    no_stop_ids = jax.device_put(np.zeros(0, np.int32), where)
+    inputs = DecodeInput(per_row(plan, token_B), per_row(plan, [2**31 - 1] * rows), no_stop_ids)
     given = (job.config, plan, job.options.tokens_per_call, weights)
-    return partial(step, job.config, plan, weights, **new), partial(many_steps, *given, **first)
+    return partial(step, job.config, plan, weights, **new), partial(many_steps, *given, inputs=inputs, sampling=None)
 
 
 def compile_ahead(program: Any, cache: KVCache, rows: Rows) -> tuple[float, int | None]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from helix_jax.training.data import Corpus, check_corpus, slice_sequences, held_out_windows, open_corpus, training_sequences
 from helix_jax.training.passkeys import NAMES, fact, haystack, new_key, insert_passkeys, question
-from helix_jax.text import Bytes
+from helix_jax.text import ByteTokenizer
 
 
 class Words:
@@ -29,11 +29,11 @@ def corpus_of(length: int, starts=(0,), held_out: int = 0) -> Corpus:
 
 def test_text_of_bytes_is_mapped_and_cut_at_the_separator(tmp_path: Path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
-    corpus = open_corpus([tmp_path / "a.txt"], Bytes(), 256, 0.25, "\n\n")
+    corpus = open_corpus([tmp_path / "a.txt"], ByteTokenizer(), 256, 0.25, "\n\n")
     assert isinstance(corpus.tokens_X, np.memmap)
     assert corpus.starts.tolist() == [0, 5, 10]
     assert (len(corpus.tokens_X), corpus.held_out, corpus.bytes_per_token) == (15, 12, 1.0)
-    assert not open_corpus([tmp_path / "a.txt"], Bytes(), 256, 0.0).documents
+    assert not open_corpus([tmp_path / "a.txt"], ByteTokenizer(), 256, 0.0).documents
 
 
 def test_files_are_documents_and_tokens_come_from_any_tokenizer(tmp_path: Path):
@@ -74,12 +74,12 @@ def test_files_that_cannot_be_trained_on_are_refused(tmp_path: Path, content, op
     else:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
-        open_corpus([file], **{"tokenizer": Bytes(), "vocab": 256, "held_out": 0.0} | options)
+        open_corpus([file], **{"tokenizer": ByteTokenizer(), "vocab": 256, "held_out": 0.0} | options)
 
 
 def test_no_files_and_too_little_text_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="there are no files to train on"):
-        open_corpus([], Bytes(), 256, 0.0)
+        open_corpus([], ByteTokenizer(), 256, 0.0)
     check_corpus(corpus_of(20, held_out=3), 16)
     message = "the text has 20 tokens, of which 4 are held out: too few for one sequence of 16"
     with pytest.raises(ValueError, match=message):

@@ -13,7 +13,7 @@ from helix_jax.generation import Decoded, generate, stream
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import make_mesh
 from helix_jax.plan import Plan
-from helix_jax.text import Bytes
+from helix_jax.text import ByteTokenizer
 from helix_jax.training import LOG2_E, TrainConfig, Training, deal, evaluate
 from tests.conftest import ROOT
 from tests.reference import naive_logits, plan_of
@@ -57,7 +57,7 @@ def test_the_shipped_model_is_small_and_its_log_meets_the_bar():
 def test_the_shipped_weights_predict_the_held_out_text(share: float, context: int):
     """In float32, from the file that ships: the whole held-out text in the long tier, the end of it in the fast one."""
     held_out = 0.05 * share
-    corpus = open_corpus([ROOT / "scripts" / "data" / "kjv.txt"], Bytes(), 256, held_out)
+    corpus = open_corpus([ROOT / "scripts" / "data" / "kjv.txt"], ByteTokenizer(), 256, held_out)
     starts, counted = held_out_windows(corpus, context)
     model = load(DEMO, plan_of(), jnp.float32)
     config = TrainConfig(steps=200, batch=1, context=context)

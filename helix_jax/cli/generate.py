@@ -144,9 +144,9 @@ def _decode(job: Job, model: Transformer, reporter: Reporter, *, quiet: bool) ->
                 bar.stop()
                 decode_s += event.seconds
                 tokens.append(event.tokens[0])
-                _write(text.feed(event.tokens[0]) if text else "")
+                _write(text.append(event.tokens[0]) if text else "")
     if text:
-        _write(text.rest() + "\n")
+        _write(text.flush() + "\n")
     elif not quiet:  # no tokenizer: the ids are all that there is to show
         _write(json.dumps(tokens) + "\n")
     return Run(tokens, compile_s, prefill_s, decode_s / (len(tokens) - 1) if len(tokens) > 1 else None)

@@ -1,4 +1,4 @@
-"""Text as a long row of tokens, and the sequences that a step of training takes from it: a function of its number."""
+"""Turns text and token files into one row of tokens, and cuts the sequences of each training step from it."""
 
 import mmap
 from collections.abc import Iterator, Sequence
@@ -9,13 +9,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from helix_jax.text import Bytes, Tokenizer
+from helix_jax.text import ByteTokenizer, Tokenizer
+from helix_jax.validation import check_in_vocabulary
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """tokens_X: of all files; mapped into memory, not read, where that can be. starts: of the documents in it, the
-    first is 0. held_out: from this token on nothing is trained on. bytes_per_token: of text; None of tokens.
+    """The tokens of all files, one after the other.
+
+    Args:
+        tokens_X: The tokens. They are memory-mapped where possible.
+        starts: Where documents start. The first is 0.
+        held_out: The first token that is not trained on.
+        bytes_per_token: The average for text files, None for token files.
     """
 
     tokens_X: np.ndarray
@@ -24,14 +30,16 @@ class Corpus:
     bytes_per_token: float | None
 
     @property
-    def documents(self) -> bool:
-        """Whether there is more than one."""
+    def has_documents(self) -> bool:
+        """Whether there are several documents."""
         return len(self.starts) > 1
 
 
 class Sequences(NamedTuple):
-    """Some of a corpus, each of S tokens and the one that follows. first: where the document of a token starts, in the
-    sequence. counted: whether the token that follows is of the same document, and so to be learned.
+    """Sequences of S tokens and the one that follows.
+
+    tokens_BS has shape [B, S + 1]. document_start_BS is the index in the sequence at which the document of a token
+    starts. loss_mask_BS tells whether the token that follows belongs to the same document, and counts in the loss.
     """
 
     tokens_BS: np.ndarray  # [B, S + 1]
@@ -47,23 +55,30 @@ def open_corpus(
     separator: str | None = None,
     end_id: int | None = None,
 ) -> Corpus:
-    """Of text files, or of token files (.npy, one row of whole numbers): each at least one document.
+    """Open text files, or token files (.npy, one row of integers). Each contains at least one document.
 
-    separator, end_id: what ends a document within a file, of text and of tokens; it is part of the document. One file
-    of tokens, or of text whose tokens are bytes, is mapped; anything else is held in memory.
+    A single file of tokens, or of text whose tokens are bytes, is memory-mapped; otherwise the tokens are in memory.
+
+    Args:
+        files: The files, in order.
+        tokenizer: Encodes text files.
+        vocab: The size of the model's vocabulary.
+        held_out: The fraction of the tokens, at their end, that is not trained on.
+        separator: The text that ends a document within a text file. It belongs to the document.
+        end_id: The token that ends a document within a token file. It belongs to the document.
 
     Raises:
-        ValueError: no files, an empty one, one that is not what its name says, an id outside of the vocabulary.
-        OSError: a file that cannot be read.
+        ValueError: There are no files, one is empty or not what its suffix says, or a token is outside the vocabulary.
+        OSError: A file cannot be read.
     """
     if not files:
-        raise ValueError("there are no files to train on: name some under [data] files")
+        raise ValueError("there are no files to train on: name some in files of [data]")
     parts, starts, length = [], [], 0
     for file in files:
         tokens_X, inside = _tokens(file, end_id) if file.suffix == ".npy" else _text(file, tokenizer, separator)
         if not len(tokens_X):
             raise ValueError(f"'{file}' is empty: leave it out")
-        _check_ids(file, tokens_X, vocab)
+        check_in_vocabulary(f"'{file}'", (int(tokens_X.min()), int(tokens_X.max())), vocab)
         starts += [length, *(length + start for start in inside if start < len(tokens_X))]
         parts.append(tokens_X)
         length += len(tokens_X)
@@ -77,18 +92,18 @@ def _tokens(file: Path, end_id: int | None) -> tuple[np.ndarray, list[int]]:
     try:
         tokens_X = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"'{file}' is not a file of numpy ({error}): write it with numpy.save") from None
+        raise ValueError(f"'{file}' is not a NumPy file ({error}): write it with numpy.save") from None
     if not isinstance(tokens_X, np.ndarray):
-        raise ValueError(f"'{file}' holds several arrays: write one row of tokens with numpy.save")
+        raise ValueError(f"'{file}' contains several arrays: write one row of tokens with numpy.save")
     if tokens_X.ndim != 1 or not np.issubdtype(tokens_X.dtype, np.integer):
-        raise ValueError(f"'{file}' holds {tokens_X.dtype} of shape {tokens_X.shape}: give one row of whole numbers")
+        raise ValueError(f"'{file}' contains {tokens_X.dtype} of shape {tokens_X.shape}: give one row of integers")
     return tokens_X, [] if end_id is None else (np.flatnonzero(tokens_X == end_id) + 1).tolist()
 
 
 def _text(file: Path, tokenizer: Tokenizer | None, separator: str | None) -> tuple[np.ndarray, list[int]]:
     if tokenizer is None or separator == "":
         raise ValueError(f"'{file}' is text: give a tokenizer for it, and a separator that is not empty, or none")
-    if isinstance(tokenizer, Bytes):
+    if isinstance(tokenizer, ByteTokenizer):
         if not file.stat().st_size:
             return np.zeros(0, np.uint8), []
         text_X = np.memmap(file, np.uint8, "r")
@@ -112,41 +127,40 @@ def _ends(text: mmap.mmap, separator: bytes) -> Iterator[int]:
         at = text.find(separator, at + len(separator))
 
 
-def _check_ids(file: Path, tokens_X: np.ndarray, vocab: int) -> None:
-    most, least = int(tokens_X.max()), int(tokens_X.min())
-    if least < 0 or most >= vocab:
-        raise ValueError(
-            f"'{file}': token {most if most >= vocab else least} is outside of the model's vocabulary of {vocab}: "
-            f"give the model's own tokenizer, or a larger vocab"
-        )
-
-
 def training_sequences(corpus: Corpus, context: int, batch: int, seed: int, step: int) -> Sequences:
-    """What a step trains on. An epoch's windows lie side by side; each has another order, and is slice_sequences elsewhere."""
+    """Return the sequences of a step.
+
+    The windows of an epoch lie side by side. Every epoch orders them differently, and offsets them differently.
+    """
     starts = [_start(corpus.held_out, context, seed, index) for index in range(step * batch, (step + 1) * batch)]
     return slice_sequences(corpus, np.asarray(starts), context)
 
 
 def check_corpus(corpus: Corpus, context: int) -> None:
-    """Raises ValueError if there is not one sequence to train on."""
+    """Check that there is at least one sequence to train on.
+
+    Raises:
+        ValueError: There is none.
+    """
     if corpus.held_out <= context:
-        held = len(corpus.tokens_X) - corpus.held_out
+        held_out = len(corpus.tokens_X) - corpus.held_out
         raise ValueError(
-            f"the text has {len(corpus.tokens_X)} tokens, of which {held} are held out: too few for one sequence of "
-            f"{context} and the token after it: give more text, or less context"
+            f"{len(corpus.tokens_X)} tokens, {held_out} of them held out, are too few for one sequence of {context} and "
+            f"the token after it: give more text, or less context"
         )
 
 
 def slice_sequences(corpus: Corpus, start_B: np.ndarray, context: int) -> Sequences:
-    """The sequences that start there."""
+    """Return the sequences that start at `start_B`."""
     at_BS = start_B[:, None] + np.arange(context + 1)
     document_BS = np.searchsorted(corpus.starts, at_BS, side="right") - 1
     document_start_BS = np.maximum(corpus.starts[document_BS[:, :-1]] - start_B[:, None], 0)
-    return Sequences(corpus.tokens_X[at_BS].astype(np.int32), document_start_BS, document_BS[:, 1:] == document_BS[:, :-1])
+    loss_mask_BS = document_BS[:, 1:] == document_BS[:, :-1]
+    return Sequences(corpus.tokens_X[at_BS].astype(np.int32), document_start_BS, loss_mask_BS)
 
 
 def _start(length: int, context: int, seed: int, index: int) -> int:
-    count = max(1, (length - 1) // context - 1)  # the last one is the room for cutting elsewhere
+    count = max(1, (length - 1) // context - 1)  # the last window is left for the offset
     room = length - 1 - count * context
     order, offset = _epoch(seed, index // count, count, room)
     return int(order[index % count]) * context + offset
@@ -159,9 +173,10 @@ def _epoch(seed: int, epoch: int, count: int, room: int) -> tuple[np.ndarray, in
 
 
 def held_out_windows(corpus: Corpus, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the windows start that together predict every held-out token once, each after at least half a context.
+    """Return windows that together predict every held-out token once, each after at least half a context.
 
-    Returns the starts [n], and which of the `context` predictions of each count [n, context].
+    Returns:
+        The starts [n], and which of the `context` predictions of each count [n, context].
     """
     first, half, length = corpus.held_out, context // 2, len(corpus.tokens_X)
     ends = np.minimum(np.arange(first + half, length + half, half), length)
