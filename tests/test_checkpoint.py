@@ -142,7 +142,7 @@ def change_config(**changes):
         (change_config(quantization_config={"bits": 4}), "quantization_config .* is not supported"),
         (change_config(num_attention_heads="8", head_dim=None), "num_attention_heads is '8': give a whole number"),
         (change_config(num_attention_heads=0, head_dim=None), "num_attention_heads is 0: give a whole number"),
-        (change_config(eos_token_id=61), "stop id 61 is outside of the vocabulary of 61"),
+        (change_config(eos_token_id=61), "token id 61 is outside the vocabulary of 61"),
         (change_config(eos_token_id="</s>"), "eos_token_id is '</s>': give a token id"),
         (change_config(model_type=["llama"]), "unknown model_type"),
         (change_tensors(model__norm__weight=np.ones(32, np.int8)), "'model.norm.weight' is of type I8: quantised"),
@@ -202,7 +202,7 @@ def test_a_type_that_numpy_has_not_is_named_where_it_is_needed(folder: Path):
 
 
 def test_a_config_says_which_key_is_unknown_missing_or_of_another_type():
-    with pytest.raises(ValueError, match="run.toml: unknown key 'depth': known are activation, embed_scale"):
+    with pytest.raises(ValueError, match="run.toml: unknown key 'depth': choose one of activation, embed_scale"):
         parse_dataclass(ModelConfig, {"depth": 3}, "run.toml")
     with pytest.raises(ValueError, match="run.toml: 'ff_width' is missing: add it"):
         parse_dataclass(ModelConfig, {"layers": 3}, "run.toml")

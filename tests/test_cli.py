@@ -80,9 +80,9 @@ def test_layout_prints_a_table_and_draws_a_plot(capsys, tmp_path: Path):
 def test_layout_bad_input_is_one_line_and_exit_2(capsys):
     good = {"--prompt": "4", "--decode": "4", "--block": "4", "--cp": "4"}
     for change, message in [
-        ({"--placement": "spiral"}, f"unknown placement 'spiral': choose one of {', '.join(PLACEMENTS)}"),
+        ({"--placement": "spiral"}, f"placement is 'spiral': choose one of {', '.join(PLACEMENTS)}"),
         ({"--prompt": "-1"}, "--prompt is -1: give 0 tokens or more"),
-        ({"--cp": "0"}, "cp is 0: give at least 1 rank"),
+        ({"--cp": "0"}, "cp is 0: give at least 1"),
         ({"--block": "0"}, "block is 0"),
         ({"--plot": "/nowhere/x.png"}, "/nowhere/x.png"),
         ({"--plot": "/tmp/x.nonsense"}, "nonsense"),
@@ -183,7 +183,7 @@ def test_bad_prompts_are_one_line_and_exit_2(tmp_path: Path):
     bad(["--prompt-file", tmp_path / "latin.txt"], "is not valid UTF-8")
     bad(["--prompt-ids", tmp_path / "words.json"], "is not a list of token ids: give one like [1, 2, 3]")
     bad(["--prompt-ids", tmp_path / "empty.txt"], "is not JSON")
-    bad(["--prompt-ids", tmp_path / "outside.json", "--cp", 8], "token id 300 is outside of the vocabulary of 256")
+    bad(["--prompt-ids", tmp_path / "outside.json", "--cp", 8], "token id 300 is outside the vocabulary of 256")
     bad(["--prompt", ""], "--prompt is empty")
     bad(["--prompt", "x" * 8100, "--cp", 8], "8100 tokens and 128 new ones exceed the model's 8192 positions")
     bad(["--prompt-file", tmp_path], "cannot be read: Is a directory")
@@ -192,9 +192,9 @@ def test_bad_prompts_are_one_line_and_exit_2(tmp_path: Path):
 
 def test_bad_settings_are_one_line_and_exit_2(tmp_path: Path):
     prompt = ("--prompt", "And", "--cp", 4)
-    bad([*prompt, "--placement", "spiral"], "unknown placement 'spiral': choose one of helix, striped, last_rank")
-    bad([*prompt, "--combine", "ring"], "unknown combine 'ring'")
-    bad([*prompt, "--kernel", "triton"], "unknown kernel 'triton': choose one of auto, xla, mosaic_gpu")
+    bad([*prompt, "--placement", "spiral"], "placement is 'spiral': choose one of helix, striped, last_rank")
+    bad([*prompt, "--combine", "ring"], "combine is 'ring'")
+    bad([*prompt, "--kernel", "triton"], "kernel is 'triton': choose one of auto, xla, mosaic_gpu")
     needs = "runs on Hopper GPUs, and this is a CPU" if jax.__version_info__ >= (0, 11) else "needs JAX 0.11 or later"
     bad([*prompt, "--kernel", "mosaic_gpu"], needs)
     bad([*prompt, "--experts", "tp"], "unknown experts 'tp': choose one of flat, cp")

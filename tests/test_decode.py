@@ -144,7 +144,7 @@ def test_bfloat16_says_what_float32_would_or_nearly(prompts):
     ("prompts", "options", "message"),
     [
         ([[]], {}, "prompt 0 is empty: give at least one token"),
-        ([[1], [2, 61]], {}, "prompt 1: token id 61 is outside of the vocabulary of 61: give ids from 0 to 60"),
+        ([[1], [2, 61]], {}, "prompt 1: token id 61 is outside the vocabulary of 61: give ids from 0 to 60"),
         ([[-1]], {}, "prompt 0: token id -1 is outside"),
         ([[1] * 4000], {}, "prompt 0: 4000 tokens and 128 new ones exceed the model's 4096 positions: shorten"),
         ([None], {}, "no prompts: give at least one"),

@@ -137,7 +137,7 @@ def test_auto_takes_the_kernel_where_it_runs():
     ("device", "message"),
     [
         (CPU, "kernel mosaic_gpu runs on Hopper GPUs, and this is a CPU: choose a GPU, or kernel auto or xla"),
-        (BLACKWELL, r"this is another \(NVIDIA B200, 10.0\): choose one, or kernel auto or xla"),
+        (BLACKWELL, r"this is NVIDIA B200 \(10.0\): choose a Hopper GPU, or kernel auto or xla"),
     ],
 )
 def test_a_kernel_asked_for_on_another_device_is_refused(device, message: str, monkeypatch):
@@ -157,16 +157,16 @@ def test_a_kernel_asked_for_on_another_device_is_refused(device, message: str, m
     [
         ("mosaic_gpu", {"dtype": jnp.float32}, "reads bfloat16, and the cache is float32: choose bfloat16, or kernel"),
         ("mosaic_gpu", {"page": 100}, "or a multiple of 128 tokens, not 100: choose 64, or kernel auto or xla"),
-        ("mosaic_gpu", {"width": 96}, "knows heads of width 64, 128 and 256, not 96"),
+        ("mosaic_gpu", {"width": 96}, "supports heads of width 64, 128 and 256, not 96"),
         ("tpu", {"dtype": jnp.float16}, "kernel tpu reads bfloat16 and float32, and the cache is float16: choose one"),
         (
             "tpu",
             {"page": 2048},
             "64 or a multiple of 128 up to 1024 tokens, not 2048: choose 64, or kernel auto or xla",
         ),
-        ("tpu", {"width": 64}, "knows heads of width 128 and 256, not 64: choose another model"),
-        ("mosaic_gpu", {"width": 320, "v_width": 256}, "knows latents of 576 numbers, 512 of them values, not 320 and"),
-        ("tpu", {"width": 384, "v_width": 256}, "knows latents of 640 numbers, 512 of them values, not 384 and 256"),
+        ("tpu", {"width": 64}, "supports heads of width 128 and 256, not 64: choose another model"),
+        ("mosaic_gpu", {"width": 320, "v_width": 256}, "supports latents of 576 numbers, 512 of them values, not 320 and"),
+        ("tpu", {"width": 384, "v_width": 256}, "supports latents of 640 numbers, 512 of them values, not 384 and 256"),
     ],
 )
 def test_pages_that_the_kernel_cannot_read_are_refused(kernel: str, change, message: str):
@@ -175,7 +175,7 @@ def test_pages_that_the_kernel_cannot_read_are_refused(kernel: str, change, mess
 
 
 def test_a_name_that_was_not_chosen_attends_to_nothing():
-    with pytest.raises(ValueError, match="'auto' attends to nothing: choose xla or mosaic_gpu or tpu"):
+    with pytest.raises(ValueError, match="kernel is 'auto': choose one of xla, mosaic_gpu, tpu"):
         backend_attend("auto")
 
 
@@ -184,10 +184,10 @@ def test_a_name_that_was_not_chosen_attends_to_nothing():
     [
         (
             {"v": (5, 2, 64, 64)},
-            r"keys are bfloat16\[5, 2, 64, 128\], values bfloat16\[5, 2, 64, 64\]: make them alike",
+            r"keys are bfloat16\[5, 2, 64, 128\], but values bfloat16\[5, 2, 64, 64\]: give both",
         ),
-        ({"q": (2, 1, 5, 128)}, "5 queries of width 128 do not go with 2 heads of width 128"),
-        ({"q": (2, 1, 4, 64)}, "4 queries of width 64 do not go with 2 heads of width 128"),
+        ({"q": (2, 1, 5, 128)}, "5 query heads of width 128 do not fit 2 key/value heads of width 128"),
+        ({"q": (2, 1, 4, 64)}, "4 query heads of width 64 do not fit 2 key/value heads of width 128"),
         ({"k": (5, 2, 64, 576), "q": (2, 1, 4, 576), "v": None}, "numbers, 512 of them values, not 576 and 576"),
         ({"k": (5, 2, 48, 128), "v": (5, 2, 48, 128)}, "not 48: choose 64"),
     ],

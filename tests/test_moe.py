@@ -15,7 +15,7 @@ from helix_jax.models.moe import on_mesh
 from tests.reference import TINY, relative_error
 
 E, D, F = 16, 128, 96
-EXPERTS = Experts(count=E, chosen=2, width=F)
+EXPERTS = Experts(num_experts=E, top_k=2, width=F)
 CONFIG = dataclasses.replace(TINY, experts=EXPERTS)
 MESHES = [(1, 1), (1, 8), (2, 4), (8, 1), (2, 2), (1, 4)]
 
@@ -118,7 +118,7 @@ def test_a_group_that_is_not_chosen_gives_no_expert():
     """Also where its experts alone would be the best."""
     from helix_jax.models.moe import _of_best_groups
 
-    grouped = Experts(count=8, chosen=2, width=4, groups=4, top_k_groups=2, group_score="top2")
+    grouped = Experts(num_experts=8, top_k=2, width=4, num_groups=4, top_k_groups=2, group_score="top2")
     rank = jnp.asarray([9.0, 0, 5, 5, 6, 5, 1, 1])  # sums of the best two: 9, 10, 11, 2
     np.testing.assert_array_equal(jnp.isfinite(_of_best_groups(rank, grouped)), [0, 0, 1, 1, 1, 1, 0, 0])
     best = dataclasses.replace(grouped, group_score="best")  # 9, 5, 6, 1
@@ -128,20 +128,20 @@ def test_a_group_that_is_not_chosen_gives_no_expert():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"count": 0}, "experts count is 0: give a whole number of at least 1"),
-        ({"chosen": 17}, "17 experts are chosen of too few"),
-        ({"groups": 3}, "16 experts in 3 groups, of which 1 are chosen, do not divide"),
-        ({"groups": 4, "top_k_groups": 5}, "16 experts in 4 groups, of which 5 are chosen"),
-        ({"groups": 8, "top_k_groups": 1, "chosen": 3}, "3 experts are chosen of too few"),
+        ({"num_experts": 0}, "experts num_experts is 0: give at least 1"),
+        ({"top_k": 17}, "top_k 17 exceeds the 16 selectable experts"),
+        ({"num_groups": 3}, "3 groups do not divide the 16 experts"),
+        ({"num_groups": 4, "top_k_groups": 5}, "top_k_groups 5 exceeds num_groups 4"),
+        ({"num_groups": 8, "top_k_groups": 1, "top_k": 3}, "top_k 3 exceeds the 2 selectable experts"),
         ({"scoring": "max"}, "experts scoring is 'max': choose one of softmax, sigmoid"),
-        ({"groups": 16, "top_k_groups": 4, "group_score": "top2"}, "16 groups of 16 experts have no best two"),
+        ({"num_groups": 16, "top_k_groups": 4, "group_score": "top2"}, "group_score is 'top2', but groups have one"),
     ],
 )
 def test_experts_that_cannot_be_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
-        Experts(**{"count": E, "chosen": 2, "width": F, **values})
+        Experts(**{"num_experts": E, "top_k": 2, "width": F, **values})
 
 
 def test_a_layer_that_is_not_there_cannot_be_dense():
-    with pytest.raises(ValueError, match="layer 5 is not one of the 2: mend the config"):
-        ModelConfig(**{**vars(TINY), "experts": Experts(count=4, chosen=1, width=8, dense_layers=(5,))})
+    with pytest.raises(ValueError, match="layer 5 is not one of the 2 layers: correct the config"):
+        ModelConfig(**{**vars(TINY), "experts": Experts(num_experts=4, top_k=1, width=8, dense_layers=(5,))})

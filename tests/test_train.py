@@ -489,7 +489,7 @@ def test_nothing_need_be_held_out_a_tokenizer_comes_along_and_a_text_that_grew_i
         (("held_out = 0.0002", "held_out = 0.99999"), "too few for one sequence of 128"),
         (('tokenizer = "bytes"', "tokenizer = 3"), "tokenizer is 3: give a value of type str"),
         (('tokenizer = "bytes"', ""), "the model has no tokenizer: set tokenizer = 'bytes'"),
-        (("layers = 1", "layers = 1\nstop_ids = [256]"), "stop id 256 is outside of the vocabulary of 256"),
+        (("layers = 1", "layers = 1\neos_token_ids = [256]"), "token id 256 is outside the vocabulary of 256"),
         (("[train]", "[training]"), "unknown key 'training'"),
         (("layers = 1", "layers = 1\nqk_norm = true"), "a 'llama' folder cannot say qk_norm"),
         (('[data]\nfiles = ["kjv.txt"]\npasskeys = 0.5', "data = 5"), "'data' is 5: give a table, [data]"),
