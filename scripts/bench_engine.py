@@ -19,18 +19,21 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
 from helix_jax.checkpoint import read_config
+from helix_jax.cli.app import Parser, run_command
 from helix_jax.cli.console import Reporter
 from helix_jax.cli.devices import open_mesh
 from helix_jax.cli.options import DecodeSetup, add_shared_arguments, make_setup
-from helix_jax.cli.output import Parser, exit_status, write_json
+from helix_jax.cli.output import write_json
 from helix_jax.engine import Engine, SamplingParams, TokenEvent
 from helix_jax.mesh import CP, TP
 from helix_jax.validation import check_int
 
+PROGRAM = "bench_engine.py"
 CHUNK = 128
 PERCENTILES = (50, 90, 99)
 
@@ -52,11 +55,11 @@ class Replay(NamedTuple):
 
 
 def main() -> int:
-    return exit_status(lambda: bench(check_options(parse_arguments())), if_too_large="use more devices or fewer --rows")
+    return run_command(lambda: bench(check_options(parse_arguments())), PROGRAM)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(PROGRAM, __doc__)
     add = parser.add_argument
     add("--requests", type=int, default=64, metavar="N", help="number of requests in the trace (default: 64)")
     add("--rate", type=float, metavar="X", help="mean arrivals per step (default: all arrive at the first step)")
@@ -89,8 +92,9 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
 def bench(options: argparse.Namespace) -> None:
     """Replay one trace in both ways, write the report after each, and print a table."""
     config = read_config(options.model)
-    setup = make_setup(options, config, open_mesh(options.platform, options.tp, options.cp))
-    report = describe(options, setup)
+    mesh = open_mesh(options.platform, options.tp, options.cp)
+    setup = make_setup(options, config, mesh)
+    report = describe(options, setup, mesh)
     write_json(options.json, report)  # before anything is measured, in case the file cannot be written
     trace = make_trace(options, config.vocab)
     engine = Engine(
@@ -114,9 +118,8 @@ def bench(options: argparse.Namespace) -> None:
     Console(highlight=False, soft_wrap=True).print(make_table(report))
 
 
-def describe(options: argparse.Namespace, setup: DecodeSetup) -> dict[str, Any]:
+def describe(options: argparse.Namespace, setup: DecodeSetup, mesh: Mesh) -> dict[str, Any]:
     """Return a report of the settings, without runs."""
-    mesh = setup.plan.mesh
     names = ("requests", "rate", "prompt", "new", "seed", "rows", "pages", "block", "page", "prefill_chunk")
     return {
         "model": setup.folder.name,
