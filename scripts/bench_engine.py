@@ -27,7 +27,7 @@ from helix_jax.checkpoint import read_config
 from helix_jax.cli.app import Parser, run_command
 from helix_jax.cli.console import Reporter
 from helix_jax.cli.devices import open_mesh
-from helix_jax.cli.options import DecodeSetup, add_shared_arguments, make_setup
+from helix_jax.cli.options import DecodeSetup, add_decode_arguments, make_setup
 from helix_jax.cli.output import write_json
 from helix_jax.engine import Engine, SamplingParams, TokenEvent
 from helix_jax.mesh import CP, TP
@@ -71,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--pages", type=int, metavar="N", help="cache pages per rank (default: what the rows can fill, or memory holds)"
     )
-    add_shared_arguments(parser)
+    add_decode_arguments(parser)
     add("--json", type=Path, metavar="FILE", help="write all numbers to FILE")
     parser.set_defaults(prefill_chunk=CHUNK)  # no prompt is longer by default
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""What a command says beside its result: lines on stderr, and bars, on a terminal only."""
+"""What a command prints besides its result: lines on stderr, and progress bars if stderr is a terminal."""
 
 import logging
 
@@ -16,21 +16,23 @@ from rich.progress import (
 
 
 class Reporter:
-    """stderr. The library's own warnings come out here too, as lines like every other."""
+    """Prints lines and progress bars on stderr. The library's warnings are printed as such lines too."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-        log = logging.getLogger("helix_jax")
-        log.handlers, log.propagate = [_Lines(self)], False
+        logger = logging.getLogger("helix_jax")
+        logger.handlers, logger.propagate = [_ReportingHandler(self)], False
 
     def info(self, line: str) -> None:
+        """Print a line."""
         self.console.print(f"helix-jax: {line}")
 
     def counting(self) -> Progress:
+        """Return a progress bar that counts."""
         return self._bar(MofNCompleteColumn())
 
     def reading(self) -> Progress:
-        """A bar of bytes, and of bytes per second."""
+        """Return a progress bar of bytes and of bytes per second."""
         return self._bar(DownloadColumn(), TransferSpeedColumn())
 
     def _bar(self, *columns: ProgressColumn) -> Progress:
@@ -38,7 +40,7 @@ class Reporter:
         return Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
 
 
-class _Lines(logging.Handler):
+class _ReportingHandler(logging.Handler):
     def __init__(self, reporter: Reporter):
         super().__init__()
         self._reporter = reporter

@@ -1,6 +1,8 @@
-"""Which devices a command runs on. Called before any JAX backend starts, as the number of fake devices must be."""
+"""Chooses the devices of a command.
 
-import argparse
+This happens before a backend of JAX starts, because from then on the number of fake devices is fixed.
+"""
+
 import importlib.util
 import os
 import re
@@ -14,46 +16,40 @@ import jax
 from jax.sharding import Mesh
 
 from helix_jax.mesh import Device, make_mesh
-from helix_jax.processes import Processes, process_count, is_first, barrier, initialize
+from helix_jax.processes import Processes, barrier, initialize, is_first, process_count
+from helix_jax.validation import check_int
 
 _FAKE_DEVICES_FLAG = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 
 
-def add_process_arguments(parser: argparse.ArgumentParser) -> None:
-    several = parser.add_argument_group("several processes", "each gets the same command line; see scripts/HOSTS.md")
-    add = several.add_argument
-    add("--distributed", action="store_true", help="JAX finds the others: of Slurm, Kubernetes, Open MPI, Cloud TPU")
-    add("--coordinator", metavar="HOST:PORT", help="or: where the first process is")
-    add("--processes", type=int, metavar="N", help="how many they are")
-    add("--process", type=int, metavar="I", help="which of them this is, from 0")
-
-
-def processes_of(options: argparse.Namespace) -> Processes | None:
-    """What the options say; None if this process is alone."""
-    found = Processes(options.coordinator, options.processes, options.process)
-    return found if options.distributed or found != Processes() else None
-
-
 def open_mesh(platform: str, tp: int, cp: int | None, dp: int = 1, processes: Processes | None = None) -> Mesh:
-    """The mesh of dp x tp x cp devices of `platform`; `cp` left out takes all devices there are, of all processes.
+    """Create a mesh of dp x tp x cp devices.
 
-    Without an accelerator, or for platform 'cpu', the CPU is split into fake devices: as many as are asked for, or,
-    when cp is left out, as many as XLA_FLAGS or JAX_NUM_CPU_DEVICES say; of several processes each makes its share.
+    Without an accelerator, or for the platform "cpu", the CPU is split into fake devices: dp * tp * cp of them, or, if
+    `cp` is None, as many as XLA_FLAGS or JAX_NUM_CPU_DEVICES request. Each of several processes makes its share. If a
+    backend has started already, its devices are used as they are.
+
+    Args:
+        platform: "auto", "cpu", "gpu" or "tpu".
+        tp: Devices that share the attention heads.
+        cp: Devices that share the sequence. None takes all devices of all processes.
+        dp: Devices that share the batch.
+        processes: The processes to connect to, None for a single process.
 
     Raises:
-        ValueError: no device of that platform, or fewer than dp * tp * cp; processes that do not find each other, or
-            more devices than that in them.
+        ValueError: There is no device of the platform, there are fewer than dp * tp * cp devices, or more than that in
+            several processes, or the processes do not connect.
     """
-    for name, size in (("tp", tp), ("cp", cp), ("dp", dp)):
-        if size is not None and size < 1:
-            raise ValueError(f"--{name} is {size}: give at least 1")
+    for name, size in (("--tp", tp), ("--cp", cp), ("--dp", dp)):
+        if size is not None:
+            check_int(name, size, least=1)
     if processes:
         initialize(processes)
-        _let_the_first_alone_speak()
-    fake = dp * tp * cp if cp else max(dp * tp, _fake_devices_wanted() * process_count())
-    jax.config.update("jax_num_cpu_devices", -(-fake // process_count()))
+        _silence_all_but_first()
+    fake = dp * tp * cp if cp else max(dp * tp, _requested_fake_devices() * process_count())
+    _configure("jax_num_cpu_devices", -(-fake // process_count()))
     if platform == "cpu":
-        jax.config.update("jax_platforms", "cpu")
+        _configure("jax_platforms", "cpu")
     devices = _devices(platform)
     barrier()
     if cp is None and len(devices) < dp * tp:
@@ -62,27 +58,35 @@ def open_mesh(platform: str, tp: int, cp: int | None, dp: int = 1, processes: Pr
     if process_count() > 1 and dp * tp * cp < len(devices):
         sizes = f"tp {tp} x cp {cp}" + (f" x dp {dp}" if dp > 1 else "")
         raise ValueError(
-            f"{sizes} takes {dp * tp * cp} of the {len(devices)} devices of {process_count()} processes: take all of them, or "
-            f"start fewer processes"
+            f"{sizes} uses {dp * tp * cp} of the {len(devices)} devices of {process_count()} processes: use all of "
+            f"them, or start fewer processes"
         )
     return make_mesh(tp, cp, dp, devices=devices)
 
 
-def _let_the_first_alone_speak() -> None:
-    """What they say is the same; of an error, which need not be, `sys.__stderr__` still tells.
+def _configure(name: str, value: object) -> None:
+    try:
+        jax.config.update(name, value)
+    except RuntimeError:  # a backend has started: the devices are what they are
+        return
 
-    Gloo, which connects processes on CPUs, tells so on stdout, from C++: nobody hears it.
+
+def _silence_all_but_first() -> None:
+    """Close stdout and stderr of all processes but the first, which would print the same.
+
+    Errors, which may differ, still go to `sys.__stderr__`. Gloo, which connects processes on CPUs, prints to file
+    descriptor 1 from C++, so that points to /dev/null.
     """
     sys.stdout.flush()
-    ours = os.dup(1)
+    stdout = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.stdout = os.fdopen(ours, "w", errors="replace")
+    sys.stdout = os.fdopen(stdout, "w", errors="replace")
     if not is_first():
         sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - for the rest of the process
 
 
-def _fake_devices_wanted() -> int:
-    """What the environment asks for. The XLA flag is taken over: JAX refuses it beside its own setting."""
+def _requested_fake_devices() -> int:
+    """Return how many the environment requests. Removes the XLA flag, which JAX refuses beside its own setting."""
     flags = os.environ.get("XLA_FLAGS", "")
     flag = _FAKE_DEVICES_FLAG.search(flags)
     if flag:
@@ -92,23 +96,27 @@ def _fake_devices_wanted() -> int:
 
 
 @contextmanager
-def libtpu_silenced(found: list[Device]) -> Iterator[None]:
-    """Without a TPU, an installed libtpu fills stderr with its search for one, from C++, past any setting of ours."""
+def libtpu_silenced(devices: list[Device]) -> Iterator[None]:
+    """Discard what libtpu prints to file descriptor 2, from C++, while it searches for a TPU.
+
+    Args:
+        devices: The caller appends the devices to it. If they are TPUs, the output is printed after all.
+    """
     if importlib.util.find_spec("libtpu") is None:
         yield
         return
     sys.stderr.flush()
     stderr = os.dup(2)
-    with tempfile.TemporaryFile() as chatter:
-        os.dup2(chatter.fileno(), 2)
+    with tempfile.TemporaryFile() as output:
+        os.dup2(output.fileno(), 2)
         try:
             yield
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-            chatter.seek(0)
-            if found and found[0].platform == "tpu":  # then it is no chatter
-                sys.stderr.write(chatter.read().decode(errors="replace"))
+            output.seek(0)
+            if devices and devices[0].platform == "tpu":
+                sys.stderr.write(output.read().decode(errors="replace"))
 
 
 def _devices(platform: str) -> list[Device]:
@@ -116,12 +124,11 @@ def _devices(platform: str) -> list[Device]:
     try:
         with libtpu_silenced(devices):
             devices += jax.devices()
-    except (RuntimeError, AssertionError) as error:  # JAX asserts that a platform that JAX_PLATFORMS names is there
-        raise ValueError(
-            f"JAX found no device ({str(error) or 'JAX_PLATFORMS names one that is not there'}): try --platform cpu"
-        ) from None
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that the platforms in JAX_PLATFORMS exist
+        reason = str(error) or "JAX_PLATFORMS names a platform that does not exist"
+        raise ValueError(f"JAX found no device ({reason}): try --platform cpu") from None
     if platform not in ("auto", devices[0].platform):
         raise ValueError(
-            f"--platform {platform}: JAX found only {len(devices)} x {devices[0].platform}: try --platform cpu"
+            f"--platform is {platform}, but JAX found only {len(devices)} x {devices[0].platform}: try --platform cpu"
         )
     return devices

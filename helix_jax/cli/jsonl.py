@@ -1,20 +1,24 @@
-"""Requests come in, and results go out, one a line of JSON; a file of results says what is done already."""
+"""Reads requests from, and writes results to, files with one JSON object per line.
+
+The file of results also records which requests are done, so that an interrupted batch can continue.
+"""
 
 import json
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
-from reprlib import repr as shortly
+from reprlib import repr as shorten
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from helix_jax.engine.params import SamplingParams, sampling_params
 from helix_jax.engine.requests import RequestOutput
 
-_START, _KINDS = b'{"id": ', {"tokens", "error"}  # how every result begins, and one of what it holds
+# Every result starts with _START and has one of the keys _OUTCOMES.
+_START, _OUTCOMES = b'{"id": ', {"tokens", "error"}
 
 
 class RequestLine(NamedTuple):
-    """A request, and the number of its line, counted from 1."""
+    """A request of the input file, with the number of its line, from 1."""
 
     line: int
     id: str | int
@@ -23,7 +27,7 @@ class RequestLine(NamedTuple):
 
 
 class RejectedLine(NamedTuple):
-    """A line that is no request."""
+    """A line of the input file that is not a valid request."""
 
     line: int
     id: str | int
@@ -31,169 +35,185 @@ class RejectedLine(NamedTuple):
 
 
 def read_requests(lines: Iterable[bytes], done: Container[str]) -> Iterator[RequestLine | RejectedLine]:
-    """Line by line, as they are wanted; an empty line, and one whose id is in `done`, is passed over.
+    """Parse requests lazily, one line at a time. Skip empty lines and requests that are done.
 
-    An id that is left out is the number of the line. Ids are told apart as text: 7 is "7".
+    Args:
+        lines: The lines of the input file. A request without an id gets the number of its line. Ids are compared as
+            text: 7 equals "7".
+        done: The ids, as text, of the requests to skip.
     """
-    first: dict[str, int] = {}  # where each id stood
+    line_of_id: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        name: str | int = number
+        id: str | int = number
         try:
-            given = _object(line)
-            name = _id(given.pop("id", number))
-            before = first.setdefault(str(name), number)
-            if before != number:
-                raise ValueError(f"id {name!r} is that of line {before} already: give each line its own")
-            if str(name) not in done:
-                prompt = _prompt(given)
-                yield RequestLine(number, name, prompt, sampling_params(given))
-        except ValueError as error:
-            yield RejectedLine(number, name, str(error))
+            fields = _object(line)
+            id = _id(fields.pop("id", None), default=number)
+            first = line_of_id.setdefault(str(id), number)
+            if first != number:
+                raise ValueError(f"id {id!r} is used in line {first} already: give every line its own id")
+            if str(id) not in done:
+                prompt = _pop_prompt(fields)
+                yield RequestLine(number, id, prompt, sampling_params(fields))
+        except (TypeError, ValueError) as error:
+            yield RejectedLine(number, id, str(error))
 
 
 def _object(line: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:  # its own message would tell of a line 1
-        raise ValueError(f"not JSON ({error.msg}, character {error.pos + 1}): give one object a line") from None
+        value = json.loads(line)
+    except json.JSONDecodeError as error:  # its own message would give the line number 1
+        raise ValueError(f"not JSON ({error.msg}, character {error.pos + 1}): give one object per line") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error}): give one object a line") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{type(found).__name__} is not a request: give an object like {{'prompt': 'And'}}")
-    return found
+        raise ValueError(f"not JSON ({error}): give one object per line") from None
+    if not isinstance(value, dict):
+        raise TypeError(f"request is {shorten(value)}: give an object like {{'prompt': 'And'}}")
+    return value
 
 
-def _id(name: Any) -> str | int:
-    if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
-        raise ValueError(f"id is {shortly(name)}: give a string or a whole number, or leave it out")
-    return name
+def _id(id: Any, default: int) -> str | int:
+    if id is None:
+        return default
+    if isinstance(id, bool) or not isinstance(id, str | int) or id == "":
+        raise TypeError(f"id is {shorten(id)}: give a string or a whole number, or leave it out")
+    return id
 
 
-def _prompt(given: dict[str, Any]) -> str | list[int]:
-    """Takes it out of what is given."""
-    found = {name: given.pop(name) for name in ("prompt", "prompt_ids") if name in given}
-    if not found:
-        raise ValueError("there is no prompt: give prompt or prompt_ids")
-    if len(found) == 2:
-        raise ValueError("there are prompt and prompt_ids: give one of them")
-    [(name, prompt)] = found.items()
-    if not isinstance(prompt, str if name == "prompt" else list):
-        raise ValueError(f"{name} is {shortly(prompt)}: give {'text' if name == 'prompt' else 'a list of token ids'}")
+def _pop_prompt(fields: dict[str, Any]) -> str | list[int]:
+    """Remove the prompt from the fields of a request and return it."""
+    prompts = {name: fields.pop(name, None) for name in ("prompt", "prompt_ids")}
+    given = {name: prompt for name, prompt in prompts.items() if prompt is not None}
+    if len(given) != 1:
+        number = "no prompt" if not given else "both prompt and prompt_ids"
+        raise ValueError(f"request has {number}: give either prompt or prompt_ids")
+    [(name, prompt)] = given.items()
+    if name == "prompt":
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt is {shorten(prompt)}: give text")
+    elif not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
+        raise TypeError(f"prompt_ids is {shorten(prompt)}: give a list of token ids")
     return prompt
 
 
-class ResultsFile:
-    """A file of results, to which more are added.
+class ResultCounter:
+    """Counts results. Processes that do not write use it in place of a ResultsFile.
 
-    done: the ids that it has a result of. Those that only failed are not among them: they are tried again, and an error
-    that stands there already is not written twice. mended: its last line was half written, and is gone. answered,
-    failed: lines since it was opened; first_failed: the one to name.
+    Attributes:
+        done: The ids of the requests that had a result before.
+        answered: Results since the start.
+        failed: Errors since the start.
+        first_failed: The first of them.
+    """
+
+    def __init__(self, done: Iterable[str]):
+        self.done = set(done)
+        self.answered, self.failed = 0, 0
+        self.first_failed: RejectedLine | None = None
+
+    def __enter__(self) -> "ResultCounter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        return
+
+    def add(self, id: str | int, output: RequestOutput) -> None:
+        """Add the output of a finished request."""
+        self._write(_encode(_result(id, output)))
+        self.answered += 1
+
+    def add_error(self, rejected: RejectedLine) -> None:
+        """Add an error."""
+        self._write(_encode({"id": rejected.id, "line": rejected.line, "error": rejected.error}))
+        self.failed += 1
+        self.first_failed = self.first_failed or rejected
+
+    def _write(self, line: bytes) -> None:
+        return
+
+
+class ResultsFile(ResultCounter):
+    """A file of results, to which results are appended as they arrive.
+
+    Requests that have only an error are not in `done`: they are tried again, and an error that is in the file already
+    is not written twice.
+
+    Attributes:
+        truncated: Whether the last line was incomplete, and was removed.
 
     Raises:
-        ValueError: it cannot be written, or what it holds are no results: then nothing has changed.
+        ValueError: The file cannot be written, or contains something else. It is unchanged then.
     """
 
     def __init__(self, file: Path):
-        self.done: set[str] = set()
-        self.answered, self.failed = 0, 0
-        self.first_failed: RejectedLine | None = None
+        super().__init__(())
         self._errors: set[bytes] = set()
         try:
-            whole_bytes, self.mended = self._read(file) if file.is_file() else (0, False)  # a pipe has no past
+            # A pipe has no earlier results.
+            size, self.truncated = self._read(file) if file.is_file() else (0, False)
             self._file = file.open("ab")
         except OSError as error:
             raise ValueError(f"--out '{file}' cannot be written: {error.strerror}") from None
-        if self.mended:
-            self._file.truncate(whole_bytes)
-
-    def __enter__(self) -> "ResultsFile":
-        return self
+        if self.truncated:
+            self._file.truncate(size)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._file.close()
 
-    def add(self, name: str | int, result: RequestOutput) -> None:
-        self._write(_line(_entry(name, result)))
-        self.answered += 1
-
-    def add_error(self, refused: RejectedLine) -> None:
-        line = _line({"id": refused.id, "line": refused.line, "error": refused.error})
-        if line not in self._errors:
-            self._write(line)
-        self.failed += 1
-        self.first_failed = self.first_failed or refused
-
     def _write(self, line: bytes) -> None:
-        """Whatever ends the run, what was written stays."""
-        self._file.write(line)
-        self._file.flush()
+        if line not in self._errors:
+            self._file.write(line)
+            self._file.flush()  # results survive, however the command ends
 
     def _read(self, file: Path) -> tuple[int, bool]:
-        """Bytes of whole lines, and whether half a line follows."""
+        """Read earlier results. Return the size of all complete lines, and whether an incomplete line follows."""
         size = 0
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                if _half_written(line):
+                if _is_incomplete(line):
                     return size, True
-                if not self._take(line):
-                    raise ValueError(f"--out '{file}' holds no result in line {number}: give another file")
+                if not self._add_earlier(line):
+                    raise ValueError(f"--out '{file}' has no result in line {number}: give another file")
                 size += len(line)
         return size, False
 
-    def _take(self, line: bytes) -> bool:
-        """Whether it is one of ours."""
+    def _add_earlier(self, line: bytes) -> bool:
+        """Record a line of the file. Return whether it is a result."""
         try:
-            found = _object(line)
-        except ValueError:
+            result = _object(line)
+        except (TypeError, ValueError):
             return False
-        if "error" in found:
+        if "error" in result:
             self._errors.add(line)
-        elif "tokens" in found:
-            self.done.add(str(found.get("id")))
-        return "id" in found and bool(_KINDS & found.keys())
+        elif "tokens" in result:
+            self.done.add(str(result.get("id")))
+        return "id" in result and bool(_OUTCOMES & result.keys())
 
 
-class NonWritingResults(ResultsFile):
-    """Of one of several processes that is not the first: it counts as that one does, and writes nothing."""
-
-    def __init__(self, done: Iterable[str]):
-        self.done, self.mended = set(done), False
-        self.answered, self.failed = 0, 0
-        self.first_failed = None
-        self._errors = set()
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def _write(self, line: bytes) -> None:
-        pass
-
-
-def _half_written(line: bytes) -> bool:
-    """Whether it is how one of our lines begins, and no more than that."""
+def _is_incomplete(line: bytes) -> bool:
+    """Return whether the line is the beginning of a result."""
     if line.endswith(b"\n") or line[: len(_START)] != _START[: len(line)]:
         return False
     try:
-        return bool(_KINDS & _object(line).keys())  # all but its end
+        return bool(_OUTCOMES & _object(line).keys())  # complete but for the line break
     except ValueError:
         return True
 
 
-def _line(entry: dict[str, Any]) -> bytes:
-    return json.dumps(entry).encode() + b"\n"
+def _encode(result: dict[str, Any]) -> bytes:
+    return json.dumps(result).encode() + b"\n"
 
 
-def _entry(name: str | int, result: RequestOutput) -> dict[str, Any]:
-    told = result.logprobs
+def _result(id: str | int, output: RequestOutput) -> dict[str, Any]:
+    logprobs = output.logprobs
     return {
-        "id": name,
-        "text": result.text,
-        "tokens": list(result.tokens),
-        "prompt_tokens": result.prompt_tokens,
-        "finish_reason": result.finish_reason,
-        "ttft_s": result.ttft_s,
-        "s_per_token": result.s_per_token,
-        "logprobs": None if told is None else [{"logprob": one, "top": top} for one, top in told],
+        "id": id,
+        "text": output.text,
+        "tokens": list(output.tokens),
+        "prompt_tokens": output.prompt_tokens,
+        "finish_reason": output.finish_reason,
+        "seed": output.seed,
+        "ttft_s": output.ttft_s,
+        "s_per_token": output.s_per_token,
+        "logprobs": logprobs and [{"logprob": logprob, "top": top} for logprob, top in logprobs],
     }

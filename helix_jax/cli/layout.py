@@ -1,4 +1,4 @@
-"""Shows which rank holds which tokens of a prompt and its continuation, as a table, as JSON or as a picture."""
+"""Show which rank stores which tokens of a prompt and its continuation: as a table, as JSON or as a figure."""
 
 import argparse
 import json
@@ -10,55 +10,54 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from helix_jax.cli.app import OK
+from helix_jax.cli.options import add_choice
+from helix_jax.cli.output import new_figure
 from helix_jax.layout import PLACEMENTS, BlockLayout, rank_ranges
+from helix_jax.validation import check_int
 
-MOST_BLOCKS = 10_000_000
+MAX_BLOCKS = 10_000_000
+MAX_LEGEND_RANKS = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `helix-jax layout` to its parser."""
     add = parser.add_argument
-    add("--prompt", type=int, required=True, metavar="TOKENS", help="length of the prompt; 0 is legal")
-    add("--decode", type=int, required=True, metavar="TOKENS", help="tokens decoded after it")
+    add("--prompt", type=int, required=True, metavar="TOKENS", help="length of the prompt (may be 0)")
+    add("--decode", type=int, required=True, metavar="TOKENS", help="number of decoded tokens")
     add("--block", type=int, required=True, metavar="TOKENS", help="length of a block")
     add("--cp", type=int, required=True, metavar="RANKS", help="ranks that share the sequence")
-    add("--placement", default="helix", metavar="|".join(PLACEMENTS), help="where blocks go (default: helix)")
-    add(
-        "--plot",
-        type=Path,
-        metavar="FILE.png",
-        help="draw tokens per rank against decode step, all placements",
-    )
+    add_choice(parser, "--placement", PLACEMENTS, "rule that assigns blocks to ranks", default="helix")
+    add("--plot", type=Path, metavar="FILE.png", help="plot tokens per rank against decode step, for all placements")
     add("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> int:
-    for name in ("prompt", "decode"):
-        if getattr(options, name) < 0:
-            raise ValueError(f"--{name} is {getattr(options, name)}: give 0 tokens or more")
+    """Run `helix-jax layout` and return its exit code."""
+    check_int("--prompt", options.prompt, least=0)
+    check_int("--decode", options.decode, least=0)
     layout = BlockLayout(options.cp, options.block, options.placement)
     blocks = -(-(options.prompt + options.decode) // options.block)
-    if blocks > MOST_BLOCKS:
-        raise ValueError(f"{blocks} blocks are too many to list: give a longer --block, or fewer tokens")
-    found = report(layout, options.prompt, options.decode)
+    if blocks > MAX_BLOCKS:
+        raise ValueError(f"{blocks} blocks are too many to list: increase --block, or give fewer tokens")
+    result = describe_layout(layout, options.prompt, options.decode)
     if options.plot is not None:
-        if not options.plot.suffix:
-            raise ValueError(f"--plot '{options.plot}' has no ending: give a file like growth.png")
         plot_growth(options.plot, layout, options.prompt, options.decode)
         print(f"helix-jax: wrote '{options.plot}'", file=sys.stderr)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(result))
     else:
-        Console(highlight=False, soft_wrap=True).print(_table(found))
-    return 0
+        Console(highlight=False, soft_wrap=True).print(_table(result))
+    return OK
 
 
-def report(layout: BlockLayout, prompt_len: int, decoded: int) -> dict[str, Any]:
-    """Who holds what at the end: for every rank its ranges of positions, and by how much the ranks differ."""
-    held = rank_ranges(layout, prompt_len + decoded, prompt_len)
-    tokens = [sum(past_last - first for first, past_last in ranges) for ranges in held]
+def describe_layout(layout: BlockLayout, prompt_len: int, decoded: int) -> dict[str, Any]:
+    """Return, for every rank, its ranges of positions after decoding, and the skew between the ranks."""
+    ranges = rank_ranges(layout, prompt_len + decoded, prompt_len)
+    tokens = [sum(past_last - first for first, past_last in of_rank) for of_rank in ranges]
     ranks = [
-        {"rank": rank, "tokens": count, "ranges": [list(positions) for positions in ranges]}
-        for rank, (count, ranges) in enumerate(zip(tokens, held, strict=True))
+        {"rank": rank, "tokens": count, "ranges": [list(positions) for positions in of_rank]}
+        for rank, (count, of_rank) in enumerate(zip(tokens, ranges, strict=True))
     ]
     return {
         "placement": layout.placement,
@@ -70,35 +69,39 @@ def report(layout: BlockLayout, prompt_len: int, decoded: int) -> dict[str, Any]
 
 
 def plot_growth(file: Path, layout: BlockLayout, prompt_len: int, decoded: int) -> None:
-    """Draws tokens per rank against decode step, one panel per placement, into `file`.
+    """Plot tokens per rank against decode step, one panel per placement.
+
+    Args:
+        file: The image to write. Its suffix determines the format.
+        layout: The ranks and the block. All placements are plotted.
+        prompt_len: The length of the prompt.
+        decoded: The number of decoded tokens.
 
     Raises:
-        ValueError: matplotlib is not installed, or it does not know the file's format.
+        ValueError: matplotlib cannot write such files.
+        MissingPackageError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = new_figure("--plot", file)
+    figure.set_size_inches(12, 3.6)
     panels = figure.subplots(1, len(PLACEMENTS), sharey=True)
     steps = np.arange(decoded + 1)
     for panel, placement in zip(panels, PLACEMENTS, strict=True):
-        dealt = BlockLayout(layout.ranks, layout.block, placement)
+        placed = BlockLayout(layout.ranks, layout.block, placement)
         for rank in range(layout.ranks):
-            panel.plot(steps, dealt.filled(prompt_len + steps, prompt_len, rank), label=f"rank {rank}")
+            panel.plot(steps, placed.filled(prompt_len + steps, prompt_len, rank), label=f"rank {rank}")
         panel.set(title=placement, xlabel="decode step")
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("tokens held")
-    if layout.ranks <= 16:
+    panels[0].set_ylabel("tokens stored")
+    if layout.ranks <= MAX_LEGEND_RANKS:
         panels[-1].legend(loc="upper left", fontsize="small")
     figure.suptitle(f"prompt {prompt_len}, block {layout.block}, cp {layout.ranks}")
     figure.savefig(file, dpi=120)
 
 
-def _table(found: dict[str, Any]) -> Table:
-    title = f"{found['placement']}, block {found['block']}, cp {found['cp']}: skew {found['skew_tokens']} tokens"
+def _table(result: dict[str, Any]) -> Table:
+    title = f"{result['placement']}, block {result['block']}, cp {result['cp']}: skew {result['skew_tokens']} tokens"
     table = Table("rank", "tokens", "positions [first, past last)", title=title, title_justify="left")
-    for rank in found["ranks"]:
+    for rank in result["ranks"]:
         ranges = ", ".join(f"{first}-{past_last}" for first, past_last in rank["ranges"])
         table.add_row(str(rank["rank"]), str(rank["tokens"]), ranges or "none")
     return table

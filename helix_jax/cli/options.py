@@ -1,15 +1,18 @@
-"""What the commands that decode share: the options of model, mesh and cache, and what they come to."""
+"""Options that several commands share (model, mesh, cache, devices), and the objects that they describe."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from helix_jax.checkpoint import DEMO_MODEL, load
-from helix_jax.cli.devices import add_process_arguments
 from helix_jax.cli.console import Reporter
+from helix_jax.cli.devices import open_mesh
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
 from helix_jax.generation import DEFAULT_CHUNK, DEFAULT_PAGE
@@ -18,42 +21,138 @@ from helix_jax.layout import PLACEMENTS
 from helix_jax.mesh import TP
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import EXPERTS, Plan
+from helix_jax.processes import Processes
+from helix_jax.validation import check_choice
+
+PLATFORMS = ("auto", "cpu", "gpu", "tpu")
+DTYPES = ("float32", "bfloat16")
 
 
-def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+class _CheckedChoice(argparse.Action):
+    """Checks a value with `check_choice`, so that a mistake has the same wording as in the library."""
+
+    def __init__(self, *arguments: Any, const: Sequence[str], several: bool = False, **options: Any) -> None:
+        super().__init__(*arguments, metavar="|".join(const), **options)
+        self._choices, self._several = const, several
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        try:
+            check_choice(str(option), values, self._choices)
+        except ValueError as error:
+            parser.error(str(error))
+        before = getattr(namespace, self.dest) or []
+        setattr(namespace, self.dest, [*before, values] if self._several else values)
+
+
+def add_choice(
+    parser: argparse.ArgumentParser,
+    option: str,
+    choices: Sequence[str],
+    description: str,
+    default: str | None = None,
+    several: bool = False,
+) -> None:
+    """Add an option whose value is one of `choices`.
+
+    Args:
+        parser: The parser of the command.
+        option: The option, such as "--placement".
+        choices: The values it may have.
+        description: The help text, to which the default is added if there is one.
+        default: The default value.
+        several: Whether the option may be repeated. Its value is then a list.
+    """
+    text = f"{description} (default: {default})" if default else description
+    parser.add_argument(option, action=_CheckedChoice, const=choices, default=default, several=several, help=text)
+
+
+def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of model, mesh, cache and devices, from which `make_setup` builds a plan."""
+    add_model_argument(parser)
+    add_mesh_arguments(parser)
+    text = "tokens per cache page (default: %(default)s)"
+    parser.add_argument("--page", type=int, default=DEFAULT_PAGE, metavar="TOKENS", help=text)
+    add_choice(parser, "--placement", PLACEMENTS, "rule that assigns blocks to ranks", default="helix")
+    add_choice(parser, "--combine", COMBINES, "collective that combines the ranks' partial results", default="psum")
+    add_choice(parser, "--experts", EXPERTS, "devices that share the experts: all (flat) or cp", default="flat")
+    add_kernel_arguments(parser)
+    add_choice(parser, "--dtype", DTYPES, "type of weights and cache (default: bfloat16; float32 on a CPU)")
+    add_device_arguments(parser)
+
+
+def add_model_argument(parser: argparse.ArgumentParser, what: str = "a folder in Hugging Face format") -> None:
+    """Add --model."""
+    text = f"{what} (default: the demo model)"
+    parser.add_argument("--model", type=Path, default=DEMO_MODEL, metavar="DIR", help=text)
+
+
+def add_mesh_arguments(parser: argparse.ArgumentParser, *, training: bool = False) -> None:
+    """Add --tp, --cp and --block, and for training --dp."""
     add = parser.add_argument
-    add(
-        "--model",
-        type=Path,
-        default=DEMO_MODEL,
-        metavar="DIR",
-        help="a Hugging Face folder (default: the demo model)",
-    )
-    add("--tp", type=int, default=1, metavar="N", help="devices that share the heads in attention (default: 1)")
-    add("--cp", type=int, metavar="N", help="devices that share the sequence (default: all devices / tp)")
-    add("--block", type=int, default=16, metavar="TOKENS", help="length of a decode block (default: 16)")
-    add(
-        "--page", type=int, default=DEFAULT_PAGE, metavar="TOKENS", help="length of a cache page (default: %(default)s)"
-    )
-    add("--placement", default="helix", metavar="|".join(PLACEMENTS), help="where blocks go (default: helix)")
-    add("--combine", default="psum", metavar="|".join(COMBINES), help="how partials meet (default: psum)")
-    add("--experts", default="flat", metavar="|".join(EXPERTS), help="experts over all devices, or cp (default: flat)")
-    add("--kernel", default="auto", metavar="|".join(KERNELS), help="what computes attention (default: auto)")
-    add(
+    heads = "heads and widths" if training else "the heads in attention"
+    add("--tp", type=int, default=1, metavar="N", help=f"devices that share {heads} (default: 1)")
+    if training:
+        add("--dp", type=int, default=1, metavar="N", help="devices that share the batch (default: 1)")
+    cp, text = (1, "1") if training else (None, "all devices / tp")
+    add("--cp", type=int, default=cp, metavar="N", help=f"devices that share the sequence (default: {text})")
+    add("--block", type=int, default=16, metavar="TOKENS", help="length of a block of the sequence (default: 16)")
+
+
+def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --kernel and --prefill-chunk."""
+    add_choice(parser, "--kernel", KERNELS, "attention kernel", default="auto")
+    parser.add_argument(
         "--prefill-chunk",
         type=int,
         default=DEFAULT_CHUNK,
         metavar="TOKENS",
-        help="prompt tokens per step (default: %(default)s)",
+        help="prompt tokens per prefill step (default: %(default)s)",
     )
-    add("--dtype", choices=("float32", "bfloat16"), help="of weights and cache (default: bfloat16; float32 on a CPU)")
-    add("--platform", choices=("auto", "cpu", "gpu", "tpu"), default="auto", help="cpu: tp * cp fake devices")
-    add_process_arguments(parser)
+
+
+def add_device_arguments(parser: argparse.ArgumentParser, *, processes: bool = True) -> None:
+    """Add --platform, and the options that connect several processes."""
+    text = "devices to use; cpu is split into as many fake devices as the mesh needs"
+    add_choice(parser, "--platform", PLATFORMS, text, default="auto")
+    if not processes:
+        return
+    group = parser.add_argument_group("several processes", "each gets the same command line; see scripts/HOSTS.md")
+    add = group.add_argument
+    add("--distributed", action="store_true", help="detect the processes (Slurm, Kubernetes, Open MPI, Cloud TPU)")
+    add("--coordinator", metavar="HOST:PORT", help="or: address of the first process")
+    add("--processes", type=int, metavar="N", help="number of processes")
+    add("--process", type=int, metavar="I", help="index of this process, from 0")
+
+
+def open_devices(options: argparse.Namespace) -> Mesh:
+    """Create the mesh that the options of `add_mesh_arguments` and `add_device_arguments` describe.
+
+    Raises:
+        ValueError: As `open_mesh`.
+    """
+    processes = None
+    if hasattr(options, "distributed"):
+        given = Processes(options.coordinator, options.processes, options.process)
+        processes = given if options.distributed or given != Processes() else None
+    return open_mesh(options.platform, options.tp, options.cp, getattr(options, "dp", 1), processes)
 
 
 @dataclass(frozen=True)
 class DecodeSetup:
-    """A model folder and how it is decoded, before its weights are read. kernel: what attends."""
+    """A model folder and how to decode with it, before its weights are read.
+
+    Attributes:
+        folder: The model folder.
+        config: Its config.
+        plan: How the mesh decodes.
+        page: Tokens per cache page.
+        chunk: Prompt tokens per prefill step.
+        dtype: The dtype of the weights and the cache.
+        platform: The platform of the devices.
+        kernel: The attention kernel.
+    """
 
     folder: Path
     config: ModelConfig
@@ -65,33 +164,38 @@ class DecodeSetup:
     kernel: str
 
     def load(self, reporter: Reporter, plan: Plan | None = None) -> Transformer:
-        with reporter.reading() as bar:
-            task = bar.add_task("weights", total=None)
+        """Load the model, with a progress bar.
 
-            def read(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total)
-
-            return load(self.folder, plan or self.plan, jnp.dtype(self.dtype), on_read=read)
+        Args:
+            reporter: Shows the bar.
+            plan: The plan to load it for, default that of the setup.
+        """
+        return load_model(self.folder, plan or self.plan, self.dtype, reporter)
 
     def report_devices(self, reporter: Reporter) -> None:
-        mesh = self.plan.mesh
-        if self.platform == "cpu" and mesh.size > 1:
-            reporter.info(f"the CPU is split into {mesh.size} fake devices")
-        tp = mesh.shape[TP]
+        """Report fake devices, and copies of the cache of latent attention."""
+        report_fake_devices(self.plan.mesh, reporter)
+        tp = self.plan.mesh.shape[TP]
         if self.config.latent and tp > 1:
-            reporter.info(f"a latent serves all heads: the cache is held {tp} times, once for each of tp {tp}")
+            reporter.info(f"all heads share a latent: the cache is stored {tp} times, once per tp rank")
 
 
 def make_setup(options: argparse.Namespace, config: ModelConfig, mesh: Mesh) -> DecodeSetup:
-    """What the shared options come to for this model on this mesh.
+    """Return the setup that the shared options describe for a model on a mesh.
+
+    Args:
+        options: The parsed options of `add_decode_arguments`.
+        config: The model.
+        mesh: A mesh of `open_mesh`.
 
     Raises:
-        ValueError: heads that the mesh does not divide, an unknown choice, a kernel that does not run here.
+        ValueError: The mesh does not divide the heads, an option has an unknown value, or the kernel does not run on
+            these devices.
     """
     plan = Plan(mesh, options.block, options.placement, options.combine, options.kernel, options.experts)
     plan.check_model(config)
     platform = mesh.devices.flat[0].platform
-    dtype = options.dtype or ("float32" if platform == "cpu" else "bfloat16")
+    dtype = options.dtype or default_dtype(mesh)
     return DecodeSetup(
         folder=options.model,
         config=config,
@@ -102,3 +206,32 @@ def make_setup(options: argparse.Namespace, config: ModelConfig, mesh: Mesh) -> 
         platform=platform,
         kernel=plan.kernel_for_model(config, options.page, dtype),
     )
+
+
+def load_model(folder: Path, plan: Plan, dtype: DTypeLike, reporter: Reporter) -> Transformer:
+    """Load a model with a progress bar.
+
+    Args:
+        folder: A model folder in Hugging Face format.
+        plan: How the mesh decodes.
+        dtype: The dtype of the weights.
+        reporter: Shows the bar.
+    """
+    with reporter.reading() as bar:
+        task = bar.add_task("weights", total=None)
+
+        def on_read(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return load(folder, plan, jnp.dtype(dtype), on_read=on_read)
+
+
+def report_fake_devices(mesh: Mesh, reporter: Reporter) -> None:
+    """Report that the CPU is split into fake devices, if the mesh has several."""
+    if mesh.devices.flat[0].platform == "cpu" and mesh.size > 1:
+        reporter.info(f"the CPU is split into {mesh.size} fake devices")
+
+
+def default_dtype(mesh: Mesh) -> str:
+    """Return float32 on a CPU, where bfloat16 is slow and copies the cache, and bfloat16 elsewhere."""
+    return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"

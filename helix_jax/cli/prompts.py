@@ -1,4 +1,4 @@
-"""A prompt, from the command line or a file, as token ids."""
+"""Reads prompts, from the command line or from files, as token ids."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,16 @@ from helix_jax.text import Tokenizer
 
 
 def encode(text: str, source: str, tokenizer: Tokenizer | None, model: Path) -> list[int]:
-    """The ids of a text that came from `source`.
+    """Return the token ids of a text.
+
+    Args:
+        text: The text.
+        source: The source of the text, as error messages name it.
+        tokenizer: The tokenizer of the model, None if it has none.
+        model: The model folder, as error messages name it.
 
     Raises:
-        ValueError: no tokenizer, an empty text, or one that is not valid Unicode.
+        ValueError: There is no tokenizer, or the text is empty or not valid Unicode.
     """
     if tokenizer is None:
         raise ValueError(f"'{model}' has no tokenizer.json: give token ids with --prompt-ids FILE.json")
@@ -23,7 +29,12 @@ def encode(text: str, source: str, tokenizer: Tokenizer | None, model: Path) -> 
 
 
 def read_text(file: Path) -> str:
-    """Raises ValueError if there is no such file, or it is not text."""
+    """Return the text of a prompt file.
+
+    Raises:
+        ValueError: It is not UTF-8.
+        FileNotFoundError: It cannot be read.
+    """
     try:
         return _read(file).decode()
     except UnicodeDecodeError:
@@ -31,7 +42,12 @@ def read_text(file: Path) -> str:
 
 
 def read_ids(file: Path) -> list[int]:
-    """Raises ValueError if there is no such file, or it is not a JSON list of whole numbers."""
+    """Return the token ids in a prompt file.
+
+    Raises:
+        ValueError: It is not a JSON list of whole numbers.
+        FileNotFoundError: It cannot be read.
+    """
     try:
         ids = json.loads(_read(file))
     except ValueError as error:
@@ -42,8 +58,7 @@ def read_ids(file: Path) -> list[int]:
 
 
 def _read(file: Path) -> bytes:
-    """Opened, not looked at first: it may be a pipe."""
     try:
-        return file.read_bytes()
+        return file.read_bytes()  # no check before: the file may be a pipe
     except OSError as error:
         raise FileNotFoundError(f"prompt file '{file}' cannot be read: {error.strerror}") from None
