@@ -133,7 +133,7 @@ def test_outputs_do_not_change_when_pages_run_out(model, make_engine, placement)
 
 
 @pytest.mark.parametrize(("family", "tp", "cp"), [("gpt_oss", 2, 2), ("deepseek_v3", 1, 4)])
-def test_nor_do_those_of_models_with_windows_sinks_latents_and_experts(family: str, tp: int, cp: int):
+def test_outputs_of_other_families_do_not_change_when_pages_run_out(family: str, tp: int, cp: int):
     plan = plan_of(tp, cp, block=BLOCK, placement="striped")
     options = {"rows": 3, "pages": 5 * 4 // cp, "page": 4, "max_len": 100, "chunk": 3, "budget": 16}
     engine = Engine(load(GOLDEN / family, plan, jnp.float32), plan, **options)
