@@ -101,7 +101,7 @@ def on_mesh(mesh: AnyMesh, how: str, live_BT: Array) -> RunExperts:
             return sum_over_devices(run_local(config, x_BTD, mine, weights, average), FLAT)
 
         choice = choice._replace(expert_BTC=jnp.where(live_BT[..., None], choice.expert_BTC, -1))
-        return jax.shard_map(island, mesh=mesh, in_specs=(TOKENS_BTD, choice_specs, specs), out_specs=TOKENS_BTD)(
+        return jax.shard_map(sharded, mesh=mesh, in_specs=(TOKENS_BTD, choice_specs, specs), out_specs=TOKENS_BTD)(
             x_BTD, choice, weights
         )
 
