@@ -1,26 +1,48 @@
-"""Next-token training over a mesh: sequences are positions_by_rank over cp, heads and widths over tp, and what is kept over all.
+"""Next-token training on a mesh: sequences sharded over cp, heads and widths over tp, the batch over dp.
 
-Of the weights, and of what the optimizer remembers, a device keeps its share over dp, tp and cp alike, in float32.
+Weights and optimizer state are float32, and sharded over all devices.
+
+    import optax
+    from helix_jax import training
+
+    model = training.fit(config, batches, optax.adamw(1e-3), steps=100)
 """
 
+from helix_jax.training.checkpointer import Checkpointer
+from helix_jax.training.data import Corpus, Sequences, open_corpus
+from helix_jax.training.fit import fit, train_steps
+from helix_jax.training.log import BITS_PER_NAT
 from helix_jax.training.plan import TrainConfig, TrainPlan
-from helix_jax.training.state import Batch, TrainState, abstract_batch, abstract_state, shard_batch, init_state
+from helix_jax.training.state import (
+    Batch,
+    TrainState,
+    abstract_batch,
+    abstract_state,
+    init_state,
+    make_optimizer,
+    shard_batch,
+)
 from helix_jax.training.step import StepMetrics, eval_step, token_loss, train_step
 
-LOG2_E = 1.4426950408889634
-
 __all__ = [
-    "LOG2_E",
+    "BITS_PER_NAT",
     "Batch",
+    "Checkpointer",
+    "Corpus",
+    "Sequences",
     "StepMetrics",
     "TrainConfig",
-    "TrainState",
     "TrainPlan",
+    "TrainState",
     "abstract_batch",
     "abstract_state",
-    "shard_batch",
     "eval_step",
+    "fit",
     "init_state",
+    "make_optimizer",
+    "open_corpus",
+    "shard_batch",
     "token_loss",
     "train_step",
+    "train_steps",
 ]

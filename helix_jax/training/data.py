@@ -145,8 +145,8 @@ def check_corpus(corpus: Corpus, context: int) -> None:
     if corpus.held_out <= context:
         held_out = len(corpus.tokens_X) - corpus.held_out
         raise ValueError(
-            f"{len(corpus.tokens_X)} tokens, {held_out} of them held out, are too few for one sequence of {context} and "
-            f"the token after it: give more text, or less context"
+            f"{len(corpus.tokens_X)} tokens, {held_out} of them held out, are too few for one sequence of {context} "
+            f"and the token after it: give more text, or less context"
         )
 
 

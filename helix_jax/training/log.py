@@ -1,5 +1,6 @@
-"""What a training run tells: a bar, a line of JSON for each step, a curve, and TensorBoard if tensorboardX is there."""
+"""The log of a training run: a progress bar, a line of JSON per step, a curve, and TensorBoard if it is installed."""
 
+import importlib
 import importlib.util
 import json
 import math
@@ -16,113 +17,128 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from helix_jax.mesh import EXPERT_WEIGHTS
 from helix_jax.models.transformer import Weights
 from helix_jax.processes import is_first
-from helix_jax.training import TrainPlan
+from helix_jax.training.plan import TrainPlan
 
 LOG_FILE, CURVE_FILE = "train_log.jsonl", "curve.png"
-# Dense bfloat16 FLOP/s of one device, as its maker says.
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "v5 lite": 197e12, "v5p": 459e12, "v6": 918e12}
+BITS_PER_NAT = 1 / math.log(2)
+# Dense bfloat16 FLOP/s of one device, as its maker states them.
+_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "v5 lite": 197e12, "v5p": 459e12, "v6": 918e12}
 
 
-def mfu(run: TrainPlan, weights: Weights, tokens_per_s: float) -> float | None:
-    """The share of the devices' FLOP/s that the model's own come to; None of devices whose peak is not known.
+def model_flops_utilization(plan: TrainPlan, context: int, weights: Weights, tokens_per_s: float) -> float | None:
+    """Return the fraction of the devices' peak FLOP/s that the model needs, or None if the peak is not known.
 
-    Six per parameter and token, without lookups and experts that were not chosen, and twelve per pair of a query and a
-    key that it sees, head and number of its width: what is computed twice for want of memory does not count.
+    Counts 6 FLOP per token and parameter, without lookups and experts that are not routed to, and 12 per pair of a
+    query and a key that it sees, per head and number of its width. Recomputation to save memory does not count.
     """
-    peak = next((peak for name, peak in PEAKS.items() if name in run.device_kind), None)
+    peak = next((peak for name, peak in _PEAK_FLOPS.items() if name in plan.device_kind), None)
     if peak is None:
         return None
-    model = run.model
-    chosen = model.experts.top_k / model.experts.num_experts if model.experts else 1
+    model = plan.model
+    routed = model.experts.top_k / model.experts.num_experts if model.experts else 1
 
     def used(path: tuple[Any, ...], weight: Any) -> float:
         name = str(path[-1].key)
         if name == "embed_VD":
             return weight.size * model.tied_head
-        return weight.size * (chosen if name in EXPERT_WEIGHTS["flat"] else 1)
+        return weight.size * (routed if name in EXPERT_WEIGHTS["flat"] else 1)
 
-    matrices = sum(jax.tree.leaves(jax.tree.map_with_path(used, weights)))
-    seen = sum(min(model.window_of(layer) or math.inf, run.config.context / 2) for layer in range(model.layers))
-    return tokens_per_s * (6 * matrices + 12 * model.heads * model.head_width * seen) / (peak * run.mesh.size)
+    parameters = sum(jax.tree.leaves(jax.tree.map_with_path(used, weights)))
+    keys_seen = sum(min(model.window_of(layer) or math.inf, context / 2) for layer in range(model.layers))
+    flops_per_token = 6 * parameters + 12 * model.heads * model.head_width * keys_seen
+    return tokens_per_s * flops_per_token / (peak * plan.mesh.size)
 
 
 @contextmanager
-def open_log(folder: Path, steps: int, first: int, console: Console) -> Iterator["Log | Unlogged"]:
-    """Of several processes the first one tells."""
+def open_log(folder: Path, steps: int, first: int, console: Console) -> Iterator["Log | NoLog"]:
+    """Open the log of a run. With several processes only the first one writes it."""
     if not is_first():
-        yield Unlogged()
+        yield NoLog()
         return
     with Log(folder, steps, first, console) as log:
         yield log
 
 
-class Unlogged:
-    """Tells nothing."""
+class NoLog:
+    """The log of a process that does not write one."""
 
-    def step(self, step: int, **found: float) -> None: ...
+    def step(self, step: int, **values: float) -> None:
+        """Ignore a step."""
 
-    def held_out(self, step: int, **found: float) -> None: ...
+    def held_out(self, step: int, **values: float) -> None:
+        """Ignore an evaluation."""
 
 
 class Log:
-    """Of one run: what an earlier one wrote after the state from which this one goes on is dropped."""
+    """The log of one run. Entries after the checkpoint from which the run continues are dropped.
+
+    Args:
+        folder: The folder of the run.
+        steps: Steps of the whole run.
+        first: Steps that were done before.
+        console: Where the progress bar is drawn, if it is a terminal.
+    """
 
     def __init__(self, folder: Path, steps: int, first: int, console: Console):
         self._file, self._curve, self._entries = folder / LOG_FILE, folder / CURVE_FILE, []
         if first and self._file.exists():
-            known = [json.loads(line) for line in self._file.read_text().splitlines() if line.endswith("}")]
-            self._entries = [entry for entry in known if entry.get("step", math.inf) <= first]
+            entries = [json.loads(line) for line in self._file.read_text().splitlines() if line.endswith("}")]
+            self._entries = [entry for entry in entries if entry.get("step", math.inf) <= first]
         self._steps, self._first = steps, first
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[now]}"),
+            TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
-        self._board: Any = None
+        self._tensorboard: Any = None
         if importlib.util.find_spec("tensorboardX"):
-            board = importlib.import_module("tensorboardX").SummaryWriter
-            self._board = board(str(folder / "tensorboard"), purge_step=first + 1)
+            writer = importlib.import_module("tensorboardX").SummaryWriter
+            self._tensorboard = writer(str(folder / "tensorboard"), purge_step=first + 1)
 
     def __enter__(self) -> "Log":
-        kept = self._file.with_suffix(".kept")  # a run may be killed at any time: the log is never cut where it lies
-        kept.write_text("".join(json.dumps(entry) + "\n" for entry in self._entries))
-        kept.replace(self._file)
+        copy = self._file.with_suffix(".copy")  # a run may be killed at any time: the log is never truncated in place
+        copy.write_text("".join(json.dumps(entry) + "\n" for entry in self._entries))
+        copy.replace(self._file)
         self._opened = self._file.open("a")
         self._bar.start()
-        self._task = self._bar.add_task("training", total=self._steps, completed=self._first, now="")
+        self._task = self._bar.add_task("training", total=self._steps, completed=self._first, status="")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self._bar.stop()
         self._opened.close()
-        if self._board:
-            self._board.close()
+        if self._tensorboard:
+            self._tensorboard.close()
         if kind is None:
-            self._draw()
+            self._draw_curve()
 
-    def step(self, step: int, **found: float) -> None:
-        self._write({"step": step, **found})
-        now = [f"loss {found['nats']:.3f}", *(f"{found[k]:.3f} bits/byte" for k in ("bits_per_byte",) if k in found)]
-        now += [f"{found['tokens_per_s']:,.0f} tokens/s", *(f"MFU {found[k]:.1%}" for k in ("mfu",) if k in found)]
-        self._bar.update(self._task, completed=step, now=", ".join(now))
+    def step(self, step: int, **values: float) -> None:
+        """Log a step."""
+        self._write({"step": step, **values})
+        status = [f"loss {values['nats']:.3f}"]
+        status += [f"{values[key]:.3f} bits/byte" for key in ("bits_per_byte",) if key in values]
+        status += [f"{values['tokens_per_s']:,.0f} tokens/s"]
+        status += [f"MFU {values[key]:.1%}" for key in ("mfu",) if key in values]
+        self._bar.update(self._task, completed=step, status=", ".join(status))
 
-    def held_out(self, step: int, **found: float) -> None:
-        self._write({"step": step, **found})
-        said = ", ".join(f"{name} {value:.5g}" for name, value in found.items())
-        self._bar.console.print(f"step {step} of {self._steps}: {said}", soft_wrap=True)
+    def held_out(self, step: int, **values: float) -> None:
+        """Log and print an evaluation of the held-out text."""
+        self._write({"step": step, **values})
+        text = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
+        self._bar.console.print(f"step {step} of {self._steps}: {text}", soft_wrap=True)
 
     def _write(self, entry: dict[str, float]) -> None:
         self._entries.append(entry)
         self._opened.write(json.dumps(entry) + "\n")
         self._opened.flush()
-        for name, value in entry.items() if self._board else ():
-            self._board.add_scalar(name, value, int(entry["step"]))
+        for name, value in entry.items() if self._tensorboard else ():
+            self._tensorboard.add_scalar(name, value, int(entry["step"]))
 
-    def _draw(self) -> None:
+    def _draw_curve(self) -> None:
         if importlib.util.find_spec("matplotlib") is None:
             return
         from matplotlib.figure import Figure

@@ -1,4 +1,6 @@
-"""Things to remember, hidden in text: passkeys and lines that are asked for later. To train on, and to be tested by."""
+"""Recall tasks in text: passkeys and lines that are asked for later. Used for training and for evaluation."""
+
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -8,71 +10,101 @@ NAMES = (
     *("pebble", "quartz", "raven", "saffron", "sorrel", "thistle", "umber", "violet", "willow"),
 )
 DIGITS = 5
-_MOST_DIGITS = 16  # to train on: the longer a key, the more there is to copy
-_MOST_KEYS = 12  # in one text
-_MOST_TIMES = 8  # that a key is asked for
-_MOST_LINES = 8
+_MAX_DIGITS = 16  # in training: the longer a key, the more there is to copy
+_MAX_KEYS = 12  # per text
+_MAX_REPEATS = 8  # questions per key
+_MAX_LINES = 8
 _WORDS = 4  # of a line, by which it is asked for
+
+Insert = tuple[int, bytes]  # a position in the text, and what is inserted there
 
 
 def fact(name: str, key: str) -> bytes:
+    """Return the sentence that states a passkey."""
     return f" The passkey of {name} is {key}. ".encode()
 
 
 def question(name: str) -> bytes:
+    """Return the question for a passkey, up to where the answer begins."""
     return f" What is the passkey of {name}? The passkey of {name} is ".encode()
 
 
 def new_key(random: np.random.Generator, digits: int = DIGITS) -> str:
+    """Return a random passkey."""
     return "".join(map(str, random.integers(0, 10, digits)))
 
 
 def insert_passkeys(text: bytes, random: np.random.Generator) -> bytes:
-    """The text with facts and lines in it that are asked for later on, and their answers; cut to its length.
+    """Insert passkeys, lines to quote, questions for them and the answers into a text, and cut it to its length.
 
-    Half of the keys are asked for often and soon, which is how copying is learned; the others once, however far.
+    Half of the keys are asked for often and soon, from which copying is learned. The others are asked for once, at any
+    distance.
     """
-    length, inserts = len(text), list[tuple[int, bytes]]()
-    secrets: list[tuple[bytes, bytes, int]] = []
-    for name in random.choice(NAMES, random.integers(1, _MOST_KEYS + 1), replace=False):
-        key = new_key(random, int(random.integers(DIGITS, _MOST_DIGITS + 1)))
-        soon = int(random.integers(1, _MOST_TIMES + 1)) if random.random() < 0.5 else 0
-        secrets.append((fact(name, key), question(name) + f"{key}. ".encode(), soon))
-    added = sum(len(told) + max(1, soon) * len(answered) for told, answered, soon in secrets)
-    text = text[: max(0, length - added)]  # or the last would be cut off: those that are far from their facts
-    for told, answered, soon in secrets:
-        at = round(len(text) * random.random() ** 2)  # early, so that much can follow
-        rest = len(text) - at
-        places = at + rest ** random.random(soon) if soon else at + rest * random.random(1)
-        inserts += [(at, told), *((round(place), answered) for place in places)]
-    ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")).tolist()
-    for _ in range(int(random.integers(0, _MOST_LINES + 1)) if len(ends) > 1 else 0):
-        at = int(random.integers(0, len(ends) - 1))
-        line = text[ends[at] + 1 : ends[at + 1]]
-        inserts.append((int(random.integers(ends[at + 1], len(text) + 1)), _quoted(line)))
+    length = len(text)
+    tasks = _make_passkey_tasks(random)
+    added = sum(len(stated) + max(1, repeats) * len(answered) for stated, answered, repeats in tasks)
+    text = text[: max(0, length - added)]  # else the last questions would be cut off, those far from their facts
+    inserts = [insert for task in tasks for insert in _place_passkey(text, task, random)]
+    inserts += _place_quotes(text, random)
     pieces, last = [], 0
-    for at, added in sorted(inserts, key=lambda insert: insert[0]):
-        pieces += [text[last:at], added]
-        last = at
+    for position, piece in sorted(inserts, key=lambda insert: insert[0]):
+        pieces += [text[last:position], piece]
+        last = position
     return b"".join([*pieces, text[last:]])[:length]
 
 
-def _quoted(line: bytes) -> bytes:
+def _make_passkey_tasks(random: np.random.Generator) -> list[tuple[bytes, bytes, int]]:
+    """Return facts, questions with their answers, and how often each is asked soon (0: once, anywhere)."""
+    tasks = []
+    for name in random.choice(NAMES, random.integers(1, _MAX_KEYS + 1), replace=False):
+        key = new_key(random, int(random.integers(DIGITS, _MAX_DIGITS + 1)))
+        repeats = int(random.integers(1, _MAX_REPEATS + 1)) if random.random() < 0.5 else 0
+        tasks.append((fact(name, key), question(name) + f"{key}. ".encode(), repeats))
+    return tasks
+
+
+def _place_passkey(text: bytes, task: tuple[bytes, bytes, int], random: np.random.Generator) -> Iterator[Insert]:
+    stated, answered, repeats = task
+    start = round(len(text) * random.random() ** 2)  # early, so that much can follow
+    rest = len(text) - start
+    places = start + rest ** random.random(repeats) if repeats else start + rest * random.random(1)
+    yield start, stated
+    yield from ((round(place), answered) for place in places)
+
+
+def _place_quotes(text: bytes, random: np.random.Generator) -> list[Insert]:
+    ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")).tolist()
+    inserts = []
+    for _ in range(int(random.integers(0, _MAX_LINES + 1)) if len(ends) > 1 else 0):
+        index = int(random.integers(0, len(ends) - 1))
+        line = text[ends[index] + 1 : ends[index + 1]]
+        inserts.append((int(random.integers(ends[index + 1], len(text) + 1)), _quote(line)))
+    return inserts
+
+
+def _quote(line: bytes) -> bytes:
     words = b" ".join(line.split(b" ")[:_WORDS])
     return b' The line that begins "' + words + b'" is "' + line + b'". '
 
 
 def haystack(text: bytes, length: int, depth: float, name: str, key: str) -> bytes:
-    """A prompt of `length` bytes that ends with the question: the fact lies at `depth`, of 0 (first) to 1 (last).
+    """Return a prompt of `length` bytes that contains a passkey and ends with the question for it.
+
+    Args:
+        text: The text around it.
+        length: Bytes of the prompt.
+        depth: Where the fact is, from 0 (at the start) to 1 (at the end).
+        name: Whose passkey it is.
+        key: The passkey.
 
     Raises:
-        ValueError: a length that holds no more than fact and question, a text that is too short.
+        ValueError: `length` is too short for fact and question, or the text is too short.
     """
-    hidden, asked = fact(name, key), question(name)
-    hay = length - len(hidden) - len(asked)
+    stated, asked = fact(name, key), question(name)
+    hay = length - len(stated) - len(asked)
     if hay < 0:
-        raise ValueError(f"a context of {length} bytes holds no fact and question: give {length - hay} or more")
+        raise ValueError(f"a context of {length} bytes is too short for fact and question: give {length - hay} or more")
     if len(text) < hay:
         raise ValueError(f"the text has {len(text)} bytes, and a context of {length} needs {hay}: give more text")
-    at = round(depth * hay)
-    return text[:at] + hidden + text[at:hay] + asked
+    start = round(depth * hay)
+    return text[:start] + stated + text[start:hay] + asked

@@ -1,28 +1,67 @@
-"""What a command line of train.py comes to: a run, of which everything that can be refused has been."""
+"""A training run from a config file: its folder, checkpoints, evaluations, and the model at the end."""
 
-import argparse
-import tomllib
-from dataclasses import dataclass
+import fcntl
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from rich.console import Console
 
 from helix_jax import checkpoint
-from helix_jax.cli.devices import open_mesh, processes_of
+from helix_jax.arrays import fetch
+from helix_jax.checkpoint.tensors import read_json
 from helix_jax.config import ModelConfig
-from helix_jax.parsing import parse_dataclass
-from helix_jax.training.data import Corpus, check_corpus, open_corpus
-from helix_jax.layout import BlockLayout
+from helix_jax.layout import positions_by_rank
+from helix_jax.mesh import DP
+from helix_jax.models.transformer import Transformer, Weights
+from helix_jax.parsing import parse_dataclass, read_toml
+from helix_jax.processes import is_first, on_first_process
 from helix_jax.text import Tokenizer, open_tokenizer
-from helix_jax.training import TrainConfig, TrainPlan
+from helix_jax.training.checkpointer import Checkpointer
+from helix_jax.training.data import (
+    Corpus,
+    Sequences,
+    check_corpus,
+    held_out_windows,
+    open_corpus,
+    slice_sequences,
+    training_sequences,
+)
+from helix_jax.training.fit import fit
+from helix_jax.training.log import BITS_PER_NAT, Log, NoLog, model_flops_utilization, open_log
+from helix_jax.training.passkeys import insert_passkeys
+from helix_jax.training.plan import TrainConfig, TrainPlan
+from helix_jax.training.state import TrainState, abstract_state, init_state, make_optimizer, shard_batch
+from helix_jax.training.step import StepMetrics, eval_step
+from helix_jax.validation import check_keys
+
+CHECKPOINTS, MODEL = "checkpoints", "model"  # folders of a run
+_MAY_CHANGE = {"eval_every", "remat", "accumulate"}  # keys of [train] that may differ when a run continues
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """files: of text, or of tokens (.npy), beside the config. separator: of documents in text; end_id: the token that
-    ends one. passkeys: in this share of the sequences things to remember are hidden (bytes only).
+    """What a run trains on. The table [data] of a config file.
+
+    Args:
+        files: Files of text, or of tokens (.npy), relative to the config file.
+        separator: The text that ends a document within a text file.
+        end_id: The token that ends a document within a token file.
+        passkeys: The fraction of the sequences into which recall tasks are inserted (byte models only).
     """
 
     files: tuple[str, ...]
@@ -32,68 +71,279 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a command line comes to."""
+class RunConfig:
+    """A config file, checked, together with the folder of initial weights."""
 
-    training: TrainPlan
+    file: Path
     data: DataConfig
+    model: ModelConfig
+    train: TrainConfig
+    init: Path | None
+    tokenizer: Tokenizer | None
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder that the tokenizer was read from."""
+        return self.init or self.file.parent
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on a mesh."""
+
+    config: RunConfig
+    plan: TrainPlan
+    optimizer: optax.GradientTransformation
     corpus: Corpus
     out: Path
-    init: Path | None
-    tokenizer: Path | None  # the folder that it was read from
 
 
-def read_run(options: argparse.Namespace) -> Run:
-    """Everything that can be refused before a step is compiled."""
-    tables = read_tables(options.config, needed={"data", "train"} | (set() if options.init else {"model"}))
-    where = str(options.config)
-    data = parse_dataclass(DataConfig, tables["data"], f"{where} [data]")
-    config = parse_dataclass(TrainConfig, tables["train"], f"{where} [train]")
-    if options.init and "model" in tables:
-        raise ValueError(f"{where} has a [model], and --init brings its own: leave out one of them")
-    if options.init:
-        model = checkpoint.read_config(options.init)
-    else:
-        model = parse_dataclass(ModelConfig, tables["model"], f"{where} [model]")
-    checkpoint.describe(model, "bfloat16")  # what cannot be written in the end is better known now
-    home = options.init or options.config.parent
-    tokenizer = open_tokenizer(home, model)
-    if tokenizer is None and any(not file.endswith(".npy") for file in data.files):
-        raise ValueError(
-            f"{where}: the model has no tokenizer: set tokenizer = 'bytes', or give files of tokens (.npy)"
-        )
-    of_tokens = any(file.endswith(".npy") for file in data.files)
-    if not 0 <= data.passkeys <= 1 or (data.passkeys and (model.tokenizer != "bytes" or of_tokens)):
-        raise ValueError(
-            f"{where}: passkeys is {data.passkeys}: give a share from 0 to 1, and 0 where tokens are no bytes"
-        )
-    mesh = open_mesh(options.platform, options.tp, options.cp, options.dp, processes_of(options))
-    corpus = open_data(options.config.parent, data, tokenizer, model, config)
-    dtype = jnp.dtype(options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-    layout = BlockLayout(options.cp, options.block, "striped")
-    training = TrainPlan(model, config, mesh, layout, dtype, corpus.documents)
-    return Run(training, data, corpus, options.out, options.init, home if model.tokenizer != "bytes" else None)
+def read_run_config(file: Path, init: Path | None = None) -> RunConfig:
+    """Read a config file.
+
+    Args:
+        file: A TOML file with the tables [data], [train] and, without `init`, [model].
+        init: A Hugging Face folder to start from.
+
+    Raises:
+        ValueError: A table or key is missing or unknown, a value is out of range, or the model needs a tokenizer.
+        OSError: A file cannot be read.
+    """
+    tables = _read_tables(file, required={"data", "train"} | (set() if init else {"model"}))
+    if init and "model" in tables:
+        raise ValueError(f"{file} has a table [model], and --init has a model of its own: leave out one of them")
+    data = parse_dataclass(DataConfig, tables["data"], f"{file} [data]")
+    train = parse_dataclass(TrainConfig, tables["train"], f"{file} [train]")
+    model = checkpoint.read_config(init) if init else parse_dataclass(ModelConfig, tables["model"], f"{file} [model]")
+    checkpoint.describe_config(model, "bfloat16")  # a model that cannot be saved at the end is refused now
+    tokenizer = open_tokenizer(init or file.parent, model)
+    _check_data(file, data, model, tokenizer)
+    return RunConfig(file, data, model, train, init, tokenizer)
 
 
-def read_tables(file: Path, needed: set[str]) -> dict[str, Any]:
-    try:
-        tables = tomllib.loads(file.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{file} is not TOML: {error}") from None
-    for key in sorted(set(tables) - {"data", "model", "train"}):
-        raise ValueError(f"{file}: unknown key '{key}': known are data, model, train")
-    for key in sorted(needed - set(tables)):
-        raise ValueError(f"{file}: [{key}] is missing: add it")
+def open_run(config: RunConfig, mesh: Mesh, out: Path, block: int, dtype: DTypeLike) -> Run:
+    """Open the data of a run and check that the mesh can train it.
+
+    Raises:
+        ValueError: The data or the mesh does not fit the config.
+        OSError: A data file cannot be read.
+    """
+    data, train = config.data, config.train
+    files = [config.file.parent / file for file in data.files]
+    corpus = open_corpus(files, config.tokenizer, config.model.vocab, train.held_out, data.separator, data.end_id)
+    check_corpus(corpus, train.context)
+    plan = TrainPlan.from_config(train, config.model, mesh, block, dtype, packed=corpus.has_documents)
+    return Run(config, plan, make_optimizer(train), corpus, out)
+
+
+def train(run: Run, console: Console, check_interrupt: Callable[[], None] = lambda: None) -> Transformer:
+    """Train until the end of the run, from its last checkpoint if there is one, and save the model.
+
+    Args:
+        run: The run.
+        console: Where progress is reported.
+        check_interrupt: Called before every step. It raises KeyboardInterrupt after Ctrl-C.
+
+    Raises:
+        ValueError: The folder belongs to another run, another process trains in it, or the loss is not finite.
+        OSError: A file cannot be written.
+    """
+    with _claim_folder(run):
+        checkpoints = Checkpointer(run.out / CHECKPOINTS)
+        try:
+            first, state = checkpoints.restore(abstract_state(run.plan, run.optimizer)) or (0, _first_state(run))
+            _report_start(run, state, first, console)
+            with open_log(run.out, run.config.train.steps, first, console) as log:
+                model = _train_with_log(run, state, first, log, checkpoints, check_interrupt)
+            checkpoints.finish()
+            _save_model(run, model, console)
+            return model
+        finally:
+            checkpoints.close()
+
+
+def _train_with_log(
+    run: Run,
+    state: TrainState,
+    first: int,
+    log: Log | NoLog,
+    checkpoints: Checkpointer,
+    check_interrupt: Callable[[], None],
+) -> Transformer:
+    steps, eval_every = run.config.train.steps, run.config.train.eval_every
+    began = time.perf_counter()
+
+    def on_step(step: int, metrics: StepMetrics, state: TrainState) -> None:
+        nonlocal began
+        log.step(step, **_step_entry(run, step, metrics, state, time.perf_counter() - began))
+        if step % eval_every == 0 or step == steps:
+            if scores := _evaluate(run, step, state.weights):
+                log.held_out(step, **scores)
+            checkpoints.save(step, state)
+        check_interrupt()
+        began = time.perf_counter()
+
+    check_interrupt()
+    batches = (_sequences(run, step) for step in count(first))
+    return fit(run.config.model, batches, run.optimizer, steps=steps, plan=run.plan, state=state, on_step=on_step)
+
+
+def _read_tables(file: Path, required: set[str]) -> dict[str, Any]:
+    tables = read_toml(file)
+    check_keys(str(file), tables, known={"data", "model", "train"}, required=sorted(required))
     for key, table in tables.items():
         if not isinstance(table, dict):
-            raise ValueError(f"{file}: '{key}' is {table!r}: give a table, [{key}]")
+            raise ValueError(f"{file}: {key} is {table!r}: give a table, [{key}]")
     return tables
 
 
-def open_data(
-    folder: Path, data: DataConfig, tokenizer: Tokenizer | None, model: ModelConfig, config: TrainConfig
-) -> Corpus:
-    files = [folder / file for file in data.files]
-    corpus = open_corpus(files, tokenizer, model.vocab, config.held_out, data.separator, data.end_id)
-    check_corpus(corpus, config.context)
-    return corpus
+def _check_data(file: Path, data: DataConfig, model: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    has_tokens = any(name.endswith(".npy") for name in data.files)
+    if tokenizer is None and any(not name.endswith(".npy") for name in data.files):
+        raise ValueError(
+            f"{file}: the model has no tokenizer: set tokenizer = 'bytes' in [model], or give token files (.npy)"
+        )
+    if not 0 <= data.passkeys <= 1:
+        raise ValueError(f"{file}: passkeys is {data.passkeys}: give a fraction from 0 to 1")
+    if data.passkeys and (model.tokenizer != "bytes" or has_tokens):
+        raise ValueError(f"{file}: passkeys is {data.passkeys}, and the tokens are not bytes: give 0")
+
+
+def _first_state(run: Run) -> TrainState:
+    if run.config.init is None:
+        return init_state(run.plan, run.optimizer)
+    mesh: Any = run.plan.mesh
+    return init_state(run.plan, run.optimizer, checkpoint.load_for_training(run.config.init, mesh).weights())
+
+
+@contextmanager
+def _claim_folder(run: Run) -> Iterator[None]:
+    """Create the folder of a run and lock it. With several processes, the first one does. Raises as `_lock_folder`."""
+    with ExitStack() as stack:
+        on_first_process(lambda: stack.enter_context(_lock_folder(run)))
+        yield
+
+
+@contextmanager
+def _lock_folder(run: Run) -> Iterator[None]:
+    """Lock the folder of a run.
+
+    Raises:
+        ValueError: The folder belongs to a run with other settings, or another process trains in it.
+    """
+    file, settings = run.out / "run.json", _settings(run)
+    if file.exists():
+        _check_same_settings(run.out, read_json(file), settings)
+    run.out.mkdir(parents=True, exist_ok=True)
+    with (run.out / "run.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process trains in '{run.out}': wait for it, or choose another --out") from None
+        if not file.exists():
+            unfinished = file.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(settings, indent=1) + "\n")
+            unfinished.replace(file)
+        yield
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Return everything that must be the same when a run continues."""
+    config = run.config
+    train = {key: value for key, value in asdict(config.train).items() if key not in _MAY_CHANGE}
+    data = asdict(config.data) | {"tokens": len(run.corpus.tokens_X)}
+    init = {"folder": str(config.init and config.init.absolute())}
+    settings = {"model": asdict(config.model), "data": data, "train": train, "init": init}
+    return json.loads(json.dumps(settings))
+
+
+def _check_same_settings(out: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    for table, values in ours.items():
+        for key, value in values.items():
+            other = theirs.get(table, {}).get(key)
+            if other != value:
+                raise ValueError(
+                    f"'{out}' is of a run with {table} {key} {other!r}, not {value!r}: choose another --out"
+                )
+
+
+def _report_start(run: Run, state: TrainState, first: int, console: Console) -> None:
+    plan, mesh = run.plan, run.plan.mesh
+    size = sum(weight.size for weight in jax.tree.leaves(state.weights))
+    axes = " x ".join(f"{name} {devices}" for name, devices in mesh.shape.items())
+    devices = f"{mesh.size} x {plan.device_kind} ({axes})"
+    console.print(f"{size / 1e6:.2f} M parameters, {jnp.dtype(plan.dtype).name} on {devices}")
+    if first:
+        console.print(f"continuing after step {first}, from the checkpoint in '{run.out / CHECKPOINTS}'")
+
+
+def _step_entry(run: Run, step: int, metrics: StepMetrics, state: TrainState, seconds: float) -> dict[str, float]:
+    """Return the log entry of a step.
+
+    Raises:
+        ValueError: The loss or the gradient is not finite.
+    """
+    entry = {"nats": float(metrics.loss), "gradient_norm": float(metrics.gradient_norm)}
+    _check_finite(run, step, entry)
+    train = run.config.train
+    speed = train.batch * train.context / seconds
+    mfu = model_flops_utilization(run.plan, train.context, state.weights, speed)
+    return entry | _bits(run, entry["nats"]) | {"tokens_per_s": speed} | ({} if mfu is None else {"mfu": mfu})
+
+
+def _check_finite(run: Run, step: int, entry: dict[str, float]) -> None:
+    for name, value in entry.items():
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{name} of step {step} is {value}: lower learning_rate or raise warmup_steps, with another --out; the "
+                f"checkpoints in '{run.out / CHECKPOINTS}' are from before"
+            )
+
+
+def _sequences(run: Run, step: int) -> Sequences:
+    """Return the sequences of a step, some with recall tasks: a function of the seed and the step."""
+    train = run.config.train
+    sequences = training_sequences(run.corpus, train.context, train.batch, train.seed, step)
+    random = np.random.default_rng((train.seed, step, 1))
+    for row in np.flatnonzero(random.random(train.batch) < run.config.data.passkeys):
+        is_one_document = not sequences.document_start_BS[row].any() and sequences.loss_mask_BS[row].all()
+        if is_one_document:
+            text = insert_passkeys(sequences.tokens_BS[row].astype(np.uint8).tobytes(), random)
+            sequences.tokens_BS[row] = np.frombuffer(text, np.uint8)
+    return sequences
+
+
+def _evaluate(run: Run, step: int, weights: Weights) -> dict[str, float]:
+    """Return the loss of the held-out tokens, each after at least half a context; empty if none are held out."""
+    plan, context, corpus = run.plan, run.config.train.context, run.corpus
+    if corpus.held_out == len(corpus.tokens_X):
+        return {}
+    starts, counted = held_out_windows(corpus, context)
+    dp = plan.mesh.shape[DP]
+    rows = min(run.config.train.batch // plan.accumulate, -(-len(starts) // dp) * dp)  # as many as a step has at once
+    order, total, tokens = positions_by_rank(plan.layout, context), 0.0, 0
+    for i in range(0, len(starts), rows):
+        padded = np.resize(starts[i : i + rows], rows)  # the last batch repeats some of its windows
+        sequences = slice_sequences(corpus, padded, context)
+        loss_BS = fetch(eval_step(plan, weights, shard_batch(plan, sequences, parts=0)))
+        mask = (counted[i : i + rows] & sequences.loss_mask_BS[: len(counted[i : i + rows])])[:, order]
+        total += float(loss_BS[: len(mask)][mask].sum(dtype=np.float64))
+        tokens += int(mask.sum())
+    scores = {"held_out_nats": total / max(tokens, 1), "held_out_tokens": tokens}
+    _check_finite(run, step, scores)
+    return scores | {f"held_out_{name}": value for name, value in _bits(run, scores["held_out_nats"]).items()}
+
+
+def _bits(run: Run, nats: float) -> dict[str, float]:
+    per_token = run.corpus.bytes_per_token
+    return {} if per_token is None else {"bits_per_byte": nats * BITS_PER_NAT / per_token}
+
+
+def _save_model(run: Run, model: Transformer, console: Console) -> None:
+    folder, config = run.out / MODEL, run.config
+    checkpoint.save(model, folder, jnp.bfloat16)
+    copied = _TOKENIZER_FILES if is_first() and config.model.tokenizer != "bytes" else ()
+    for name in copied:
+        if (config.tokenizer_folder / name).exists():
+            shutil.copy(config.tokenizer_folder / name, folder / name)
+    console.print(f"the model is in '{folder}'")

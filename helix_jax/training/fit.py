@@ -1,0 +1,148 @@
+"""The training loop: a model, batches, any optax optimizer and any loss."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from helix_jax.config import ModelConfig
+from helix_jax.mesh import make_mesh
+from helix_jax.models.transformer import Transformer, assemble
+from helix_jax.training.data import Sequences
+from helix_jax.training.plan import TrainPlan
+from helix_jax.training.state import Batch, TrainState, init_state, shard_batch
+from helix_jax.training.step import Loss, StepMetrics, train_step
+from helix_jax.validation import check_in_vocabulary, check_int
+
+_log = logging.getLogger("helix_jax")
+
+# Called after each step with the number of steps done, the metrics, and the state, which the next step donates.
+OnStep = Callable[[int, StepMetrics, TrainState], None]
+
+
+def fit(
+    model: Transformer | ModelConfig,
+    batches: Iterable[Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    steps: int | None = None,
+    loss: Loss = None,
+    plan: TrainPlan | None = None,
+    state: TrainState | None = None,
+    on_step: OnStep | None = None,
+) -> Transformer:
+    """Train a model on batches of tokens.
+
+    Args:
+        model: The model to start from, with weights on any devices, or a config for random weights.
+        batches: Arrays of token ids [B, S + 1], or `Sequences`, which also have document starts and a loss mask. Pass
+            the same shape in every step: another shape compiles again. On a mesh, dp must divide B, and blocks times cp
+            must divide S. The next batch is taken while the devices work on the last one.
+        optimizer: Any optax optimizer.
+        steps: Stop after so many steps. None: when the batches end.
+        loss: A function of (logits [B, S, V], targets [B, S], loss_mask [B, S]) that returns a scalar. It needs memory
+            for all logits at once. None is the mean cross-entropy of the targets that count, without that memory.
+        plan: The mesh and how it trains. None: all devices on cp, float32.
+        state: A state to continue from, instead of the weights of `model`. It is donated.
+        on_step: Called after every step.
+
+    Returns:
+        The trained model, with float32 weights that are sharded as training stores them. `helix_jax.save` writes it,
+        and `helix_jax.shard` places it for decoding.
+
+    Raises:
+        TypeError: The model, the optimizer or a batch has the wrong type.
+        ValueError: A batch has the wrong shape or a token outside the vocabulary, there are no batches, the plan is for
+            another model, or the loss is not a scalar.
+    """
+    config = _check_model(model)
+    _check_optimizer(optimizer)
+    if steps is not None:
+        check_int("steps", steps, least=1)
+    plan = TrainPlan(config, make_mesh()) if plan is None else plan
+    if plan.model != config:
+        raise ValueError("the plan is for another model: create it with the config of this model")
+    if state is None:
+        state = init_state(plan, optimizer, model.weights() if isinstance(model, Transformer) else None)
+    first = int(state.step)
+    remaining = None if steps is None else max(0, steps - first)
+    done = first
+    for metrics, after in train_steps(plan, optimizer, loss, state, islice(batches, remaining)):
+        done, state = done + 1, after
+        if on_step:
+            on_step(done, metrics, after)
+    _check_end(done, first, steps)
+    return assemble(config, state.weights)
+
+
+def train_steps(
+    plan: TrainPlan, optimizer: optax.GradientTransformation, loss: Loss, state: TrainState, batches: Iterable[Any]
+) -> Iterator[tuple[StepMetrics, TrainState]]:
+    """Train on every batch. Yields the metrics and the state after each step. Arguments and errors as `fit`."""
+    iterator = (_to_batch(plan, batch) for batch in batches)
+    batch = next(iterator, None)
+    if batch is not None and loss is not None:
+        _check_loss(plan, loss, batch)
+    while batch is not None:
+        metrics, state = train_step(plan, optimizer, loss, state, batch)
+        batch = next(iterator, None)  # while the devices work
+        # On a CPU that is split into devices never more than one step may be queued.
+        yield jax.block_until_ready(metrics), state
+
+
+def _to_batch(plan: TrainPlan, batch: Any) -> Batch:
+    sequences = batch if isinstance(batch, Sequences) else _whole_documents(batch)
+    tokens_BS = sequences.tokens_BS
+    plan.check_batch(tokens_BS.shape[0], tokens_BS.shape[1] - 1)
+    check_in_vocabulary("the batch", (int(tokens_BS.min()), int(tokens_BS.max())), plan.model.vocab)
+    return shard_batch(plan, sequences, parts=plan.accumulate)
+
+
+def _whole_documents(tokens: Any) -> Sequences:
+    """Return sequences of one document each, all of whose targets count."""
+    tokens_BS = np.asarray(tokens)
+    if not np.issubdtype(tokens_BS.dtype, np.integer):
+        raise TypeError(f"a batch has the type {tokens_BS.dtype}: give an array of token ids")
+    if tokens_BS.ndim != 2 or tokens_BS.shape[0] < 1 or tokens_BS.shape[1] < 2:
+        raise ValueError(
+            f"a batch has the shape {tokens_BS.shape}: give sequences and S + 1 tokens of each, [B, S + 1]"
+        )
+    B, S = tokens_BS.shape[0], tokens_BS.shape[1] - 1
+    return Sequences(tokens_BS, np.zeros((B, S), np.int32), np.ones((B, S), bool))
+
+
+def _check_model(model: Any) -> ModelConfig:
+    if isinstance(model, Transformer):
+        return model.config
+    if isinstance(model, ModelConfig):
+        return model
+    raise TypeError(f"the model is a {type(model).__name__}: give a Transformer or a ModelConfig")
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(
+            f"the optimizer is a {type(optimizer).__name__}: give an optax optimizer, like optax.adamw(1e-3)"
+        )
+
+
+def _check_loss(plan: TrainPlan, loss: Callable[..., Any], batch: Batch) -> None:
+    """Check that the loss is a scalar, without computing it."""
+    _, B, S = batch.tokens_XBS.shape
+    like = jax.ShapeDtypeStruct
+    logits = like((B, S, plan.model.vocab), jnp.float32)
+    value = cast(Any, jax.eval_shape(loss, logits, like((B, S), jnp.int32), like((B, S), bool)))
+    if getattr(value, "shape", None) != ():
+        raise ValueError(f"the loss has the shape {getattr(value, 'shape', None)}: return a scalar")
+
+
+def _check_end(done: int, first: int, steps: int | None) -> None:
+    if done == first and (steps is None or first < steps):
+        raise ValueError("there are no batches: give at least one")
+    if steps is not None and done < steps:
+        _log.warning("the batches ended after step %d of %d", done, steps)
