@@ -81,12 +81,12 @@ def check_keys(where: str, values: Mapping[str, Any], known: Collection[str], re
             raise ValueError(f"{where}: '{key}' is missing: add it")
 
 
-def check_token_ids(name: str, ids: Iterable[Any], vocab: int) -> list[int]:
+def check_token_ids(name: str, ids: Any, vocab: int) -> list[int]:
     """Return `ids` as a list of ints, each in the vocabulary.
 
     Args:
         name: The ids, as error messages name them, such as "the prompt".
-        ids: Python ints or NumPy integers.
+        ids: An iterable of Python ints or NumPy integers.
         vocab: The size of the vocabulary.
 
     Raises:
