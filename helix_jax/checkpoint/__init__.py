@@ -2,6 +2,6 @@
 
 from helix_jax.checkpoint.placing import shard
 from helix_jax.checkpoint.reading import DEMO_MODEL, load, load_for_training, read_config
-from helix_jax.checkpoint.writing import describe, save
+from helix_jax.checkpoint.writing import describe_config, save
 
-__all__ = ["DEMO_MODEL", "describe", "load", "load_for_training", "read_config", "save", "shard"]
+__all__ = ["DEMO_MODEL", "describe_config", "load", "load_for_training", "read_config", "save", "shard"]

@@ -35,7 +35,7 @@ def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None)
         OSError: a file cannot be written: a full disk, say.
     """
     folder, dtype = Path(folder), jnp.dtype(dtype or model.embed_VD[...].dtype)
-    published = describe(model.config, dtype.name)
+    published = describe_config(model.config, dtype.name)
     location_of = tensor_locations(model.config)
     files = list(_files(location_of, dtype.itemsize))
     for file in (GENERATION_FILE, *((INDEX_FILE,) if len(files) == 1 else ())):  # of several files the index is ours
@@ -56,7 +56,7 @@ def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None)
         _write_json(folder / "config.json", published)
 
 
-def describe(config: ModelConfig, dtype: str) -> dict[str, Any]:
+def describe_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The config.json of its family, once that is known to make the same model.
 
     Raises:
