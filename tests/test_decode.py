@@ -1,5 +1,9 @@
-"""Greedy tokens depend on no mesh, placement, combine, chunk, page or neighbour: against a loop without a cache."""
+"""Tests that greedy tokens depend on no mesh, placement, combine, chunk, page or other row.
 
+The reference is a loop without a cache.
+"""
+
+import dataclasses
 import itertools
 import random
 
@@ -9,9 +13,11 @@ import pytest
 
 from helix_jax.checkpoint import shard
 from helix_jax.combine import COMBINES
+from helix_jax.config import Experts
 from helix_jax.generation import generate
-from helix_jax.layout import PLACEMENTS, BlockLayout
+from helix_jax.layout import PLACEMENTS
 from helix_jax.mesh import make_mesh
+from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.sampling import make_sampling
 from tests.reference import TINY, gaps_of, naive_greedy, plan_of, ties_before_difference, tiny_model
@@ -23,155 +29,198 @@ FACTORS = {
     "tp": (1, 2, 4, 8),
     "placement": PLACEMENTS,
     "combine": COMBINES,
-    "chunk": (1, 7, 64, WHOLE),
+    "chunk": (1, 7, WHOLE),
 }
+MORE_CHUNKS = {**FACTORS, "chunk": (1, 7, 64, WHOLE)}
 
 
 def pairs(case: dict) -> set:
     return set(itertools.combinations(case.items(), 2))
 
 
-def covering_cases() -> list[dict]:
-    """Few cases in which every pair of settings that can stand together does: the best of a crowd, again and again."""
-    every = [dict(zip(FACTORS, values, strict=True)) for values in itertools.product(*FACTORS.values())]
-    every = [case for case in every if case["tp"] * case["cp"] <= 8]
-    random.Random(0).shuffle(every)
-    wanted = set().union(*map(pairs, every))
+def covering_cases(factors: dict) -> list[dict]:
+    """Return few cases that cover every possible pair of settings: repeatedly the case with most uncovered pairs."""
+    possible = [dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())]
+    possible = [case for case in possible if case["tp"] * case["cp"] <= 8]
+    random.Random(0).shuffle(possible)
+    uncovered = set().union(*map(pairs, possible))
     cases = []
-    while wanted:
-        cases.append(max(every, key=lambda case: len(wanted & pairs(case))))
-        wanted -= pairs(cases[-1])
+    while uncovered:
+        cases.append(max(possible, key=lambda case: len(uncovered & pairs(case))))
+        uncovered -= pairs(cases[-1])
     return cases
 
 
-@pytest.fixture(scope="session")
+def fast_and_slow_cases() -> list:
+    """Return cases that cover all pairs; then, marked slow, those that also cover more chunk sizes."""
+    fast = covering_cases(FACTORS)
+    slow = [case for case in covering_cases(MORE_CHUNKS) if case not in fast]
+    marked = [(case, ()) for case in fast] + [(case, pytest.mark.slow) for case in slow]
+    return [pytest.param(case, id="-".join(map(str, case.values())), marks=marks) for case, marks in marked]
+
+
+@pytest.fixture(scope="module")
 def prompts() -> list[list[int] | None]:
-    """One shorter than a block, one longer than a chunk and not a multiple of a block, one idle row, one more."""
+    """Return one shorter than a block, one longer than a chunk and not a multiple of a block, an idle row, one more."""
     draw = random.Random(0)
     return [None if n is None else draw.choices(range(TINY.vocab), k=n) for n in (2, 100, None, 24)]
 
 
-@pytest.fixture(scope="session")
-def naive(prompts) -> list[list[int]]:
-    live = [prompt for prompt in prompts if prompt]
-    tokens = naive_greedy(tiny_model(), live, STEPS, PADDED)
+@pytest.fixture(scope="module")
+def tiny() -> Transformer:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def naive(tiny, prompts) -> list[list[int]]:
+    tokens = naive_greedy(tiny, [prompt for prompt in prompts if prompt], STEPS, PADDED)
     assert min(len(set(row)) for row in tokens) > 5  # a text that repeats one token proves little
     return [tokens[0], tokens[1], [], tokens[2]]
 
 
-@pytest.mark.parametrize("case", covering_cases(), ids=lambda case: "-".join(map(str, case.values())))
-def test_tokens_equal_those_of_a_loop_without_cache_or_mesh(case, prompts, naive):
-    mesh = make_mesh(case["tp"], case["cp"])
-    plan = Plan(mesh, BLOCK, case["placement"], case["combine"])
-    model = shard(tiny_model(), plan)
-    ours = generate(model, prompts, plan, max_new_tokens=STEPS, page=4, chunk=case["chunk"])
-    assert ours[2] == []
-    for prompt, row, expected in zip(prompts, ours, naive, strict=True):
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    """Return the plan that all tests below share, so that they share its programs too."""
+    return Plan(make_mesh(2, 4), BLOCK)
+
+
+@pytest.fixture(scope="module")
+def model(tiny, plan) -> Transformer:
+    return shard(tiny, plan)
+
+
+OPTIONS = {"max_new_tokens": 20, "page": 4, "chunk": 1}  # likewise shared
+
+
+@pytest.mark.parametrize("case", fast_and_slow_cases())
+def test_tokens_equal_those_of_a_loop_without_cache_or_mesh(case, tiny, prompts, naive):
+    plan = Plan(make_mesh(case["tp"], case["cp"]), BLOCK, case["placement"], case["combine"])
+    tokens = generate(shard(tiny, plan), prompts, plan, max_new_tokens=STEPS, page=4, chunk=case["chunk"])
+    assert tokens[2] == []
+    for prompt, row, expected in zip(prompts, tokens, naive, strict=True):
         if prompt:
-            assert ties_before_difference(tiny_model(), prompt, row, expected, PADDED) == 0
+            assert ties_before_difference(tiny, prompt, row, expected, PADDED) == 0
 
 
 @pytest.mark.parametrize(
-    ("placement", "how"),
-    [(placement, "psum") for placement in PLACEMENTS] + [("helix", how) for how in COMBINES[1:]],
+    ("placement", "combine"),
+    [
+        ("helix", "psum"),
+        *(pytest.param(placement, "psum", marks=pytest.mark.slow) for placement in PLACEMENTS[1:]),
+        *(pytest.param("helix", combine, marks=pytest.mark.slow) for combine in COMBINES[1:]),
+    ],
 )
-def test_600_steps_of_block_16_over_8_ranks(placement: str, how: str, prompts):
-    """Judged in one pass: the naive model must say each token after those before it. By induction that is its loop."""
-    mesh = make_mesh(1, 8)
-    plan = Plan(mesh, 16, placement, how)
-    ours = generate(shard(tiny_model(), plan), prompts, plan, max_new_tokens=600, page=16)
+def test_600_steps_of_block_16_over_8_ranks(placement: str, combine: str, tiny, prompts):
+    """The naive model chooses each token after those before it, in one pass. By induction that is its loop."""
+    plan = Plan(make_mesh(1, 8), 16, placement, combine)
+    tokens = generate(shard(tiny, plan), prompts, plan, max_new_tokens=600, page=16, chunk=64)
     padded = 704
-    for prompt, row in zip(prompts, ours, strict=True):
+    for prompt, row in zip(prompts, tokens, strict=True):
         if prompt is None:
             assert row == []
             continue
         assert len(row) == 600
-        gaps = gaps_of(tiny_model(), prompt, row, padded)
+        gaps = gaps_of(tiny, prompt, row, padded)
         assert gaps.max() < 1e-4, f"token {gaps.argmax()} is {gaps.max():.2g} below the best"
         assert (gaps > 0).sum() <= 2
 
 
-def test_a_row_alone_says_what_it_says_in_a_crowd(prompts):
-    mesh = make_mesh(2, 4)
-    plan = Plan(mesh, BLOCK)
-    model = shard(tiny_model(), plan)
+def test_a_row_alone_generates_what_it_generates_in_a_batch(prompts, naive, plan, model):
+    """One row of the batch is greedy, the others draw; alone, each row has the seed that it has in the batch."""
+    settings = {"temperature": 1.0, "top_k": 20, "top_p": 0.9}
+    sampling = make_sampling(4, **settings, seed=7)
+    sampling = sampling._replace(temperature_B=sampling.temperature_B.at[1].set(0))
+    batch = generate(model, prompts, plan, sampling=sampling, **OPTIONS)
+    assert batch[1] == naive[1][:20]
+    assert batch[3] != naive[3][:20]
+    for row, alone in ((1, None), (3, make_sampling(1, **settings, seed=7 + 3))):
+        assert generate(model, [prompts[row]], plan, sampling=alone, **OPTIONS) == [batch[row]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_k": 20, "top_p": 0.9}])
+def test_every_row_alone_generates_what_it_generates_in_a_batch(settings: dict, prompts, plan, model):
     options = {"max_new_tokens": 20, "page": 4}
-    for sampling in ({}, {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "seed": 7}):
-        crowd = generate(model, prompts, plan, sampling=make_sampling(4, **sampling), **options)
-        for row, prompt in enumerate(prompts):
-            if prompt:
-                seeded = sampling | {"seed": sampling["seed"] + row} if sampling else {}
-                alone = generate(model, [prompt], plan, sampling=make_sampling(1, **seeded), **options)
-                assert alone == [crowd[row]]
+    batch = generate(model, prompts, plan, sampling=make_sampling(4, **settings, seed=7), **options)
+    for row, prompt in enumerate(prompts):
+        if prompt:
+            sampling = make_sampling(1, **settings, seed=7 + row)
+            assert generate(model, [prompt], plan, sampling=sampling, **options) == [batch[row]]
 
 
-def test_a_row_ends_after_a_stop_id_and_the_others_go_on(prompts, naive):
-    mesh = make_mesh(1, 4)
-    plan = Plan(mesh, BLOCK)
-    model = shard(tiny_model(), plan)
+def test_a_row_ends_after_a_stop_id_and_the_others_continue(prompts, naive, plan, model):
     stop = naive[0][5]
-    ours = generate(model, prompts, plan, max_new_tokens=20, stop_token_ids=[stop])
-    for row, whole in zip(ours, naive, strict=True):
+    tokens = generate(model, prompts, plan, stop_token_ids=[stop], **OPTIONS)
+    for row, whole in zip(tokens, naive, strict=True):
         expected = whole[:20]
         assert row == (expected[: expected.index(stop) + 1] if stop in expected else expected)
-    assert len(ours[0]) <= 6
+    assert len(tokens[0]) <= 6
+    assert len(set(map(len, tokens))) > 2
 
 
-def test_tokens_do_not_depend_on_dp(prompts, naive):
-    mesh = make_mesh(tp=2, cp=2, dp=2)
-    plan = Plan(mesh, BLOCK)
-    assert generate(shard(tiny_model(), plan), prompts, plan, max_new_tokens=STEPS, page=4, chunk=7) == naive
+def test_tokens_do_not_depend_on_dp(tiny, prompts, naive):
+    plan = Plan(make_mesh(tp=2, cp=2, dp=2), BLOCK)
+    assert generate(shard(tiny, plan), prompts, plan, max_new_tokens=STEPS, page=4, chunk=7) == naive
 
 
-def test_bfloat16_says_what_float32_would_or_nearly(prompts):
-    """Each token's float32 logit, after the same text, lies within the rounding of bfloat16 of the best."""
-    mesh = make_mesh(2, 4)
-    model = shard(tiny_model(), Plan(mesh), jnp.bfloat16)
-    ours = generate(model, prompts, Plan(mesh, BLOCK), max_new_tokens=STEPS)
-    gaps = np.concatenate(
-        [
-            gaps_of(tiny_model(), prompt, row, PADDED)
-            for prompt, row in zip(prompts, ours, strict=True)
-            if prompt is not None
-        ]
-    )
+def test_bfloat16_tokens_are_nearly_those_of_float32(tiny, prompts, plan):
+    """Each token's float32 logit, after the same text, is within the rounding of bfloat16 of the best."""
+    model = shard(tiny, plan, jnp.bfloat16)
+    tokens = generate(model, prompts, plan, max_new_tokens=STEPS, page=4, chunk=7)
+    rows = [(prompt, row) for prompt, row in zip(prompts, tokens, strict=True) if prompt is not None]
+    gaps = np.concatenate([gaps_of(tiny, prompt, row, PADDED) for prompt, row in rows])
     assert len(gaps) == 3 * STEPS
     assert gaps.max() < 0.1
     assert (gaps > 0).mean() < 0.1
 
 
+def test_prompts_may_be_arrays(prompts, naive, plan, model):
+    arrays = [prompt and np.array(prompt) for prompt in prompts]
+    tokens = generate(model, arrays, plan, **OPTIONS)
+    assert tokens == [row[:20] for row in naive]
+
+
 @pytest.mark.parametrize(
-    ("prompts", "options", "message"),
+    ("prompts", "options", "error", "named"),
     [
-        ([[]], {}, "prompt 0 is empty: give at least one token"),
-        ([[1], [2, 61]], {}, "prompt 1: token id 61 is outside the vocabulary of 61: give ids from 0 to 60"),
-        ([[-1]], {}, "prompt 0: token id -1 is outside"),
-        ([[1] * 4000], {}, "prompt 0: 4000 tokens and 128 new ones exceed the model's 4096 positions: shorten"),
-        ([None], {}, "no prompts: give at least one"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0: give at least 1"),
-        ([[1]], {"chunk": 0}, "prefill chunk is 0: give at least 1"),
-        ([[1]], {"page": 0}, "page is 0: give at least 1"),
-        ([np.array(["a"])], {}, "prompt 0 is not a sequence of token ids: give whole numbers"),
-        ([np.array([1.7])], {}, "prompt 0 is not a sequence of token ids"),
-        ([[1]], {"sampling": make_sampling(2)}, "sampling is for 2 rows, but there are 1 prompts"),
+        ([[]], {}, ValueError, "prompt 0 is empty: give at least one token"),
+        (
+            [[1], [2, 61]],
+            {},
+            ValueError,
+            "prompt 1: token id 61 is outside the vocabulary of 61: give ids from 0 to 60",
+        ),
+        ([[-1]], {}, ValueError, "prompt 0: token id -1 is outside"),
+        ([[1] * 4000], {}, ValueError, "prompt 0: 4000 tokens and 128 new ones exceed the model's 4096 positions"),
+        ([None], {}, ValueError, "no prompts: give at least one"),
+        ([[1]], {"max_new_tokens": 0}, ValueError, "max_new_tokens is 0: give at least 1"),
+        ([[1]], {"chunk": 0}, ValueError, "chunk is 0: give at least 1"),
+        ([[1]], {"page": 0}, ValueError, "page is 0: give at least 1"),
+        ([np.array(["a"])], {}, TypeError, "prompt 0 is not a sequence of token ids: give whole numbers"),
+        ([np.array([1.7])], {}, TypeError, "prompt 0 is not a sequence of token ids"),
+        ([[True]], {}, TypeError, "prompt 0 is not a sequence of token ids"),
+        (
+            [[1]],
+            {"sampling": make_sampling(2)},
+            ValueError,
+            r"sampling has 2 rows for 1 prompts: use make_sampling\(1\)",
+        ),
     ],
 )
-def test_bad_input_is_refused_before_anything_runs(prompts, options, message):
-    mesh = make_mesh(1, 4)
-    with pytest.raises(ValueError, match=message):
-        generate(shard(tiny_model(), Plan(mesh)), prompts, Plan(mesh), **options)
+def test_bad_input_is_refused_before_anything_runs(prompts, options, error, named: str, plan, model):
+    with pytest.raises(error, match=named):
+        generate(model, prompts, plan, **options)
 
 
-def test_prompts_may_be_arrays():
-    mesh = make_mesh(1, 4)
-    plan = Plan(mesh)
-    model = shard(tiny_model(), plan)
-    lists, arrays = [[1, 2, 3], None], [np.array([1, 2, 3]), None]
-    assert generate(model, arrays, plan, max_new_tokens=3) == generate(model, lists, plan, max_new_tokens=3)
-
-
-def test_weights_on_another_mesh_are_refused():
+def test_weights_on_another_mesh_are_refused(tiny, model):
     plan = Plan(make_mesh(1, 4))
-    for model in (tiny_model(), shard(tiny_model(), plan_of(2, 4))):
-        with pytest.raises(ValueError, match="another mesh than the plan's: use load or shard with plan.mesh"):
-            generate(model, [[1]], plan)
+    for other in (tiny, model):
+        with pytest.raises(ValueError, match="another mesh than the plan's: use load or shard"):
+            generate(other, [[1]], plan)
+
+
+def test_experts_that_are_sharded_otherwise_than_the_plan_has_them_are_refused():
+    experts = Experts(num_experts=4, top_k=2, width=16)
+    model = tiny_model(dataclasses.replace(TINY, layers=1, experts=experts))
+    with pytest.raises(ValueError, match="experts='cp'.*: use load or shard"):
+        generate(shard(model, plan_of(2, 2)), [[1]], plan_of(2, 2, experts="cp"))

@@ -1,4 +1,4 @@
-"""What the compiled step promises: one trace, a cache written in place, no collective beyond those that are named."""
+"""Tests of the compiled step: one trace, a cache written in place, and only the documented collectives."""
 
 import re
 from collections import Counter
@@ -10,29 +10,43 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helix_jax.arrays import bytes_per_device
 from helix_jax import generation
 from helix_jax.abstract import abstract_arguments
-from helix_jax.cache import CacheSpec, make_cache, per_row
+from helix_jax.arrays import bytes_per_device, put
+from helix_jax.cache import CacheSpec, KVCache, Rows, make_cache, per_row
 from helix_jax.checkpoint import shard
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
 from helix_jax.generation import generate
-from helix_jax.layout import PLACEMENTS, BlockLayout
-from helix_jax.mesh import make_mesh
+from helix_jax.layout import PLACEMENTS
+from helix_jax.mesh import ROWS_B, make_mesh
+from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.sampling import make_sampling
-from helix_jax.step import _step, many_steps, step
+from helix_jax.step import DecodeInput, _step, many_steps, step
 from tests.reference import TINY, plan_of, tiny_model
 
-# In one layer: the combine's own, and one all-reduce each after the output and the down projection.
+# In one layer: the collectives of the combine, and an all-reduce each after the output and the down projection.
 PER_LAYER = {
     "psum": {"all-reduce": 4},
     "psum_scatter": {"all-reduce": 3, "reduce-scatter": 1},
     "all_to_all": {"all-reduce": 2, "all-to-all": 1},
 }
-# Once a step: the embedding of the new tokens, and the logits.
+# Once in a step: the embedding of the new tokens, and the logits.
 PER_STEP = {"all-reduce": 1, "all-gather": 1}
+
+MESHES = [(1, 8), (2, 4)]
+SMALL = {"width": 32, "heads": 8, "kv_heads": 2, "head_width": 4, "ff_width": 52, "vocab": 61, "max_positions": 4096}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Transformer:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def small() -> Transformer:
+    return tiny_model(ModelConfig(layers=1, **SMALL))
 
 
 def collectives(hlo: str) -> Counter:
@@ -40,52 +54,65 @@ def collectives(hlo: str) -> Counter:
     return Counter(re.findall(rf" ({kinds})(?:-start)?\(", hlo))
 
 
-def lowered_step(plan: Plan, config: ModelConfig, rows: int, slots: int, T: int):
-    """The step on abstract arrays: nothing is allocated. Returns it with the bytes of its cache per device."""
-    arguments = abstract_arguments(config, plan, rows=rows, slots=slots, T=T, page=64, dtype=jnp.float32)
-    return step.lower(*arguments), bytes_per_device(arguments[3])
+def lower_step(plan: Plan, config: ModelConfig, rows: int, slots: int, T: int, *, sampler: bool) -> tuple[Any, int]:
+    """Lower the step on abstract arrays, which allocates nothing. Return it and the bytes of its cache per device."""
+    *arguments, sampling = abstract_arguments(config, plan, rows=rows, slots=slots, T=T, page=64, dtype=jnp.float32)
+    return step.lower(*arguments, sampling if sampler else None), bytes_per_device(arguments[3])
 
 
-def compiled_step(*arguments: Any):
-    """As `lowered_step`."""
-    lowered, cache_bytes = lowered_step(*arguments)
-    return lowered.compile(), cache_bytes
+def empty_cache(plan: Plan, model: Transformer, prompt_lens: list[int], max_lens: list[int]) -> tuple[KVCache, Rows]:
+    return make_cache(plan, CacheSpec.from_config(model.config, model.dtype), prompt_lens, max_lens, page=4)
 
 
-@pytest.mark.parametrize(("rows", "T"), [(3, 1), (1, 1), (3, 8)])
-@pytest.mark.parametrize("how", COMBINES)
-@pytest.mark.parametrize(("tp", "cp"), [(1, 8), (2, 4)])
-def test_the_collectives_are_those_promised(tp: int, cp: int, how: str, rows: int, T: int):
-    layers = 3
-    config = ModelConfig(
-        layers=layers, width=32, heads=8, kv_heads=2, head_width=4, ff_width=52, vocab=61, max_positions=4096
-    )
-    compiled, _ = compiled_step(plan_of(tp, cp, combine=how), config, rows, 256, T)
-    promised = Counter(PER_STEP)
+def collective_cases() -> list:
+    """Return every combination of mesh, combine and shape. Half of them, with every pair of settings, are not slow."""
+    cases = []
+    for m, mesh in enumerate(MESHES):
+        for c, how in enumerate(COMBINES):
+            for s, (rows, T) in enumerate([(3, 1), (1, 1), (3, 8)]):
+                marks = () if (m + c + s) % 2 == 0 else pytest.mark.slow
+                cases.append(pytest.param(*mesh, how, rows, T, marks=marks))
+    return cases
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize(("tp", "cp", "how", "rows", "T"), collective_cases())
+def test_the_collectives_are_the_documented_ones(tp: int, cp: int, how: str, rows: int, T: int):
+    layers = 2
+    config = ModelConfig(layers=layers, **SMALL)
+    with_sampler = (how, T) == ("psum", 1)  # it adds none
+    lowered, _ = lower_step(plan_of(tp, cp, combine=how), config, rows, 256, T, sampler=with_sampler)
+    expected = Counter(PER_STEP)
     for kind, count in PER_LAYER[how].items():
-        promised[kind] += layers * count
-    assert collectives(compiled.as_text()) == promised
+        expected[kind] += layers * count
+    assert collectives(lowered.compile().as_text()) == expected
 
 
-def test_no_token_runs_alone():
-    """Of a vector times a matrix a GPU makes slow loops, and of one lookup an all-gather of the embedding."""
-    config = ModelConfig(
-        layers=1, width=32, heads=8, kv_heads=2, head_width=4, ff_width=52, vocab=61, max_positions=4096
-    )
-    text = lowered_step(Plan(make_mesh(1, 2)), config, 1, 256, 1)[0].as_text()
+def test_a_single_token_is_padded():
+    """On a GPU, XLA makes slow loops of vector-matrix products, and gathers the embedding for a single lookup."""
+    lowered, _ = lower_step(Plan(make_mesh(1, 2)), ModelConfig(layers=1, **SMALL), 1, 256, 1, sampler=True)
+    text = lowered.as_text()
     assert len(re.findall(r"dot_general.*\(tensor<1x2x32xf32>, tensor<32x", text)) == 5  # q, k, v, gate, up
     assert re.search(r"gather.*\(tensor<62x32xf32>, tensor<1x2x1xi32>\)", text)
     assert not re.search(r"tensor<1x1x32xf32>, tensor<32x", text)
 
 
-@pytest.mark.parametrize("how", COMBINES)
-@pytest.mark.parametrize(("tp", "cp"), [(1, 8), (2, 4)])
+@pytest.mark.optimized
+@pytest.mark.parametrize(
+    ("tp", "cp", "how"),
+    [
+        pytest.param(*mesh, how, marks=() if (m + c) % 2 == 0 else pytest.mark.slow)
+        for m, mesh in enumerate(MESHES)
+        for c, how in enumerate(COMBINES)
+    ],
+)
 def test_the_cache_is_written_in_place(tp: int, cp: int, how: str):
-    """64 MB and more a device: all of it aliased, little beside it, and no copy of a pool in the program."""
+    """At least 64 MB per device: all of it is aliased, little is temporary, and no pool is copied in the program."""
     config = ModelConfig(
         layers=2, width=64, heads=8, kv_heads=2, head_width=64, ff_width=64, vocab=61, max_positions=10**6
     )
-    compiled, cache_bytes = compiled_step(plan_of(tp, cp, combine=how), config, 4, 16384 * tp, 1)
+    lowered, cache_bytes = lower_step(plan_of(tp, cp, combine=how), config, 4, 16384 * tp, 1, sampler=False)
+    compiled = lowered.compile()
     assert cache_bytes >= 64 * 2**20
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes
@@ -95,76 +122,100 @@ def test_the_cache_is_written_in_place(tp: int, cp: int, how: str):
     assert not re.search(rf"= {pool}[^ ]* (copy|transpose)\(", compiled.as_text())
 
 
-@pytest.mark.parametrize(("tp", "cp", "dp"), [(2, 4, 1), (1, 4, 1), (8, 1, 1), (1, 1, 1), (2, 1, 3)])
-def test_one_trace_of_the_decode_step_serves_a_whole_generation(tp: int, cp: int, dp: int, monkeypatch):
-    """Every length, every owner, idle and ended rows; one trace more for the prefill chunk."""
+@pytest.mark.parametrize(
+    ("tp", "cp", "dp"),
+    [
+        *((2, 4, 1), (1, 1, 1), (2, 1, 3)),
+        *(pytest.param(tp, cp, 1, marks=pytest.mark.slow) for tp, cp in ((1, 4), (8, 1))),
+    ],
+)
+def test_one_trace_of_the_decode_step_serves_a_whole_generation(tp: int, cp: int, dp: int, tiny, monkeypatch):
+    """It serves every length and owner, idle and ended rows. The prefill chunk is traced once more."""
     traced = []
 
     def counted(config, plan, weights, cache, rows, tokens_BT, count_B, sampling):
         traced.append(tokens_BT.shape)
         return _step(config, plan, weights, cache, rows, tokens_BT, count_B, sampling)
 
-    chex.clear_trace_counter()  # it counts by name: the parameters before this one are not ours
-    two = chex.assert_max_traces(counted, n=2)
-    jitted = jax.jit(two, static_argnums=(0, 1), donate_argnums=3)
+    chex.clear_trace_counter()  # it counts by name, also the functions of earlier tests
+    at_most_two = chex.assert_max_traces(counted, n=2)
+    jitted = jax.jit(at_most_two, static_argnums=(0, 1), donate_argnums=3)
     monkeypatch.setattr(generation, "step", jitted)
-    mesh = make_mesh(tp, cp, dp)
-    plan = Plan(mesh, 2)
-    model = shard(tiny_model(), plan)
+    plan = Plan(make_mesh(tp, cp, dp), 2)
+    model = shard(tiny, plan)
     for prompts in ([[1, 2, 3], [4] * 20, None], [[5] * 17, [6], [7] * 3]):
-        generate(model, prompts, plan, max_new_tokens=40, page=64, chunk=8)
+        generate(model, prompts, plan, max_new_tokens=20, page=64, chunk=8)
     assert sorted(traced) == [(3, 1), (3, 8)]
-    assert jitted._cache_size() == 2  # and one compilation each: no argument's sharding changes on the way
+    assert jitted._cache_size() == 2  # and one compilation each: no argument's sharding changes
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_many_steps_on_the_device_equal_one_by_one(placement: str):
-    mesh = make_mesh(2, 4)
-    plan = Plan(mesh, 3, placement)
-    model = shard(tiny_model(), plan)
+@pytest.mark.parametrize(
+    ("placement", "temperature"),
+    [
+        ("helix", 1.0),
+        *(pytest.param(placement, 0.0, marks=pytest.mark.slow) for placement in PLACEMENTS),
+    ],
+)
+def test_many_steps_in_one_call_equal_single_steps(placement: str, temperature: float, tiny):
+    plan = Plan(make_mesh(2, 4), 3, placement)
+    model = shard(tiny, plan)
+    sampling = put(make_sampling(3, temperature), plan.mesh, ROWS_B) if temperature else None
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8], None]
-    one_by_one = generate(model, prompts, plan, max_new_tokens=31, page=4)
-    stop = one_by_one[1][12]
+    single = generate(model, prompts, plan, max_new_tokens=31, page=4, chunk=1, sampling=sampling)
+    stop = single[1][12]
 
-    cache, rows = make_cache(plan, CacheSpec.from_config(model.config, model.dtype), [3, 5, 0], [40, 40, 0], page=4)
-    weights = model.weights()
-    sampling = make_sampling(3)
-    tokens_BT = per_row(plan, np.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [0] * 5]))
-    out = step(model.config, plan, weights, cache, rows, tokens_BT, per_row(plan, [3, 5, 0]), sampling)
-    limit_B = per_row(plan, [3 + 20, 40, 0])
-    stops = jnp.asarray([stop])
-    many = many_steps(TINY, plan, 30, weights, out.cache, out.rows, out.token_B, limit_B, stops, sampling)
-    for row, most in ((0, 21), (1, 31)):  # the first token is said already; then as many as the limit leaves room for
-        said = [int(out.token_B[row]), *np.asarray(many.tokens_BS[row])[np.asarray(many.live_BS[row])].tolist()]
-        end = one_by_one[row].index(stop) + 1 if stop in one_by_one[row] else most
-        assert said == one_by_one[row][: min(end, most)]
+    lens_B = np.asarray([3, 5, 0])
+    tokens_BS = np.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [0] * 5])
+    cache, rows = empty_cache(plan, tiny, lens_B.tolist(), [3 + 30, 5 + 30, 0])
+    weights, token_B = model.weights(), np.zeros(3, np.int32)
+    for t in range(5):  # with the program of `generate`
+        new = per_row(plan, tokens_BS[:, t : t + 1]), per_row(plan, t < lens_B)
+        out = step(model.config, plan, weights, cache, rows, *new, sampling)
+        cache, rows, token_B = out.cache, out.rows, np.where(t == lens_B - 1, out.token_B, token_B)
+    inputs = DecodeInput(per_row(plan, token_B), per_row(plan, [3 + 20, 5 + 30, 0]), jnp.asarray([stop]))
+    many = many_steps(TINY, plan, 30, weights, cache, rows, inputs, sampling)
+    for row, most in ((0, 21), (1, 31)):  # the first token comes from the prefill, the others up to the limit
+        tokens = [int(token_B[row]), *np.asarray(many.tokens_BS[row])[np.asarray(many.live_BS[row])].tolist()]
+        end = single[row].index(stop) + 1 if stop in single[row] else most
+        assert tokens == single[row][: min(end, most)]
     assert not many.live_BS[2].any()
-    lengths = np.asarray([3, 5, 0]) + np.asarray(many.live_BS).sum(1)
-    np.testing.assert_array_equal(many.rows.length_B, lengths)
+    np.testing.assert_array_equal(many.rows.length_B, lens_B + np.asarray(many.live_BS).sum(1))
 
 
-def test_idle_rows_write_and_move_nothing():
-    mesh = make_mesh(1, 4)
-    plan = Plan(mesh, 3)
-    model = shard(tiny_model(), plan)
-    cache, rows = make_cache(plan, CacheSpec.from_config(model.config, model.dtype), [3, 3], [9, 9], page=4)
+def test_idle_rows_write_nothing(tiny):
+    plan = Plan(make_mesh(1, 4), 3)
+    model = shard(tiny, plan)
+    cache, rows = empty_cache(plan, model, [3, 3], [9, 9])
     cache = jax.tree.map(lambda pool: jnp.full_like(pool, jnp.nan), cache)
-    weights = model.weights()
-    tokens_BT = per_row(plan, np.ones((2, 3)))
-    out = step(model.config, plan, weights, cache, rows, tokens_BT, per_row(plan, [0, 0]), make_sampling(2))
+    tokens_BT, count_B = per_row(plan, np.ones((2, 3))), per_row(plan, [0, 0])
+    out = step(model.config, plan, model.weights(), cache, rows, tokens_BT, count_B, None)
     assert out.rows.length_B.tolist() == [0, 0]
     assert all(np.isnan(pool).all() for pool in jax.tree.leaves(out.cache))
 
 
-def test_float32_means_float32_wherever_matrices_meet():
-    """Every product of the step asks for the highest precision: on a TPU or GPU the default would not be float32."""
-    mesh = make_mesh(2, 4)
-    plan = Plan(mesh)
-    model = shard(tiny_model(), plan)
-    cache, rows = make_cache(plan, CacheSpec.from_config(model.config, model.dtype), [3], [9], page=4)
-    weights = model.weights()
+@pytest.mark.optimized
+def test_the_greedy_program_has_no_sampler_and_computes_the_same_bits(small):
+    plan = Plan(make_mesh(1, 2), 3)
+    model = shard(small, plan)
+    outputs, texts = [], []
+    for sampling in (None, make_sampling(2)):
+        arguments = (model.config, plan, model.weights(), *empty_cache(plan, model, [3, 2], [9, 9]))
+        new = per_row(plan, [[1, 2, 3], [4, 5, 0]]), per_row(plan, [3, 2])
+        lowered = step.lower(*arguments, *new, sampling)
+        texts.append(lowered.as_text())
+        outputs.append(lowered.compile()(*arguments[2:], *new, sampling))
+    assert ["stablehlo.sort" in text for text in texts] == [False, True]
+    for greedy, sampled in zip(jax.tree.leaves(outputs[0]), jax.tree.leaves(outputs[1]), strict=True):
+        np.testing.assert_array_equal(greedy, sampled)
+
+
+def test_every_product_of_a_float32_step_has_the_highest_precision(tiny):
+    """On a TPU or GPU the default precision would not be float32."""
+    plan = Plan(make_mesh(2, 4))
+    model = shard(tiny, plan)
     new = per_row(plan, [[1]]), per_row(plan, [1])
-    text = step.lower(model.config, plan, weights, cache, rows, *new, make_sampling(1)).as_text()
+    cache, rows = empty_cache(plan, model, [3], [9])
+    text = step.lower(model.config, plan, model.weights(), cache, rows, *new, make_sampling(1)).as_text()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     assert len(products) == TINY.layers * 9 + 1  # q k v o gate up down, scores and values; and the head
     assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
