@@ -1,4 +1,4 @@
-"""`helix-jax batch`: lines in, lines out, and a run that goes on where another was broken off."""
+"""`helix-jax batch`: requests and results as JSON lines, and a batch that continues after an interruption."""
 
 import json
 import signal
@@ -6,17 +6,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from helix_jax.cli import batch as command
-from helix_jax.cli import main
-from helix_jax.cli.jsonl import RequestLine, RejectedLine, ResultsFile, read_requests
-from helix_jax.cli.console import Notes
-from helix_jax.engine import FinishedEvent, Engine, RequestOutput, SamplingParams
+from helix_jax.cli.console import Reporter
+from helix_jax.cli.jsonl import RejectedLine, RequestLine, ResultCounter, ResultsFile, read_requests
+from helix_jax.engine import Engine, FinishedEvent, RequestOutput, SamplingParams
 from tests.conftest import ROOT
-from tests.test_cli import ENVIRONMENT, helix
+from tests.test_cli import ENVIRONMENT, HELIX, assert_bad_input, call
 
 SMALL = ("--cp", 2, "--platform", "cpu", "--rows", 2, "--max-len", 256, "--prefill-chunk", 32)
 TEXT = "And the LORD said"
@@ -31,11 +31,11 @@ def write(file: Path, *entries: dict | str) -> Path:
     return file
 
 
-def ended(id: str) -> RequestOutput:
-    return RequestOutput(id, 3, (65, 66), "AB", "length", 0.5, 0.25, 0, 0, ((-0.5, ((65, -0.5),)), (-1.0, ())))
+def output_of(id: str) -> RequestOutput:
+    return RequestOutput(id, 3, (65, 66), "AB", "length", 0.5, 0.25, 0, 0, ((-0.5, ((65, -0.5),)), (-1.0, ())), 9)
 
 
-# reading --------------------------------------------------------------------------------------------------------------
+# Requests
 
 
 def read(*lines: str | bytes, done: tuple[str, ...] = ()) -> list[RequestLine | RejectedLine]:
@@ -43,17 +43,23 @@ def read(*lines: str | bytes, done: tuple[str, ...] = ()) -> list[RequestLine | 
 
 
 def test_a_line_is_a_request_and_its_number_is_its_id_if_none_is_given():
-    found = read(
+    requests = read(
         '{"id": "a", "prompt": "And", "max_new_tokens": 5, "stop": ["."], "logprobs": 2}\n',
         " \n",
         '{"prompt_ids": [1, 2], "temperature": 0.5, "stop_token_ids": []}\n',
         '{"id": 7, "prompt": "\\u00e9"}',
     )
-    assert found == [
+    assert requests == [
         RequestLine(1, "a", "And", SamplingParams(max_new_tokens=5, stop=(".",), logprobs=2)),
         RequestLine(3, 3, [1, 2], SamplingParams(temperature=0.5, stop_token_ids=())),
         RequestLine(4, 7, "é", SamplingParams()),
     ]
+
+
+def test_null_means_the_default_of_every_field():
+    names = ["id", "prompt", *(field.name for field in fields(SamplingParams))]
+    [request] = read(json.dumps(dict.fromkeys(names) | {"prompt_ids": [1, 2]}))
+    assert request == RequestLine(1, 1, [1, 2], SamplingParams())
 
 
 @pytest.mark.parametrize(
@@ -62,18 +68,23 @@ def test_a_line_is_a_request_and_its_number_is_its_id_if_none_is_given():
         ("{not json", "not JSON (Expecting property name enclosed in double quotes, character 2): give one object"),
         (b'{"prompt": "\xe9"}', "not JSON ('utf-8' codec can't decode"),
         ("[" * 100_000, "not JSON (maximum recursion depth"),
-        ("[1]", "list is not a request: give an object like"),
+        ("[1]", "request is [1]: give an object like"),
         ('{"id": true, "prompt": "a"}', "id is True: give a string or a whole number, or leave it out"),
         ('{"id": "", "prompt": "a"}', "id is ''"),
-        ("{}", "there is no prompt: give prompt or prompt_ids"),
-        ('{"prompt": "a", "prompt_ids": [1]}', "there are prompt and prompt_ids: give one of them"),
+        ("{}", "request has no prompt: give either prompt or prompt_ids"),
+        ('{"prompt": null}', "request has no prompt: give either prompt or prompt_ids"),
+        ('{"prompt": "a", "prompt_ids": [1]}', "request has both prompt and prompt_ids: give either"),
         ('{"prompt": [1]}', "prompt is [1]: give text"),
         ('{"prompt_ids": "a"}', "prompt_ids is 'a': give a list of token ids"),
-        ('{"prompt": "a", "tmperature": 1}', "unknown field 'tmperature': choose among max_new_tokens, temperature"),
-        ('{"prompt": "a", "top_p": NaN}', "top_p is nan: give a probability above 0, at most 1"),
+        ('{"prompt_ids": [true]}', "prompt_ids is [True]: give a list of token ids"),
+        ('{"prompt": "a", "tmperature": 1}', "unknown key 'tmperature': choose one of"),
+        ('{"prompt": "a", "stop_ids": [1]}', "unknown key 'stop_ids': choose one of"),
+        ('{"prompt": "a", "top_k": true}', "top_k is True: give a whole number"),
+        ('{"prompt": "a", "top_p": NaN}', "top_p is nan: give a probability above 0 and at most 1"),
+        ('{"prompt": "a", "stop_token_ids": [true]}', "stop_token_ids is (True,): give a list of token ids"),
     ],
 )
-def test_a_bad_line_is_an_error_of_its_own_and_the_others_go_on(line: str | bytes, error: str):
+def test_a_bad_line_is_an_error_and_the_other_lines_are_requests(line: str | bytes, error: str):
     good = '{"id": "good", "prompt": "And"}'
     before, bad, after = read(good, line, good.replace("good", "too"))
     assert isinstance(bad, RejectedLine)
@@ -82,20 +93,20 @@ def test_a_bad_line_is_an_error_of_its_own_and_the_others_go_on(line: str | byte
     assert "\n" not in bad.error
 
 
-def test_the_later_of_two_lines_with_one_id_is_refused_and_what_is_done_is_passed_over():
+def test_the_second_of_two_lines_with_one_id_is_rejected_and_requests_that_are_done_are_skipped():
     same = '{"id": "a", "prompt": "And"}'
     number = '{"id": 1, "prompt": "And"}'
     [first, second] = read(same, same)
     assert isinstance(first, RequestLine)
-    assert second == RejectedLine(2, "a", "id 'a' is that of line 1 already: give each line its own")
+    assert second == RejectedLine(2, "a", "id 'a' is used in line 1 already: give every line its own id")
     [second] = read(same, same, done=("a",))
     assert (second.line, type(second)) == (2, RejectedLine)
     [second] = read('{"prompt": "And"}', number, done=("1",))
-    assert second == RejectedLine(2, 1, "id 1 is that of line 1 already: give each line its own")
+    assert second == RejectedLine(2, 1, "id 1 is used in line 1 already: give every line its own id")
 
 
-class Counting(Engine):
-    """Ends the eldest request in each step."""
+class CountingEngine(Engine):
+    """An engine that finishes its oldest request in each step."""
 
     def __init__(self):
         self.waiting: list[str] = []
@@ -108,22 +119,22 @@ class Counting(Engine):
 
     def step(self):
         id = self.waiting.pop(0)
-        return [FinishedEvent(id, ended(id))]
+        return [FinishedEvent(id, output_of(id))]
 
 
-def test_no_more_lines_are_read_ahead_than_are_wanted(tmp_path: Path):
+def test_lines_are_read_only_as_far_ahead_as_requested(tmp_path: Path):
     out, taken, ahead = tmp_path / "out.jsonl", 0, 5
 
-    def asked() -> Iterator[RequestLine]:
+    def requests() -> Iterator[RequestLine]:
         nonlocal taken
         for line in range(1, 41):
             taken += 1
             yield RequestLine(line, line, "" if line == 20 else "And", SamplingParams())
-            written = len(out.read_bytes().splitlines())  # each as it ends
+            written = len(out.read_bytes().splitlines())  # each when it finishes
             assert taken - written <= ahead
 
     with ResultsFile(out) as results:
-        command._answer_all(Counting(), asked(), results, ahead, Notes())
+        command._answer_all(CountingEngine(), requests(), results, ahead, Reporter())
         assert (results.answered, results.failed) == (39, 1)
     assert [entry["id"] for entry in lines_of(out) if "text" in entry] == [n for n in range(1, 41) if n != 20]
     assert [entry for entry in lines_of(out) if "error" in entry] == [
@@ -131,15 +142,15 @@ def test_no_more_lines_are_read_ahead_than_are_wanted(tmp_path: Path):
     ]
 
 
-# results --------------------------------------------------------------------------------------------------------------
+# Results
 
 
-def test_results_are_found_again_and_errors_are_not_written_twice(tmp_path: Path):
+def test_earlier_results_are_found_and_errors_are_not_written_twice(tmp_path: Path):
     out = tmp_path / "out.jsonl"
     with ResultsFile(out) as results:
         assert results.done == set()
-        results.add("a", ended("a"))
-        results.add(7, ended("7"))
+        results.add("a", output_of("a"))
+        results.add(7, output_of("7"))
         results.add_error(RejectedLine(3, "c", "bad"))
     assert lines_of(out)[0] == {
         "id": "a",
@@ -147,13 +158,14 @@ def test_results_are_found_again_and_errors_are_not_written_twice(tmp_path: Path
         "tokens": [65, 66],
         "prompt_tokens": 3,
         "finish_reason": "length",
+        "seed": 9,
         "ttft_s": 0.5,
         "s_per_token": 0.25,
         "logprobs": [{"logprob": -0.5, "top": [[65, -0.5]]}, {"logprob": -1.0, "top": []}],
     }
     before = out.read_bytes()
     with ResultsFile(out) as results:
-        assert (results.done, results.mended) == ({"a", "7"}, False)
+        assert (results.done, results.truncated) == ({"a", "7"}, False)
         results.add_error(RejectedLine(3, "c", "bad"))
         assert (results.answered, results.failed) == (0, 1)
         assert out.read_bytes() == before
@@ -162,189 +174,224 @@ def test_results_are_found_again_and_errors_are_not_written_twice(tmp_path: Path
     assert lines_of(out)[3:] == [{"id": "c", "line": 3, "error": "bad in another way"}]
 
 
-def test_a_half_written_line_is_not_done_wherever_it_ends(tmp_path: Path):
+def test_an_incomplete_line_is_not_a_result_wherever_it_ends(tmp_path: Path):
     out = tmp_path / "out.jsonl"
     with ResultsFile(out) as results:
-        results.add("a", ended("a"))
+        results.add("a", output_of("a"))
     first = out.read_bytes()
     with ResultsFile(out) as results:
-        results.add("b", ended("b"))
+        results.add("b", output_of("b"))
     whole = out.read_bytes()
     for size in range(len(first) + 1, len(whole)):
         out.write_bytes(whole[:size])
         with ResultsFile(out) as results:
             assert results.done == {"a"}
-            assert results.mended
+            assert results.truncated
         assert out.read_bytes() == first
 
 
 @pytest.mark.parametrize(
-    "held",
+    "content",
     ["notes\n", "notes", '{"id": "a", "prompt": "And"}\n', '{"id": "a", "prompt": "And"}', '{"tokens": [1]}\n', "[]\n"],
 )
-def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path, held: str):
+def test_a_file_with_other_content_is_refused_and_unchanged(tmp_path: Path, content: str):
     out = tmp_path / "out.jsonl"
-    out.write_text(held)
-    with pytest.raises(ValueError, match=r"out.jsonl' holds no result in line 1: give another file"):
+    out.write_text(content)
+    with pytest.raises(ValueError, match=r"out.jsonl' has no result in line 1: give another file"):
         ResultsFile(out)
-    assert out.read_text() == held
+    assert out.read_text() == content
 
 
-def test_a_pipe_has_no_past():
+def test_a_pipe_has_no_earlier_results():
     with ResultsFile(Path("/dev/null")) as results:
-        results.add("a", ended("a"))
+        results.add("a", output_of("a"))
         assert results.done == set()
 
 
-# the command, in this process -----------------------------------------------------------------------------------------
+def test_a_process_that_does_not_write_counts_in_the_same_way():
+    with ResultCounter(["a"]) as results:
+        results.add("b", output_of("b"))
+        results.add_error(RejectedLine(3, "c", "bad"))
+        assert (results.done, results.answered, results.failed) == ({"a"}, 1, 1)
+        assert results.first_failed == RejectedLine(3, "c", "bad")
+
+
+# The command, without weights
 
 
 @pytest.fixture
-def here(monkeypatch):
-    """Its devices are there already, and no weights are read."""
-    from helix_jax.mesh import make_mesh
+def no_weights(monkeypatch):
+    """Fail if weights are read."""
 
-    def no_weights(*_: object):
+    def load(*_: object):
         raise AssertionError("weights are read")
 
-    monkeypatch.setattr(command, "open_mesh", lambda platform, tp, cp, processes: make_mesh(tp, cp or 1))
-    monkeypatch.setattr(command.Setup, "load", no_weights)
+    monkeypatch.setattr(command.DecodeSetup, "load", load)
 
 
-def test_bad_settings_are_one_line_and_exit_2_before_weights_are_read(here, capsys, tmp_path: Path):
-    given = write(tmp_path / "in.jsonl", {"prompt": "And"})
+@pytest.mark.usefixtures("no_weights")
+def test_bad_settings_are_one_line_and_exit_2_before_weights_are_read(tmp_path: Path):
+    file = write(tmp_path / "in.jsonl", {"prompt": "And"})
     other = write(tmp_path / "other.jsonl", "notes")
-    good = ["batch", str(given), "--out", str(tmp_path / "out.jsonl")]
+    out = ("--out", tmp_path / "out.jsonl", "--cp", 1)
     for change, message in [
-        (["--rows", "0"], "--rows is 0: give at least 1"),
-        (["--pages", "0"], "--pages is 0: give at least 1"),
-        (["--max-len", "-1"], "--max-len is -1: give at least 1"),
-        (["--max-len", "9000"], "--max-len is 9000: the model has 8192 positions"),
-        (["--page", "0"], "--page is 0"),
-        (["--prefill-chunk", "0"], "--prefill-chunk is 0"),
-        (["--block", "0"], "block is 0"),
-        (["--cp", "3"], "does not divide the 8 query heads"),
+        (["--rows", 0], "--rows is 0: give at least 1"),
+        (["--pages", 0], "--pages is 0: give at least 1"),
+        (["--max-len", -1], "--max-len is -1: give at least 1"),
+        (["--max-len", 9000], "--max-len is 9000: give at most the model's 8192 positions"),
+        (["--page", 0], "--page is 0"),
+        (["--prefill-chunk", 0], "--prefill-chunk is 0"),
+        (["--block", 0], "block is 0"),
+        (["--cp", 3], "does not divide the 8 query heads"),
         (["--out", "/nowhere/out.jsonl"], "--out '/nowhere/out.jsonl' cannot be written: No such file or directory"),
-        (["--out", str(tmp_path)], "cannot be written: Is a directory"),
-        (["--out", str(other)], "holds no result in line 1"),
-        (["--out", str(given)], "is the file of requests: give another"),
+        (["--out", tmp_path], "cannot be written: Is a directory"),
+        (["--out", other], "has no result in line 1"),
+        (["--out", file], "is the input file: give another file"),
     ]:
-        assert main([*good, *change]) == 2
-        printed = capsys.readouterr()
-        assert len(printed.err.splitlines()) == 1
-        assert printed.out == ""
-        assert message in printed.err
-    assert main(["batch", "/nowhere.jsonl", *good[2:]]) == 2
-    assert "'/nowhere.jsonl' cannot be read: No such file or directory" in capsys.readouterr().err
-    assert (other.read_text(), len(lines_of(given))) == ("notes\n", 1)
+        assert_bad_input(call("batch", file, *out, *change), message)
+    missing = call("batch", "/nowhere.jsonl", *out)
+    assert_bad_input(missing, "'/nowhere.jsonl' cannot be read: No such file or directory")
+    assert (other.read_text(), len(lines_of(file))) == ("notes\n", 1)
 
 
-def test_where_nothing_is_to_do_no_weights_are_read(here, capsys, tmp_path: Path):
+@pytest.mark.usefixtures("no_weights")
+def test_without_a_request_to_answer_no_weights_are_read(tmp_path: Path):
     out = tmp_path / "out.jsonl"
-    given = write(tmp_path / "in.jsonl", {"id": "a", "prompt": "And"}, "{no", "")
+    file = write(tmp_path / "in.jsonl", {"id": "a", "prompt": "And"}, "{no", "")
     with ResultsFile(out) as results:
-        results.add("a", ended("a"))
-    assert main(["batch", str(given), "--out", str(out)]) == 1
-    assert capsys.readouterr().err.splitlines() == [
-        f"helix-jax: '{out}' has 1 results: these are skipped",
+        results.add("a", output_of("a"))
+    done = call("batch", file, "--out", out, "--cp", 1)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"helix-jax: '{out}' has 1 results: their requests are skipped",
         f"helix-jax: 0 lines answered, 1 failed, in '{out}'",
         "helix-jax: the first that failed is line 2: not JSON (Expecting property name enclosed in double quotes, "
-        "character 2): give one object a line",
+        "character 2): give one object per line",
     ]
     assert lines_of(out)[1]["id"] == 2
-    assert main(["batch", str(write(given, "")), "--out", str(out)]) == 0
+    assert call("batch", write(file, ""), "--out", out, "--cp", 1).returncode == 0
 
 
-# the command, as a user runs it ---------------------------------------------------------------------------------------
+# The command, with a model
 
 
-def test_requests_are_answered_and_each_failure_is_its_own(tmp_path: Path):
-    given = write(
+ANSWER_KEYS = {
+    *("id", "text", "tokens", "prompt_tokens", "finish_reason", "seed", "ttft_s", "s_per_token", "logprobs"),
+}
+
+
+def test_requests_are_answered_and_each_bad_line_is_an_error(byte_model: Path, tmp_path: Path):
+    prompt = list(TEXT.encode())
+    stop = greedy_tokens(byte_model, 6)[5]
+    file = write(
         tmp_path / "in.jsonl",
         {"id": "a", "prompt": TEXT, "max_new_tokens": 5},
-        {"prompt_ids": list(TEXT.encode()), "max_new_tokens": 9, "logprobs": 2},
+        {"prompt_ids": prompt, "max_new_tokens": 9, "logprobs": 2},
         "{not json",
         {"id": "long", "prompt": "And", "max_new_tokens": 300},
         {"id": "empty", "prompt": ""},
-        {"id": "null", "prompt": TEXT, "temperature": None},
-        {"id": "stopped", "prompt": TEXT, "max_new_tokens": 40, "stop": ["unto"]},
-        {"id": "drawn", "prompt": TEXT, "max_new_tokens": 9, "temperature": 1, "top_k": 20, "min_p": 0.01, "seed": 3},
+        {"id": "true", "prompt_ids": [True]},
+        {"id": "outside", "prompt_ids": [300]},
+        {"id": "null", "prompt": TEXT, "max_new_tokens": 5, "temperature": None, "seed": None},
+        {"id": "stopped", "prompt": TEXT, "max_new_tokens": 40, "stop_token_ids": [stop]},
+        {"id": "sampled", "prompt": TEXT, "max_new_tokens": 9, "temperature": 1, "top_k": 20, "min_p": 0.01},
+        {"id": "seeded", "prompt": TEXT, "max_new_tokens": 9, "temperature": 1, "top_k": 20, "seed": 3},
     )
     out = tmp_path / "out.jsonl"
-    done = helix("batch", given, "--out", out, *SMALL)
+    done = call("batch", file, "--out", out, "--model", byte_model, *SMALL)
     assert done.returncode == 1, done.stderr
     assert done.stdout == ""
-    assert done.stderr.splitlines()[-2] == f"helix-jax: 4 lines answered, 4 failed, in '{out}'"
+    assert done.stderr.splitlines()[-2] == f"helix-jax: 6 lines answered, 5 failed, in '{out}'"
     assert "the first that failed is line 3: not JSON" in done.stderr
     assert "\x1b" not in done.stderr
-    found = {entry["id"]: entry for entry in lines_of(out)}
-    assert set(found) == {"a", 2, 3, "long", "empty", "null", "stopped", "drawn"}
-    for name, entry in found.items():
-        assert set(entry) == ({"id", "line", "error"} if name in (3, "long", "empty", "null") else ANSWER), name
-    assert "exceed the 256 positions of a row" in found["long"]["error"]
-    assert (found["empty"]["line"], found["empty"]["error"]) == (5, "the prompt is empty: give at least one token")
-    assert found["null"]["error"] == "temperature is None: give a number"
-    assert [len(found[name]["tokens"]) for name in ("a", 2, "drawn")] == [5, 9, 9]
-    assert found[2]["tokens"][:5] == found["a"]["tokens"]
-    assert found[2]["text"] == bytes(found[2]["tokens"]).decode()
-    assert found[2]["prompt_tokens"] == len(TEXT)
-    assert found["a"]["logprobs"] is None
-    assert [told["top"][0][0] for told in found[2]["logprobs"]] == found[2]["tokens"]  # greedy: the likeliest
-    assert all(len(told["top"]) == 2 and told["logprob"] == told["top"][0][1] <= 0 for told in found[2]["logprobs"])
-    assert found["stopped"]["finish_reason"] == "stop"
-    assert found[2]["text"].startswith(found["stopped"]["text"] + "unto")
-    assert found["a"]["finish_reason"] == "length"
-    assert min(found["a"]["ttft_s"], found["a"]["s_per_token"]) > 0
+    results = {entry["id"]: entry for entry in lines_of(out)}
+    failed = {3, "long", "empty", "true", "outside"}
+    assert set(results) == {"a", 2, "null", "stopped", "sampled", "seeded"} | failed
+    for id, entry in results.items():
+        assert set(entry) == ({"id", "line", "error"} if id in failed else ANSWER_KEYS), id
+    assert "exceed the 256 positions of a row" in results["long"]["error"]
+    assert (results["empty"]["line"], results["empty"]["error"][:19]) == (5, "the prompt is empty")
+    assert "prompt_ids is [True]: give a list of token ids" in results["true"]["error"]
+    assert "token id 300 is outside the vocabulary of 256" in results["outside"]["error"]
+    check_answers(results)
 
 
-ANSWER = {"id", "text", "tokens", "prompt_tokens", "finish_reason", "ttft_s", "s_per_token", "logprobs"}
+def greedy_tokens(model: Path, count: int) -> list[int]:
+    """Return the greedy tokens after TEXT."""
+    done = call("generate", "--model", model, "--prompt", TEXT, "--cp", 2, "--max-new-tokens", count, "--json")
+    return json.loads(done.stdout)["tokens"]
 
 
-def test_what_is_finished_survives_ctrl_c_and_the_next_run_goes_on(tmp_path: Path):
+def check_answers(results: dict) -> None:
+    assert [len(results[id]["tokens"]) for id in ("a", 2, "sampled", "seeded")] == [5, 9, 9, 9]
+    assert results[2]["tokens"][:5] == results["a"]["tokens"] == results["null"]["tokens"]
+    assert results[2]["text"] == bytes(results[2]["tokens"]).decode(errors="replace")
+    assert results[2]["prompt_tokens"] == len(TEXT)
+    assert (results["a"]["logprobs"], results["a"]["seed"], results["null"]["seed"]) == (None, None, None)
+    assert results["seeded"]["seed"] == 3
+    assert 0 <= results["sampled"]["seed"] < 2**64
+    logprobs = results[2]["logprobs"]
+    assert [entry["top"][0][0] for entry in logprobs] == results[2]["tokens"]  # greedy: the most probable
+    assert all(len(entry["top"]) == 2 and entry["logprob"] == entry["top"][0][1] <= 0 for entry in logprobs)
+    assert results["stopped"]["finish_reason"] == "stop"
+    assert results["a"]["finish_reason"] == "length"
+    assert min(results["a"]["ttft_s"], results["a"]["s_per_token"]) > 0
+
+
+def test_results_survive_ctrl_c_and_the_next_run_continues(byte_model: Path, tmp_path: Path):
     entries = [{"id": f"r{n}", "prompt": TEXT[: n + 1], "max_new_tokens": 4} for n in range(4)]
-    entries += [{"id": "endless", "prompt": TEXT, "max_new_tokens": 230}, {"id": "last", "prompt": TEXT}]
-    given, out = write(tmp_path / "in.jsonl", *entries), tmp_path / "out.jsonl"
-    arguments = [sys.executable, "-m", "helix_jax", "batch", str(given), "--out", str(out), *map(str, SMALL)]
+    entries += [{"id": "long", "prompt": TEXT, "max_new_tokens": 230}, {"id": "last", "prompt": TEXT}]
+    file, out = write(tmp_path / "in.jsonl", *entries), tmp_path / "out.jsonl"
+    options = ["--out", out, "--model", byte_model, *SMALL]
+    arguments = [str(argument) for argument in (*HELIX, "batch", file, *options)]
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, env=ENVIRONMENT, text=True) as running:
-        began = time.monotonic()
+        start = time.monotonic()
         while not (out.exists() and len(out.read_bytes().splitlines()) >= 3):
             assert running.poll() is None
-            assert time.monotonic() - began < 120
+            assert time.monotonic() - start < 120
             time.sleep(0.005)
         running.send_signal(signal.SIGINT)
         _, errors = running.communicate(timeout=60)
     assert running.returncode == 130
-    assert "the same command goes on" in errors
+    assert "the same command continues" in errors
     assert "Traceback" not in errors
     finished = lines_of(out)
     assert 3 <= len(finished) < 6
-    with out.open("a") as cut:
-        cut.write('{"id": "last", "tok')
+    with out.open("a") as file_out:
+        file_out.write('{"id": "last", "tok')
 
     extra = json.dumps({"id": "more", "prompt": TEXT, "max_new_tokens": 3}) + "\n"
-    arguments[4] = "/dev/stdin"
-    done = subprocess.run(
-        arguments, input=given.read_text() + extra, capture_output=True, text=True, env=ENVIRONMENT, check=False
-    )
+    (tmp_path / "more.jsonl").write_text(file.read_text() + extra)
+    done = call("batch", tmp_path / "more.jsonl", *options)
     assert done.returncode == 0, done.stderr
-    assert f"the last line of '{out}' was half written: it is gone, and done again" in done.stderr
-    assert f"'{out}' has {len(finished)} results: these are skipped" in done.stderr
-    found = lines_of(out)
-    assert found[: len(finished)] == finished
-    assert sorted(entry["id"] for entry in found) == ["endless", "last", "more", "r0", "r1", "r2", "r3"]
-    assert {entry["id"]: len(entry["tokens"]) for entry in found}["endless"] == 230
+    assert f"the last line of '{out}' was incomplete: it was removed, and its request is repeated" in done.stderr
+    assert f"'{out}' has {len(finished)} results: their requests are skipped" in done.stderr
+    results = lines_of(out)
+    assert results[: len(finished)] == finished
+    assert sorted(entry["id"] for entry in results) == ["last", "long", "more", "r0", "r1", "r2", "r3"]
+    assert {entry["id"]: len(entry["tokens"]) for entry in results}["long"] == 230
 
 
-# the benchmark --------------------------------------------------------------------------------------------------------
+# The benchmark
 
 
-def test_the_benchmark_plays_one_trace_in_both_ways(tmp_path: Path):
-    found = tmp_path / "engine.json"
+def test_the_benchmark_replays_one_trace_with_both_kinds_of_batching(byte_model: Path, tmp_path: Path):
+    file = tmp_path / "engine.json"
     trace = ("--requests", 5, "--rows", 2, "--prompt", 4, 8, "--new", 2, 6, "--rate", 0.5, "--prefill-chunk", 8)
-    command = [sys.executable, ROOT / "scripts" / "bench_engine.py", *trace, "--platform", "cpu", "--json", found]
+    model = ("--model", byte_model)
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "bench_engine.py",
+        *trace,
+        *model,
+        "--platform",
+        "cpu",
+        "--json",
+        file,
+    ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stderr
-    measured = json.loads(found.read_text())
+    measured = json.loads(file.read_text())
     continuous, static = measured["runs"]
     assert (continuous["batching"], static["batching"]) == ("continuous", "static")
     assert continuous["tokens"] == static["tokens"]
