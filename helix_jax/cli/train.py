@@ -14,7 +14,14 @@ import jax.numpy as jnp
 
 from helix_jax.cli.app import OK, checked_interrupts
 from helix_jax.cli.console import Reporter
-from helix_jax.cli.options import DTYPES, add_device_arguments, add_mesh_arguments, default_dtype, open_devices
+from helix_jax.cli.options import (
+    DTYPES,
+    add_choice,
+    add_device_arguments,
+    add_mesh_arguments,
+    default_dtype,
+    open_devices,
+)
 from helix_jax.training.run import open_run, read_run_config, train
 
 
@@ -25,8 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="the folder for checkpoints, log, curve and model")
     add("--init", type=Path, metavar="DIR", help="a Hugging Face folder to start from, in place of [model]")
     add_mesh_arguments(parser, training=True)
-    parser.set_defaults(cp=1)
-    add("--dtype", choices=DTYPES, help="the type that layers compute in (default: bfloat16; float32 on a CPU)")
+    add_choice(parser, "--dtype", DTYPES, "the type that layers compute in (default: bfloat16; float32 on a CPU)")
     add_device_arguments(parser)
 
 
