@@ -1,7 +1,7 @@
 """Tests the evaluations: a session against a model without a cache, needles and perplexity against one device."""
 
 import json
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +35,6 @@ from helix_jax.plan import Plan
 from helix_jax.training.passkeys import DIGITS
 from tests.conftest import GOLDEN, ROOT
 from tests.reference import naive_logits, plan_of
-from tests.test_cli import ENVIRONMENT
 
 KJV = ROOT / "scripts" / "data" / "kjv.txt"
 TEXT = KJV.read_bytes()[-3000:]
@@ -56,15 +55,17 @@ def open_session(byte_model: Path) -> Callable[..., CacheSession]:
 
 
 @pytest.fixture
-def evaluate(monkeypatch: pytest.MonkeyPatch, byte_model: Path) -> Callable[..., int]:
-    """Return a function that runs `helix-jax eval` on the byte model, in this process with its 8 devices."""
-    monkeypatch.setattr(command, "open_mesh", lambda platform, tp, cp: make_mesh(tp, cp))
+def evaluate(byte_model: Path) -> Callable[..., int]:
+    """Return a function that runs `helix-jax eval` on the byte model, in this process, and returns the exit code."""
 
     def evaluate(*arguments: object) -> int:
         name, *options = map(str, arguments)
         shared = [word for key, value in PLAN.items() for word in (f"--{key}", str(value))]
         shared += ["--model", str(byte_model), "--prefill-chunk", str(CHUNK)]
-        return main(["eval", name, *shared, *options])
+        try:
+            return main(["eval", name, *shared, *options])
+        except SystemExit as stop:
+            return int(stop.code or 0)
 
     return evaluate
 
@@ -288,7 +289,7 @@ SHORT = ["--lengths", 100, "--decoded", 9]
         ("needles", ["--model", GOLDEN_LLAMA], "does not have the tokenizer 'bytes': give a byte model"),
         ("needles", ["--decoded", 100000], "100000 decoded tokens"),
         ("needles", [*SHORT, "--cp", 0], "cp is 0: give at least 1"),
-        ("needles", [*SHORT, "--placement", "spiral"], "placement is 'spiral': choose one of"),
+        ("needles", [*SHORT, "--placement", "spiral"], "--placement is 'spiral': choose one of"),
         ("needles", [*SHORT, "--plot", "p.foo"], "--plot 'p.foo'"),
         ("needles", [*SHORT, "--json", "/nowhere/n.json"], "/nowhere/n.json"),
         ("needles", [*SHORT, "--text", "/nowhere/t.txt"], "/nowhere/t.txt"),
@@ -319,9 +320,10 @@ def test_without_a_checkout_the_text_must_be_given(evaluate, monkeypatch, capsys
         ("eval_perplexity.py", ["--windows", "0"], "windows is 0: give at least 1"),
     ],
 )
-def test_the_scripts_run_the_subcommands(script: str, options: list[str], message: str):
-    arguments = [sys.executable, ROOT / "scripts" / script, *options]
-    done = subprocess.run(arguments, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert done.returncode == 2
-    [line] = done.stderr.splitlines()
+def test_the_scripts_run_the_subcommands(monkeypatch, capsys, script: str, options: list[str], message: str):
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+    assert stop.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
     assert message in line

@@ -13,12 +13,23 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from helix_jax.checkpoint import DEMO_MODEL, load, read_config
+from helix_jax.checkpoint import read_config
+from helix_jax.cli.app import FAILED, OK
 from helix_jax.cli.console import Reporter
-from helix_jax.cli.devices import open_mesh
+from helix_jax.cli.options import (
+    add_choice,
+    add_device_arguments,
+    add_kernel_arguments,
+    add_mesh_arguments,
+    add_model_argument,
+    load_model,
+    open_devices,
+    report_fake_devices,
+)
 from helix_jax.cli.output import new_figure, write_json
 from helix_jax.config import ModelConfig
 from helix_jax.evaluation import (
+    ONE_DEVICE,
     NeedleOptions,
     NeedleResults,
     PerplexityOptions,
@@ -30,23 +41,27 @@ from helix_jax.evaluation import (
     run_perplexity,
 )
 from helix_jax.evaluation.plots import plot_needles, plot_perplexity
-from helix_jax.generation import DEFAULT_CHUNK
-from helix_jax.kernels import KERNELS
 from helix_jax.layout import PLACEMENTS
+from helix_jax.mesh import CP
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 
-OK, DIFFERENT = 0, 1
 DEFAULT_TEXT = Path(__file__).parents[2] / "scripts" / "data" / "kjv.txt"  # not part of an installed package
 
-NEEDLES = """Hide passkeys in held-out text, at every depth of contexts of every length, and ask for them: directly
-after the context, and again after --decoded tokens of the model, which are stored on the ranks round-robin. A placement
-that answers differently from one device makes the exit code 1. --zero-rank zeroes what one rank has cached of the
-context before the first question, and skips this comparison."""
+NEEDLES = """Hide passkeys in held-out text, at every depth of contexts of every length.
 
-PERPLEXITY = """Measure bits per byte of held-out text at several positions. At each, the context before it is read, and
-then --span bytes one by one as if they had been decoded, so they are stored on the ranks round-robin. A placement whose
-loss of a byte differs from one device by more than 1e-3 nats makes the exit code 1."""
+Each passkey is asked for directly after its context, and again after --decoded
+tokens of the model, which are stored on the ranks round-robin. A placement that
+answers differently from one device makes the exit code 1. --zero-rank zeroes
+what one rank has cached of the context before the first question, and skips
+this comparison."""
+
+PERPLEXITY = """Measure bits per byte of held-out text at several positions.
+
+At each position the context before it is read, and then --span bytes one by
+one as if they had been decoded, so they are stored on the ranks round-robin. A
+placement under which the loss of a byte differs by more than 1e-3 nats from one
+device makes the exit code 1."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("needles", "find passkeys in long contexts", NEEDLES, _add_needle_arguments, _evaluate_needles),
         ("perplexity", "bits per byte by position", PERPLEXITY, _add_perplexity_arguments, _evaluate_perplexity),
     ):
-        added = commands.add_parser(name, help=text, description=description, allow_abbrev=False)
+        added = commands.add_parser(name, help=text, description=description)
         _add_shared_arguments(added)
         add_own(added)
         added.set_defaults(evaluate=evaluate)
@@ -68,60 +83,45 @@ def run(options: argparse.Namespace) -> int:
     different = options.evaluate(options, reporter)
     for line in different:
         reporter.info(line)
-    return DIFFERENT if different else OK
+    return FAILED if different else OK
 
 
 def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", type=Path, default=DEMO_MODEL, metavar="DIR", help="a byte model (default: the demo model)")
+    add_model_argument(parser, "the folder of a byte model")
     add("--text", type=Path, metavar="FILE", help="a text file (default: scripts/data/kjv.txt of a checkout)")
     add("--held-out", type=float, default=0.05, metavar="SHARE", help="share at its end to read (default: %(default)s)")
-    add("--tp", type=int, default=1, metavar="N", help="devices that share the heads in attention (default: 1)")
-    add("--cp", type=int, metavar="N", help="devices that share the sequence (default: all devices / tp)")
-    add("--block", type=int, default=16, metavar="TOKENS", help="length of a decode block (default: 16)")
-    add("--placement", action="append", metavar="|".join(PLACEMENTS), help="may be repeated (default: all)")
-    add("--kernel", default="auto", metavar="|".join(KERNELS), help="the attention kernel (default: auto)")
-    add(
-        "--prefill-chunk",
-        type=int,
-        default=DEFAULT_CHUNK,
-        metavar="TOKENS",
-        help="prompt tokens per step (default: %(default)s)",
-    )
-    add("--platform", choices=("auto", "cpu", "gpu", "tpu"), default="auto", help="cpu: tp * cp fake devices")
+    add_mesh_arguments(parser)
+    add_choice(parser, "--placement", PLACEMENTS, "placement to evaluate; may be repeated (default: all)", several=True)
+    add_kernel_arguments(parser)
+    add_device_arguments(parser, processes=False)
     add("--json", type=Path, metavar="FILE", help="write the results to a file")
     add("--plot", type=Path, metavar="FILE.png", help="draw the results")
 
 
 def _add_needle_arguments(parser: argparse.ArgumentParser) -> None:
-    add, default = parser.add_argument, NeedleOptions()
-    add(
-        "--lengths",
-        type=int,
-        nargs="+",
-        default=[],
-        metavar="BYTES",
-        help="of contexts (default: 4 that fit)",
-    )
-    add("--depths", type=int, default=default.depths, metavar="N", help="of the passkeys (default: %(default)s)")
-    add("--trials", type=int, default=default.trials, metavar="N", help="per length and depth (default: %(default)s)")
-    add(
-        "--decoded",
-        type=int,
-        default=default.decoded,
-        metavar="TOKENS",
-        help="before asking again (default: 500)",
-    )
-    add("--zero-rank", type=int, metavar="RANK", help="zero what this cp rank has cached of the context")
-    add("--seed", type=int, default=default.seed, help="seed of text and passkeys (default: %(default)s)")
-    add("--rows", type=int, default=default.rows, metavar="N", help="contexts to read at once (default: %(default)s)")
+    default = NeedleOptions()
+    text = "bytes per context (default: 4 lengths that fit the model)"
+    parser.add_argument("--lengths", type=int, nargs="+", default=[], metavar="BYTES", help=text)
+    _add_int(parser, "--depths", "N", "number of depths of passkeys", default.depths)
+    _add_int(parser, "--trials", "N", "contexts per length and depth", default.trials)
+    _add_int(parser, "--decoded", "TOKENS", "tokens to decode before asking again", default.decoded)
+    parser.add_argument("--zero-rank", type=int, metavar="RANK", help="zero what this cp rank has cached")
+    _add_int(parser, "--seed", "N", "seed of text and passkeys", default.seed)
+    _add_int(parser, "--rows", "N", "contexts per batch", default.rows)
 
 
 def _add_perplexity_arguments(parser: argparse.ArgumentParser) -> None:
-    add, default = parser.add_argument, PerplexityOptions()
-    add("--positions", type=int, nargs="+", default=[], metavar="BYTES", help="(default: powers of 2 from 64)")
-    add("--span", type=int, default=default.span, metavar="BYTES", help="bytes to score (default: %(default)s)")
-    add("--windows", type=int, default=default.windows, metavar="N", help="places in the text (default: %(default)s)")
+    default = PerplexityOptions()
+    text = "bytes before each span (default: powers of 2 from 64)"
+    parser.add_argument("--positions", type=int, nargs="+", default=[], metavar="BYTES", help=text)
+    _add_int(parser, "--span", "BYTES", "bytes to score one by one", default.span)
+    _add_int(parser, "--windows", "N", "places in the text", default.windows)
+
+
+def _add_int(parser: argparse.ArgumentParser, option: str, metavar: str, description: str, default: int) -> None:
+    text = f"{description} (default: {default})"
+    parser.add_argument(option, type=int, default=default, metavar=metavar, help=text)
 
 
 def _evaluate_needles(options: argparse.Namespace, reporter: Reporter) -> list[str]:
@@ -194,17 +194,23 @@ def _open_task(
     filled_in = fill_in(config)
     text = held_out_text(_read_text(options.text), options.held_out, filled_in.max_len)
     figure = new_figure("--plot", options.plot) if options.plot else None
-    mesh = open_mesh(options.platform, options.tp, options.cp)
+    mesh = open_devices(options)
     plans = make_plans(mesh, options.placement or PLACEMENTS, options.block, options.kernel)
     for plan in plans.values():
         plan.check_model(config)
+
+    def load(plan: Plan) -> Transformer:
+        if plan is plans[ONE_DEVICE]:  # the first one: by now all input is checked
+            report_fake_devices(mesh, reporter)
+        return load_model(options.model, plan, jnp.float32, reporter)
+
     return _Task(
         options=filled_in,
         text=text,
         plans=plans,
         figure=figure,
-        load=lambda plan: load(options.model, plan, jnp.float32),
-        write_json=lambda results: write_json(options.json, {"cp": mesh.shape["cp"]} | asdict(results)),
+        load=load,
+        write_json=lambda results: write_json(options.json, {"cp": mesh.shape[CP]} | asdict(results)),
     )
 
 

@@ -16,7 +16,7 @@ from helix_jax.evaluation.texts import spaced_windows
 from helix_jax.generation import DEFAULT_CHUNK
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
-from helix_jax.training import LOG2_E
+from helix_jax.training import BITS_PER_NAT
 from helix_jax.training.passkeys import DIGITS, NAMES, fact, haystack, new_key, question
 from helix_jax.validation import check_int
 
@@ -25,7 +25,7 @@ QUESTION_BYTES = len(question(max(NAMES, key=len))) + DIGITS  # the longest ques
 
 @dataclass(frozen=True)
 class NeedleOptions:
-    """Which contexts are made, and how they are read.
+    """The contexts to make, and how to read them.
 
     Args:
         lengths: Bytes of the contexts. Empty, the default, means four lengths up to what the model has positions for.
@@ -104,7 +104,7 @@ class Needle:
 
 @dataclass(frozen=True)
 class NeedleAnswers:
-    """What a model answers under one plan.
+    """The answers of a model under one plan.
 
     Args:
         answers: For each needle its answers: directly after the context, and again after the decoded tokens.
@@ -119,7 +119,7 @@ class NeedleAnswers:
 
 @dataclass
 class NeedleResults:
-    """The needles, and what a model answers under each plan. `dataclasses.asdict` gives what JSON can store."""
+    """The needles, and the answers of a model under each plan. `dataclasses.asdict` converts them for JSON."""
 
     options: NeedleOptions
     needles: list[Needle]
@@ -260,7 +260,7 @@ def _bits_after(model: Transformer, plan: Plan, text: bytes, results: NeedleResu
     windows_BS = spaced_windows(text, options.max_len, min(options.rows, len(results.needles)))
     span = options.max_len - max(options.lengths)
     nats_BS = score_span(model, plan, windows_BS, span, max_len=options.max_len, chunk=options.chunk)
-    return float(nats_BS.mean()) * LOG2_E
+    return float(nats_BS.mean()) * BITS_PER_NAT
 
 
 def _check_zero_rank(plans: Mapping[str, Plan], options: NeedleOptions) -> None:

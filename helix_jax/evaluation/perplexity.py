@@ -14,7 +14,7 @@ from helix_jax.evaluation.scoring import score_span
 from helix_jax.evaluation.texts import spaced_windows
 from helix_jax.generation import DEFAULT_CHUNK
 from helix_jax.plan import Plan
-from helix_jax.training import LOG2_E
+from helix_jax.training import BITS_PER_NAT
 from helix_jax.validation import check_int
 
 MAX_GAP_NATS = 1e-3
@@ -22,7 +22,7 @@ MAX_GAP_NATS = 1e-3
 
 @dataclass(frozen=True)
 class PerplexityOptions:
-    """Which text is scored, and how it is read.
+    """The text to score, and how to read it.
 
     Args:
         positions: Bytes before each span. Empty, the default, means powers of 2 from 64 on.
@@ -70,7 +70,7 @@ class PerplexityOptions:
 
 @dataclass
 class PerplexityResults:
-    """Bits per byte under each plan, by position. `dataclasses.asdict` gives what JSON can store.
+    """Bits per byte under each plan, by position. `dataclasses.asdict` converts them for JSON.
 
     Args:
         options: The options.
@@ -125,7 +125,7 @@ def run_perplexity(
         on_progress(name, len(options.positions), len(options.positions))
         del model
         expected_PBS = np.stack(nats_PBS) if name == ONE_DEVICE else expected_PBS
-        results.bits_per_byte[name] = (np.mean(nats_PBS, (1, 2)) * LOG2_E).tolist()
+        results.bits_per_byte[name] = (np.mean(nats_PBS, (1, 2)) * BITS_PER_NAT).tolist()
         results.gap_nats[name] = float(np.abs(np.stack(nats_PBS) - expected_PBS).max())
         on_result(results)
     return results
