@@ -36,7 +36,7 @@ from helix_jax.config import ModelConfig
 from helix_jax.generation import DEFAULT_PAGE
 from helix_jax.kernels import KERNELS
 from helix_jax.layout import PLACEMENTS
-from helix_jax.mesh import REPLICATED, TP, make_mesh, sharding
+from helix_jax.mesh import CP, REPLICATED, TP, make_mesh, sharding
 from helix_jax.models.transformer import Weights
 from helix_jax.plan import Plan
 from helix_jax.step import DecodeInput, MultiStepOutput, StepOutput, many_steps, step
