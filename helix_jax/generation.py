@@ -136,8 +136,8 @@ def stream(
         new = per_row(plan, tokens_BT), per_row(plan, count_B)
         return jax.block_until_ready(step(model.config, plan, weights, cache, rows, *new, settings))
 
-    stop_ids = np.asarray(model.config.eos_token_ids if stop_token_ids is None else stop_token_ids, np.int32)
-    return _events(run, cache, rows, checked, chunk, max_new_tokens, stop_ids)
+    end_ids = np.asarray(model.config.eos_token_ids if stop_token_ids is None else stop_token_ids, np.int32)
+    return _events(run, cache, rows, checked, chunk, max_new_tokens, end_ids)
 
 
 def _events(
@@ -147,7 +147,7 @@ def _events(
     prompts: Sequence[Sequence[int]],
     chunk: int,
     max_new_tokens: int,
-    stop_ids: np.ndarray,
+    end_ids: np.ndarray,
 ) -> Iterator[Event]:
     lens_B = np.asarray([len(prompt) for prompt in prompts])
     longest = int(lens_B.max())
@@ -161,7 +161,7 @@ def _events(
         cache, rows = run(cache, rows, tokens_BS[:, :width], np.zeros_like(lens_B))[2:]
     yield Compiled(time.perf_counter() - start)
     out = yield from _prefill(run, cache, rows, tokens_BS, lens_B, T)
-    yield from _decode(run, out, lens_B > 0, max_new_tokens, stop_ids)
+    yield from _decode(run, out, lens_B > 0, max_new_tokens, end_ids)
 
 
 def _prefill(
@@ -185,7 +185,7 @@ def _prefill(
 
 
 def _decode(
-    run: RunStep, out: StepOutput, live_B: np.ndarray, max_new_tokens: int, stop_ids: np.ndarray
+    run: RunStep, out: StepOutput, live_B: np.ndarray, max_new_tokens: int, end_ids: np.ndarray
 ) -> Iterator[Event]:
     """Yield the tokens that the prefill chose, then decode until every row has ended."""
     seconds = 0.0
@@ -193,7 +193,7 @@ def _decode(
         token_B = np.asarray(out.token_B)
         tokens = tuple(int(token) if live else None for token, live in zip(token_B, live_B, strict=True))
         yield Decoded(tokens, out.logits_BV, seconds)
-        live_B = live_B & ~np.isin(token_B, stop_ids)
+        live_B = live_B & ~np.isin(token_B, end_ids)
         if not remaining or not live_B.any():
             return
         start = time.perf_counter()
