@@ -106,7 +106,7 @@ def advance(
 
     step_T = jnp.arange(tokens_BT.shape[1])
     position_BT = rows.length_B[:, None] + step_T
-    run_experts = moe.on_mesh(plan.mesh, plan.experts, step_T < count_B[:, None])
+    run_experts = moe.make_run_experts(plan.mesh, plan.experts, step_T < count_B[:, None])
     x_BTD, layers = model(tokens_BT, position_BT, attention, cache.layers, run_experts)
     last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
     logits_BV = model.logits(jnp.take_along_axis(x_BTD, last_B11, axis=1)[:, 0])

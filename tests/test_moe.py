@@ -11,7 +11,7 @@ import pytest
 from helix_jax.config import Experts, ModelConfig
 from helix_jax.mesh import EXPERT_WEIGHTS, make_mesh, weight_sharding
 from helix_jax.models.experts import Routing, ExpertWeights, run_in_rounds, run_in_tiles, run_dense, tile_size
-from helix_jax.models.moe import on_mesh
+from helix_jax.models.moe import make_run_experts
 from tests.reference import TINY, relative_error
 
 E, D, F = 16, 128, 96
@@ -53,7 +53,7 @@ def test_experts_on_a_mesh_equal_those_on_one_device(tp: int, cp: int, spread: s
         weights = weights_of(random, bias=bias)
         live_BT = jnp.asarray(random.random((2, 9)) < 0.8)
         run = jax.jit(
-            lambda x, choice, weights, live, config=config: on_mesh(mesh, spread, live)(config, x, choice, weights)
+            lambda x, choice, weights, live, config=config: make_run_experts(mesh, spread, live)(config, x, choice, weights)
         )
         for kind in ("random", "first", "one"):
             x_BTD = jnp.asarray(random.normal(size=(2, 9, D)), jnp.float32)
@@ -83,7 +83,7 @@ def test_rows_may_lie_on_dp():
     weights, x_BTD = weights_of(random), jnp.asarray(random.normal(size=(4, 5, D)), jnp.float32)
     choice = choices(random, 4, 5, 2, "random")
     for spread in EXPERT_WEIGHTS:
-        run = on_mesh(mesh, spread, jnp.ones((4, 5), bool))
+        run = make_run_experts(mesh, spread, jnp.ones((4, 5), bool))
         ours = jax.jit(run, static_argnums=0)(CONFIG, x_BTD, choice, placed(weights, mesh, spread))
         assert relative_error(ours, run_dense(CONFIG, x_BTD, choice, weights)) <= 2e-6
 
@@ -98,7 +98,7 @@ def test_the_work_of_a_device_is_the_routed_work(B: int, T: int, spread: str):
     random, mesh, C = np.random.default_rng(0), make_mesh(2, 4), EXPERTS.chosen
     weights, choice = weights_of(random), choices(random, B, T, C, "random")
     x_BTD = jnp.zeros((B, T, D))
-    run = jax.jit(on_mesh(mesh, spread, jnp.ones((B, T), bool)), static_argnums=0)
+    run = jax.jit(make_run_experts(mesh, spread, jnp.ones((B, T), bool)), static_argnums=0)
     compiled = run.lower(CONFIG, x_BTD, choice, placed(weights, mesh, spread)).compile()
     assert re.findall(r" (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", compiled.as_text()) == ["all-reduce"]
 
@@ -116,13 +116,13 @@ def test_the_work_of_a_device_is_the_routed_work(B: int, T: int, spread: str):
 
 def test_a_group_that_is_not_chosen_gives_no_expert():
     """Also where its experts alone would be the best."""
-    from helix_jax.models.moe import _of_best_groups
+    from helix_jax.models.moe import keep_best_groups
 
     grouped = Experts(num_experts=8, top_k=2, width=4, num_groups=4, top_k_groups=2, group_score="top2")
     rank = jnp.asarray([9.0, 0, 5, 5, 6, 5, 1, 1])  # sums of the best two: 9, 10, 11, 2
-    np.testing.assert_array_equal(jnp.isfinite(_of_best_groups(rank, grouped)), [0, 0, 1, 1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(jnp.isfinite(keep_best_groups(rank, grouped)), [0, 0, 1, 1, 1, 1, 0, 0])
     best = dataclasses.replace(grouped, group_score="best")  # 9, 5, 6, 1
-    np.testing.assert_array_equal(jnp.isfinite(_of_best_groups(rank, best)), [1, 1, 0, 0, 1, 1, 0, 0])
+    np.testing.assert_array_equal(jnp.isfinite(keep_best_groups(rank, best)), [1, 1, 0, 0, 1, 1, 0, 0])
 
 
 @pytest.mark.parametrize(

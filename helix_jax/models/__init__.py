@@ -1,1 +1,1 @@
-"""Transformers in Flax NNX, written globally: attention comes in as an argument."""
+"""Transformers in Flax NNX, written without a mesh or a cache: attention and the run of experts are arguments."""

@@ -1,4 +1,4 @@
-"""Grouped-query attention around a cache that it knows nothing of: what attends comes in as an argument."""
+"""Grouped-query attention. The function that attends is an argument, so this module depends on no cache."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,10 +13,20 @@ from helix_jax.numerics import einsum
 
 @runtime_checkable
 class Attention(Protocol):
-    """Attention of new tokens to what their rows hold. `state` is one layer's own: the pages of its cache, say.
+    """A function by which new tokens attend to the tokens of their rows.
 
-    window: a query sees that many positions. sink_N: a logit per head without a value. v_BTKH None: the values are the
-    first `v_width` numbers of the keys.
+    Args:
+        q_BTNH: The queries of the new tokens.
+        k_BTKH: The keys of the new tokens.
+        v_BTKH: Their values. None: the values are the first `v_width` numbers of the keys.
+        state: The state of one layer, such as the pages of its cache.
+        scale: The factor on the products of queries and keys.
+        window: The number of positions that a query sees. None: all before it, and its own.
+        sink_N: A logit per head that takes part in the softmax and has no value.
+        v_width: The width of the values, if `v_BTKH` is None.
+
+    Returns:
+        The output of every head, and the layer's new state.
     """
 
     def __call__(
@@ -34,6 +44,8 @@ class Attention(Protocol):
 
 
 class SelfAttention(nnx.Module):
+    """The projections and norms around grouped-query attention."""
+
     def __init__(self, config: ModelConfig, layer: int, make: Parameters):
         self.config, self.rope, self.window = config, config.rope_of(layer), config.window_of(layer)
         self.scale = config.softmax_scale or config.head_width**-0.5
@@ -57,12 +69,12 @@ class SelfAttention(nnx.Module):
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
         q_BTNH, k_BTKH = (rotate(x, position_BT, self.rope) for x in (q_BTNH, k_BTKH))
         sink_N = self.sink_N[...] if self.config.sinks else None
-        how = {"scale": self.scale, "window": self.window, "sink_N": sink_N}
-        o_BTNH, state = attention(q_BTNH, k_BTKH, v_BTKH, state, **how)
+        o_BTNH, state = attention(q_BTNH, k_BTKH, v_BTKH, state, scale=self.scale, window=self.window, sink_N=sink_N)
         o_BTD = einsum("btnh,nhd->btd", o_BTNH, self.o_NHD[...])
         return o_BTD + self.o_bias_D[...] if self.config.o_bias else o_BTD, state
 
     def _project(self, x_BTD: Array) -> tuple[Array, Array, Array]:
+        """Return queries, keys and values, before they are rotated."""
         q_BTNH = einsum("btd,dnh->btnh", x_BTD, self.q_DNH[...])
         k_BTKH = einsum("btd,dkh->btkh", x_BTD, self.k_DKH[...])
         v_BTKH = einsum("btd,dkh->btkh", x_BTD, self.v_DKH[...])

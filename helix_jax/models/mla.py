@@ -1,8 +1,8 @@
-"""Multi-head latent attention: one vector per token is cached for all heads, and heads work on it as it is.
+"""Multi-head latent attention: one vector per token, the latent, is cached for all heads.
 
-A head's key is `k_up` times the latent, and its value `v_up` times it. So `q . (k_up c) = (q k_up) . c`: queries are
-brought into the space of the latent, attention runs there with a single key/value head, and the values' projection,
-being linear, comes after the partials have met, on the heads that each device then owns.
+A head's key is `k_up` times the latent c, and its value `v_up` times c. Because `q . (k_up c) = (q k_up) . c`, queries
+are projected into the space of the latent, and attention runs there with a single key/value head. The projection of
+the values is linear, so it is applied after the partials are combined, by each device to the heads that it then owns.
 
 Source: arXiv 2405.04434, section 2.1.
 """
@@ -19,10 +19,12 @@ from helix_jax.models.parts import Parameters, rms_norm
 from helix_jax.models.rope import rotate, softmax_gain
 from helix_jax.numerics import einsum
 
-_LATENT_EPS = 1e-6  # of the latents' norms, whatever the config says of the others: so the publishers compute them
+_LATENT_EPS = 1e-6  # of the norms of latents: the published models do not use the config's value there
 
 
 class LatentAttention(nnx.Module):
+    """The projections and norms around latent attention."""
+
     def __init__(self, config: ModelConfig, latent: Latent, make: Parameters):
         self.config, self.latent = config, latent
         self.scale = (config.softmax_scale or config.head_width**-0.5) * softmax_gain(config.rope)
@@ -40,25 +42,25 @@ class LatentAttention(nnx.Module):
 
     def __call__(self, x_BTD: Array, position_BT: Array, attention: Attention, state: Any) -> tuple[Array, Any]:
         q_BTNY = self._queries(x_BTD, position_BT)
-        c_BT1Y = self._latent(x_BTD, position_BT)
+        c_BT1Y = self._cached_vector(x_BTD, position_BT)
         o_BTNZ, state = attention(q_BTNY, c_BT1Y, None, state, scale=self.scale, v_width=self.latent.width)
         o_BTNU = einsum("btnz,nzu->btnu", o_BTNZ, self.v_up_NZU[...])
         return einsum("btnu,nud->btd", o_BTNU, self.o_NUD[...]), state
 
     def _queries(self, x_BTD: Array, position_BT: Array) -> Array:
-        """In the space of what is cached: the latent first, then the rotary part."""
+        """Return queries in the space of the cached vectors: the latent part, then the rotary part."""
         if self.latent.query_rank:
             c_BTQ = rms_norm(einsum("btd,dq->btq", x_BTD, self.q_down_DQ[...]), self.q_norm_Q, self.config, _LATENT_EPS)
             q_BTNH = einsum("btq,qnh->btnh", c_BTQ, self.q_up_QNH[...])
         else:
             q_BTNH = einsum("btd,dnh->btnh", x_BTD, self.q_DNH[...])
-        q_BTNI, turning_BTNX = jnp.split(q_BTNH, [self.latent.nope_width], axis=-1)
+        q_BTNI, rotary_BTNX = jnp.split(q_BTNH, [self.latent.nope_width], axis=-1)
         q_BTNZ = einsum("btni,niz->btnz", q_BTNI, self.k_up_NIZ[...])
-        return jnp.concatenate([q_BTNZ, rotate(turning_BTNX, position_BT, self.config.rope)], -1)
+        return jnp.concatenate([q_BTNZ, rotate(rotary_BTNX, position_BT, self.config.rope)], -1)
 
-    def _latent(self, x_BTD: Array, position_BT: Array) -> Array:
-        """What is cached: the normed latent, and the one rotated key that all heads share."""
+    def _cached_vector(self, x_BTD: Array, position_BT: Array) -> Array:
+        """Return the vector that is cached: the normed latent, then the rotated key that all heads share."""
         c_BT1Y = einsum("btd,dy->bty", x_BTD, self.kv_down_DY[...])[:, :, None]
-        c_BT1Z, turning_BT1X = jnp.split(c_BT1Y, [self.latent.width], axis=-1)
+        c_BT1Z, rotary_BT1X = jnp.split(c_BT1Y, [self.latent.width], axis=-1)
         c_BT1Z = rms_norm(c_BT1Z, self.kv_norm_Z, self.config, _LATENT_EPS)
-        return jnp.concatenate([c_BT1Z, rotate(turning_BT1X, position_BT, self.config.rope)], -1)
+        return jnp.concatenate([c_BT1Z, rotate(rotary_BT1X, position_BT, self.config.rope)], -1)

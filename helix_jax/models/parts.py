@@ -1,7 +1,7 @@
-"""What every module of a model is made of: parameters named by their shape, lookups, norms, gated feed-forwards.
+"""The parts of all models: parameters named by their shape, lookups, norms, and gated feed-forwards.
 
-A parameter's name says all about it: `q_DNH` has the shape [D, N, H], is sharded as mesh.WEIGHTS["q_DNH"] says, and is
-initialised for the fan-in that stands beside it.
+The name of a parameter determines its shape and its sharding: `q_DNH` has the shape [D, N, H], and its PartitionSpec is
+mesh.WEIGHTS["q_DNH"].
 """
 
 import math
@@ -19,10 +19,14 @@ from helix_jax.numerics import einsum
 
 
 class Parameters:
-    """Makes the parameters of a model: matrices normal of variance 1 / fan-in, norms that change nothing, biases 0.
+    """Makes the parameters of a model: normal matrices of variance 1 / fan-in, norms of gain 1, and biases of 0.
 
-    rngs: None makes shapes without values, and at once: tracing 126 layers for them took 7 s. ff_width: which
-    feed-forward's width F stands for, if not the dense layers'.
+    Args:
+        config: The model's config.
+        devices: How many devices share the weights.
+        rngs: The source of the random values. None makes shapes without values, and does not trace: tracing the
+            initialisation of 126 layers only for their shapes took 7 s.
+        ff_width: The size of F, if it is not that of a dense layer.
     """
 
     def __init__(self, config: ModelConfig, devices: int, rngs: nnx.Rngs | None, ff_width: int | None = None):
@@ -30,21 +34,25 @@ class Parameters:
         self.dims = config.dims(devices, ff_width)
 
     def of_width(self, ff_width: int) -> "Parameters":
+        """Return the same with another size of F."""
         return Parameters(self.config, self.devices, self.rngs, ff_width)
 
     def matrix(self, name: str, fan_in: str, gain: float = 1.0) -> nnx.Param[Array]:
+        """Make a matrix. `fan_in` are the letters of its input dimensions, `gain` is a factor on its values."""
         std = gain / math.sqrt(math.prod(self.dims[letter] for letter in fan_in))
         return self._make(name, lambda shape, rngs: std * jax.random.normal(rngs.params(), shape))
 
     def onto_residual(self, name: str, fan_in: str) -> nnx.Param[Array]:
-        """A matrix whose product is added to the residual stream: smaller, the more layers add to it."""
+        """Make a matrix whose product is added to the residual stream. It is smaller, the more layers there are."""
         return self.matrix(name, fan_in, gain=(2 * self.config.layers) ** -0.5)
 
     def norm(self, name: str) -> nnx.Param[Array]:
+        """Make the weight of a norm."""
         neutral = 0.0 if self.config.norm_offset else 1.0
         return self._make(name, lambda shape, _: jnp.full(shape, neutral))
 
     def bias(self, name: str) -> nnx.Param[Array]:
+        """Make a bias."""
         return self._make(name, lambda shape, _: jnp.zeros(shape))
 
     def _make(self, name: str, value: Callable[[tuple[int, ...], nnx.Rngs], Array]) -> nnx.Param[Array]:
@@ -56,25 +64,25 @@ class Parameters:
 
 @jax.custom_vjp
 def lookup(table_VD: Array, index_BT: Array) -> Array:
-    """Rows of a table. Its gradient is summed in float32: in bfloat16 a sum stops growing after 256 equal lookups."""
+    """Look up rows of a table. Its gradient is summed in float32: bfloat16 sums stop growing after 256 equal terms."""
     return jnp.take(table_VD, index_BT, axis=0, mode="clip")
 
 
-def _looked_up(table_VD: Array, index_BT: Array) -> tuple[Array, tuple[Array, Array]]:
+def _lookup_forward(table_VD: Array, index_BT: Array) -> tuple[Array, tuple[Array, Array]]:
     return lookup(table_VD, index_BT), (table_VD, index_BT)
 
 
-def _summed(given: tuple[Array, Array], found_BTD: Array) -> tuple[Array, np.ndarray]:
-    table_VD, index_BT = given
-    summed_VD = jnp.zeros(table_VD.shape, jnp.float32).at[index_BT].add(found_BTD.astype(jnp.float32), mode="clip")
-    return summed_VD.astype(table_VD.dtype), np.zeros(index_BT.shape, jax.dtypes.float0)
+def _lookup_backward(residuals: tuple[Array, Array], gradient_BTD: Array) -> tuple[Array, np.ndarray]:
+    table_VD, index_BT = residuals
+    sum_VD = jnp.zeros(table_VD.shape, jnp.float32).at[index_BT].add(gradient_BTD.astype(jnp.float32), mode="clip")
+    return sum_VD.astype(table_VD.dtype), np.zeros(index_BT.shape, jax.dtypes.float0)
 
 
-lookup.defvjp(_looked_up, _summed)
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def rms_norm(x: Array, weight: nnx.Param[Array], config: ModelConfig, eps: float | None = None) -> Array:
-    """x / rms(x) * weight over the last axis, in float32. eps: if not the config's."""
+    """Return x / rms(x) * weight over the last axis, computed in float32. `eps` replaces that of the config."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + (config.norm_eps if eps is None else eps))
     gain = weight[...].astype(jnp.float32)
@@ -82,20 +90,20 @@ def rms_norm(x: Array, weight: nnx.Param[Array], config: ModelConfig, eps: float
 
 
 def gated(gate: Array, up: Array, config: ModelConfig) -> Array:
-    """The activation of a gated feed-forward: act(gate) * up."""
+    """Return the hidden state of a gated feed-forward: activation(gate) * up."""
     if config.activation == "gelu_tanh":
         return jax.nn.gelu(gate, approximate=True) * up
     return jax.nn.silu(gate) * up
 
 
 def clamped_gated(gate: Array, up: Array, limit: float, config: ModelConfig) -> Array:
-    """gpt-oss's: both clamped to the limit, the gate's sigmoid steeper, one added to what it gates."""
+    """Return the hidden state of gpt-oss: gate and up are clamped, the sigmoid is scaled, and 1 is added to up."""
     gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return gate * jax.nn.sigmoid(config.swiglu_alpha * gate) * (up + 1)
 
 
 class FeedForward(nnx.Module):
-    """The dense one: gate, up, down."""
+    """A dense gated feed-forward."""
 
     def __init__(self, config: ModelConfig, make: Parameters):
         self.config = config

@@ -1,4 +1,4 @@
-"""Rotary positions: every token is turned by its own index in its own row."""
+"""Rotary position embeddings: queries and keys are rotated by the position of their token in its row."""
 
 import math
 
@@ -11,13 +11,14 @@ from helix_jax.config import Rope
 
 
 def rotate(x_BTNH: Float[Array, "B T N H"], position_BT: Int[Array, "B T"], rope: Rope) -> Array:
-    """Turns the pairs (i, i + H / 2) of each head by the angle `position * rate[i]`, in float32.
+    """Rotate the pairs (i, i + H / 2) of each head by the angle `position * frequency[i]`, in float32.
 
-    An interleaved rope turns the pairs (2 i, 2 i + 1); the result then has their first halves before their second.
+    If the rope is interleaved, the pairs are (2 i, 2 i + 1). The result then contains the first numbers of all pairs,
+    followed by the second ones.
 
     Source: arXiv 2104.09864, in the half-split order of Hugging Face's Llama.
     """
-    angle_BT1h = (position_BT[..., None] * rates(x_BTNH.shape[-1], rope))[:, :, None]
+    angle_BT1h = (position_BT[..., None] * frequencies(x_BTNH.shape[-1], rope))[:, :, None]
     size = np.float32(magnitude(rope))
     cos, sin = size * jnp.cos(angle_BT1h), size * jnp.sin(angle_BT1h)
     x = x_BTNH.astype(jnp.float32)
@@ -25,51 +26,55 @@ def rotate(x_BTNH: Float[Array, "B T N H"], position_BT: Int[Array, "B T"], rope
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
 
 
-def rates(width: int, rope: Rope) -> np.ndarray:
-    """Radians per position of each pair, in the publishers' own order of float32 operations.
+def frequencies(width: int, rope: Rope) -> np.ndarray:
+    """Return the radians per position of each pair, with the float32 operations in the order of the published code.
 
-    Another order differs by an ulp, which at theta 1e6 is 0.06 radian at the millionth position.
+    Another order differs by an ulp, which at theta 1e6 is 0.06 radian at position one million.
     """
     period_h = np.float32(rope.theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
     if rope.kind == "yarn":
         return _yarn(period_h, width, rope)
-    rate_h = 1 / period_h
+    frequency_h = 1 / period_h
     if rope.kind == "linear":
-        return rate_h / np.float32(rope.factor)
+        return frequency_h / np.float32(rope.factor)
     if rope.kind == "llama3":
-        return _llama3(rate_h, rope)
-    return rate_h
+        return _llama3(frequency_h, rope)
+    return frequency_h
 
 
-def _llama3(rate_h: np.ndarray, rope: Rope) -> np.ndarray:
-    """Slow pairs, which never came round in the original positions, are slowed by the factor; fast ones are left."""
-    reach = rope.original_positions
-    wavelength_h = np.float32(2 * math.pi) / rate_h
-    slow_h = rate_h / np.float32(rope.factor)
-    share_h = (reach / wavelength_h - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    between_h = (1 - share_h) * slow_h + share_h * rate_h
-    rate_h = np.where(wavelength_h < reach / rope.high_freq_factor, rate_h, between_h)
-    return np.where(wavelength_h > reach / rope.low_freq_factor, slow_h, rate_h).astype(np.float32)
+def _llama3(frequency_h: np.ndarray, rope: Rope) -> np.ndarray:
+    """Divide low frequencies by the factor, keep high ones, and interpolate between `low_` and `high_freq_factor`."""
+    original = rope.original_positions
+    wavelength_h = np.float32(2 * math.pi) / frequency_h
+    slow_h = frequency_h / np.float32(rope.factor)
+    share_h = (original / wavelength_h - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    between_h = (1 - share_h) * slow_h + share_h * frequency_h
+    frequency_h = np.where(wavelength_h < original / rope.high_freq_factor, frequency_h, between_h)
+    return np.where(wavelength_h > original / rope.low_freq_factor, slow_h, frequency_h).astype(np.float32)
 
 
 def _yarn(period_h: np.ndarray, width: int, rope: Rope) -> np.ndarray:
-    """A ramp over the pairs from the rates as they were to those divided by the factor. Source: arXiv 2309.00071."""
+    """Interpolate over the pairs, from the original frequencies to those divided by the factor.
 
-    def pair_that_turns(times: float) -> float:
+    Source: arXiv 2309.00071.
+    """
+
+    def pair_of_turns(times: float) -> float:
+        """Return the index of the pair that turns this often in the original context."""
         return width * math.log(rope.original_positions / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    low, high = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    low, high = pair_of_turns(rope.beta_fast), pair_of_turns(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
     high += 0.001 * (low == high)
     slowed_h = np.clip((np.arange(width // 2, dtype=np.float32) - low) / (high - low), 0, 1)
-    rate_h = 1 / (np.float32(rope.factor) * period_h) * slowed_h + 1 / period_h * (1 - slowed_h)
-    return rate_h.astype(np.float32)
+    frequency_h = 1 / (np.float32(rope.factor) * period_h) * slowed_h + 1 / period_h * (1 - slowed_h)
+    return frequency_h.astype(np.float32)
 
 
 def magnitude(rope: Rope) -> float:
-    """By how much rotated queries and keys are longer than they were."""
+    """Return the factor on the length of rotated queries and keys."""
     if rope.kind != "yarn":
         return 1.0
     if rope.attention_factor is not None:
@@ -80,7 +85,7 @@ def magnitude(rope: Rope) -> float:
 
 
 def softmax_gain(rope: Rope) -> float:
-    """By how much the scale of the softmax is larger than it was: for DeepSeek, who scale the whole head."""
+    """Return the factor on the scale of the softmax. DeepSeek scales the whole head, not only its rotated part."""
     if rope.kind != "yarn" or not rope.mscale_all_dim:
         return 1.0
     return _yarn_scale(rope.factor, rope.mscale_all_dim) ** 2

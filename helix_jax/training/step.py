@@ -52,7 +52,7 @@ def _run_model(plan: TrainPlan, weights: Weights, batch: Batch, dropout: Dropout
     model = assemble(plan.model, ready)
     states, dropout = (None,) * plan.model.layers, dropout or (lambda x_BSD: x_BSD)
     x_BSD, _ = model(
-        tokens_BS, position_BS, attention, states, drop=dropout, around=lambda layer: _gather_layer(plan, layer)
+        tokens_BS, position_BS, attention, states, dropout=dropout, wrap_layer=lambda layer: _gather_layer(plan, layer)
     )
     return model, x_BSD
 
