@@ -61,7 +61,7 @@ def ring_shift(x: Any, axis: str) -> Any:
 
 def mark_varying(x: Array, axis: str) -> Array:
     """Mark a replicated array as different on each device of `axis`, so that its gradients are summed over `axis`."""
-    return lax.pcast(x, axis, to="mark_varying")
+    return lax.pcast(x, axis, to="varying")
 
 
 def _by_psum(partial: Partial, axis: str, ranks: int) -> Partial:

@@ -1,4 +1,4 @@
-"""Files to tokens to sequences: what is mapped, where documents begin, and that an epoch sees everything once."""
+"""Tests the corpus, the sequences that are cut from it, held-out windows and recall tasks."""
 
 import re
 from pathlib import Path
@@ -8,13 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helix_jax.training.data import Corpus, check_corpus, slice_sequences, held_out_windows, open_corpus, training_sequences
-from helix_jax.training.passkeys import NAMES, fact, haystack, new_key, insert_passkeys, question
 from helix_jax.text import ByteTokenizer
+from helix_jax.training.data import (
+    Corpus,
+    check_corpus,
+    held_out_windows,
+    open_corpus,
+    slice_sequences,
+    training_sequences,
+)
+from helix_jax.training.passkeys import NAMES, fact, haystack, insert_passkeys, new_key, question
 
 
-class Words:
-    """A word an id, of its length."""
+class WordLengths:
+    """A tokenizer whose tokens are words, and whose ids are their lengths."""
 
     def encode(self, text: str) -> list[int]:
         return [len(word) for word in text.split()]
@@ -23,30 +30,30 @@ class Words:
         return " ".join("x" * i for i in ids)
 
 
-def corpus_of(length: int, starts=(0,), held_out: int = 0) -> Corpus:
+def make_corpus(length: int, starts=(0,), held_out: int = 0) -> Corpus:
     return Corpus(np.arange(length), np.asarray(starts), length - held_out, 1.0)
 
 
-def test_text_of_bytes_is_mapped_and_cut_at_the_separator(tmp_path: Path):
+def test_byte_text_is_memory_mapped_and_split_at_the_separator(tmp_path: Path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
     corpus = open_corpus([tmp_path / "a.txt"], ByteTokenizer(), 256, 0.25, "\n\n")
     assert isinstance(corpus.tokens_X, np.memmap)
     assert corpus.starts.tolist() == [0, 5, 10]
     assert (len(corpus.tokens_X), corpus.held_out, corpus.bytes_per_token) == (15, 12, 1.0)
-    assert not open_corpus([tmp_path / "a.txt"], ByteTokenizer(), 256, 0.0).documents
+    assert not open_corpus([tmp_path / "a.txt"], ByteTokenizer(), 256, 0.0).has_documents
 
 
-def test_files_are_documents_and_tokens_come_from_any_tokenizer(tmp_path: Path):
+def test_each_file_is_a_document_and_any_tokenizer_encodes_it(tmp_path: Path):
     (tmp_path / "a.txt").write_text("a bb ccc")
     (tmp_path / "b.txt").write_text("dddd|ee|f")
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
-    corpus = open_corpus(files, Words(), 8, 0.0, "|")
-    assert corpus.tokens_X.tolist() == [1, 2, 3, 5, 3, 1]  # the separator is part of what it ends
+    corpus = open_corpus(files, WordLengths(), 8, 0.0, "|")
+    assert corpus.tokens_X.tolist() == [1, 2, 3, 5, 3, 1]  # the separator belongs to the document that it ends
     assert corpus.starts.tolist() == [0, 3, 4, 5]
     assert corpus.bytes_per_token == (8 + 9) / len(corpus.tokens_X)
 
 
-def test_a_file_of_tokens_is_mapped_and_cut_after_the_end_id(tmp_path: Path):
+def test_a_token_file_is_memory_mapped_and_split_after_the_end_id(tmp_path: Path):
     np.save(tmp_path / "t.npy", np.asarray([5, 6, 0, 7, 0], np.uint16))
     corpus = open_corpus([tmp_path / "t.npy"], None, 8, 0.0, end_id=0)
     assert isinstance(corpus.tokens_X, np.memmap)
@@ -58,16 +65,16 @@ def test_a_file_of_tokens_is_mapped_and_cut_after_the_end_id(tmp_path: Path):
     ("content", "options", "message"),
     [
         (b"", {}, "x.txt' is empty: leave it out"),
-        (b"\xff\xfe", {"vocab": 128}, "token 255 is outside of the model's vocabulary of 128"),
-        (b"abc", {"tokenizer": None}, "x.txt' is text: give a tokenizer for it"),
-        (b"abc", {"separator": ""}, "give a tokenizer for it, and a separator that is not empty"),
-        (np.zeros((2, 2), np.int32), {}, r"x.npy' holds int32 of shape \(2, 2\): give one row of whole numbers"),
-        (np.zeros(3), {}, "holds float64 of shape"),
-        (np.asarray([-1]), {}, "token -1 is outside"),
-        ("not an array", {}, "x.npy' is not a file of numpy"),
+        (b"\xff\xfe", {"vocab": 128}, r"x.txt.* 254 .*vocabulary of 128"),
+        (b"abc", {"tokenizer": None}, "x.txt' is text: give a tokenizer"),
+        (b"abc", {"separator": ""}, "a separator that is not empty"),
+        (np.zeros((2, 2), np.int32), {}, r"x.npy' contains int32 of shape \(2, 2\): give one row of integers"),
+        (np.zeros(3), {}, "contains float64 of shape"),
+        (np.asarray([-1]), {}, r"x.npy.* -1 "),
+        ("not an array", {}, "x.npy' is not a NumPy file"),
     ],
 )
-def test_files_that_cannot_be_trained_on_are_refused(tmp_path: Path, content, options, message: str):
+def test_a_file_that_cannot_be_trained_on_is_an_error(tmp_path: Path, content, options, message: str):
     file = tmp_path / ("x.txt" if isinstance(content, bytes) else "x.npy")
     if isinstance(content, np.ndarray):
         np.save(file, content)
@@ -77,33 +84,33 @@ def test_files_that_cannot_be_trained_on_are_refused(tmp_path: Path, content, op
         open_corpus([file], **{"tokenizer": ByteTokenizer(), "vocab": 256, "held_out": 0.0} | options)
 
 
-def test_no_files_and_too_little_text_are_refused(tmp_path: Path):
+def test_no_files_and_too_little_text_are_errors(tmp_path: Path):
     with pytest.raises(ValueError, match="there are no files to train on"):
         open_corpus([], ByteTokenizer(), 256, 0.0)
-    check_corpus(corpus_of(20, held_out=3), 16)
-    message = "the text has 20 tokens, of which 4 are held out: too few for one sequence of 16"
+    check_corpus(make_corpus(20, held_out=3), 16)
+    message = "20 tokens, 4 of them held out, are too few for one sequence of 16"
     with pytest.raises(ValueError, match=message):
-        check_corpus(corpus_of(20, held_out=4), 16)
+        check_corpus(make_corpus(20, held_out=4), 16)
 
 
 @given(st.integers(2, 20), st.integers(1, 200), st.integers(0, 50), st.integers(1, 7), st.integers(0, 3))
-def test_an_epoch_sees_windows_side_by_side_once_and_nothing_that_is_held_out(
+def test_an_epoch_has_every_adjacent_window_once_and_no_held_out_token(
     context: int, more: int, held_out: int, batch: int, seed: int
 ):
-    corpus = corpus_of(context + more + held_out, held_out=held_out)
+    corpus = make_corpus(context + more + held_out, held_out=held_out)
     count = max(1, (corpus.held_out - 1) // context - 1)
     steps = -(-count // batch)
-    found = np.concatenate([training_sequences(corpus, context, batch, seed, step).tokens_BS for step in range(steps)])
-    epoch = found[:count]
+    drawn = np.concatenate([training_sequences(corpus, context, batch, seed, step).tokens_BS for step in range(steps)])
+    epoch = drawn[:count]
     assert epoch.max() < corpus.held_out
     starts = sorted(epoch[:, 0])
     assert np.diff(starts).tolist() == [context] * (count - 1)
     again = training_sequences(corpus, context, batch, seed, 0).tokens_BS
-    np.testing.assert_array_equal(again, found[:batch])
+    np.testing.assert_array_equal(again, drawn[:batch])
 
 
-def test_epochs_differ_and_seeds_do():
-    corpus = corpus_of(1000)
+def test_epochs_and_seeds_give_different_orders():
+    corpus = make_corpus(1000)
     first, second, other = (
         training_sequences(corpus, 10, 98, seed, step).tokens_BS for seed, step in ((0, 0), (0, 1), (1, 0))
     )
@@ -111,16 +118,16 @@ def test_epochs_differ_and_seeds_do():
     assert not np.array_equal(first, other)
 
 
-def test_a_token_knows_where_its_document_starts_and_learns_nothing_of_the_next():
-    found = slice_sequences(corpus_of(30, starts=(0, 12, 15)), np.asarray([10, 13]), 6)
-    assert found.tokens_BS[0].tolist() == [10, 11, 12, 13, 14, 15, 16]
-    assert found.document_start_BS.tolist() == [[0, 0, 2, 2, 2, 5], [0, 0, 2, 2, 2, 2]]
-    assert found.loss_mask_BS.tolist() == [[True, False, True, True, False, True], [True, False, *[True] * 4]]
+def test_document_starts_and_the_loss_mask_separate_documents():
+    sequences = slice_sequences(make_corpus(30, starts=(0, 12, 15)), np.asarray([10, 13]), 6)
+    assert sequences.tokens_BS[0].tolist() == [10, 11, 12, 13, 14, 15, 16]
+    assert sequences.document_start_BS.tolist() == [[0, 0, 2, 2, 2, 5], [0, 0, 2, 2, 2, 2]]
+    assert sequences.loss_mask_BS.tolist() == [[True, False, True, True, False, True], [True, False, *[True] * 4]]
 
 
 @given(st.integers(2, 81), st.integers(0, 300), st.integers(1, 300))
-def test_held_out_windows_predict_every_token_once_after_half_a_context(context: int, before: int, held: int):
-    corpus = corpus_of(context + 1 + before + held, held_out=held)
+def test_held_out_windows_predict_every_token_once_after_half_a_context(context: int, before: int, held_out: int):
+    corpus = make_corpus(context + 1 + before + held_out, held_out=held_out)
     starts, counted = held_out_windows(corpus, context)
     predicted = slice_sequences(corpus, starts, context).tokens_BS[:, 1:][counted]
     assert sorted(predicted) == list(range(corpus.held_out, len(corpus.tokens_X)))
@@ -128,29 +135,29 @@ def test_held_out_windows_predict_every_token_once_after_half_a_context(context:
     assert (index + 1 >= context // 2).all()
 
 
-def test_what_is_planted_is_asked_for_after_it_was_told():
+def test_every_passkey_is_stated_before_it_is_asked_for():
     text = b"".join(b"The line %d of the text, and more of it.\n" % n for n in range(100))
     with_passkeys = insert_passkeys(text, np.random.default_rng(0))
     assert len(with_passkeys) == len(text)
     assert with_passkeys == insert_passkeys(text, np.random.default_rng(0))
-    asked = 0
+    questions = 0
     for name in NAMES:
         for answer in re.finditer(re.escape(question(name)) + rb"(\d{5,})\. ", with_passkeys):
-            told = with_passkeys.find(fact(name, answer[1].decode()))
-            assert 0 <= told < answer.start()
-            asked += 1
-    assert asked >= 1
+            stated = with_passkeys.find(fact(name, answer[1].decode()))
+            assert 0 <= stated < answer.start()
+            questions += 1
+    assert questions >= 1
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
-def test_a_haystack_is_as_long_as_asked_and_hides_the_fact_at_its_depth(depth: float):
+def test_a_haystack_has_the_given_length_and_the_fact_at_its_depth(depth: float):
     text, key = bytes(range(32, 127)) * 20, new_key(np.random.default_rng(0))
-    found = haystack(text, 1000, depth, "heron", key)
-    assert len(found) == 1000
-    assert found.endswith(question("heron"))
+    prompt = haystack(text, 1000, depth, "heron", key)
+    assert len(prompt) == 1000
+    assert prompt.endswith(question("heron"))
     hay = 1000 - len(fact("heron", key)) - len(question("heron"))
-    assert found.find(fact("heron", key)) == round(depth * hay)
-    with pytest.raises(ValueError, match="a context of 50 bytes holds no fact and question: give 87 or more"):
+    assert prompt.find(fact("heron", key)) == round(depth * hay)
+    with pytest.raises(ValueError, match="a context of 50 bytes is too short for fact and question: give 87 or more"):
         haystack(text, 50, depth, "heron", key)
     with pytest.raises(ValueError, match="the text has 1900 bytes, and a context of 5000 needs"):
         haystack(text, 5000, depth, "heron", key)

@@ -1,6 +1,6 @@
 """What training keeps on the devices: weights and optimizer state, and the batches of a step."""
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -58,6 +58,7 @@ def shard_batch(plan: TrainPlan, sequences: Sequences, parts: int = 1) -> Batch:
     return Batch(*(put(x.reshape(shape), plan.mesh, where) for x in arrays))
 
 
+@lru_cache  # another object of the same optimizer would compile the step again
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Return the default optimizer: clipping, and AdamW with linear warm-up and a cosine decay to zero."""
     rate = optax.warmup_cosine_decay_schedule(0, config.learning_rate, config.warmup_steps, config.steps)

@@ -83,7 +83,7 @@ def _num_chunks(slots: int, logits_per_slot: int) -> int:
 
 
 def _custom_loss(
-    plan: TrainPlan, loss: Callable[..., Array], weights: Weights, batch: Batch, dropout: Dropout
+    plan: TrainPlan, loss: Callable[..., Array], weights: Weights, batch: Batch, dropout: Dropout | None
 ) -> Array:
     """Apply a loss function to all logits of a part, with the positions in their natural order."""
     model, x_BSD = _run_model(plan, weights, batch, dropout)
