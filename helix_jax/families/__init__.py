@@ -1,4 +1,4 @@
-"""Published families: a table each, from which folders are read and written. The next one is one more page."""
+"""Families of published models. Each is a table by which config.json and tensors are read and written."""
 
 from helix_jax.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from helix_jax.families.family import Family, Tensor

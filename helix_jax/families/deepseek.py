@@ -1,38 +1,48 @@
-"""DeepSeek V2, V3 and R1: latent attention, experts in groups and shared ones, YaRN that scales the softmax."""
+"""DeepSeek V2, V3 and R1: latent attention, grouped and shared experts, and YaRN that also scales the softmax."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from helix_jax.config import ModelConfig
 from helix_jax.families.family import EXPERT_TENSORS, LAYER_TENSORS, Family, Tensor
-from helix_jax.families.keys import Fields, Key, Published, RopeKeys, sizes, value_of
+from helix_jax.families.keys import Fields, Key, Published, RopeKeys, read_value, size_keys
+from helix_jax.validation import check_choice
 
 _GREEDY, _GROUPED = "greedy", "group_limited_greedy"
 
 
 @dataclass(frozen=True)
 class Structure:
-    """What follows from several keys at once. `by_method`: whether groups count depends on `topk_method`, as in V2."""
+    """The fields that depend on several keys.
+
+    Args:
+        by_method: Whether `topk_method` decides if experts are selected by group, as in V2.
+    """
 
     by_method: bool
 
     def read(self, published: Published, fields: Fields) -> None:
+        """Set the fields for heads, dense layers, shared experts and groups."""
         fields |= {"kv_heads": 1, "head_width": fields["latent.nope_width"] + fields["latent.rope_width"]}
-        fields["experts.dense_layers"] = tuple(range(value_of(published, "first_k_dense_replace", int, 0, least=0)))
-        shared = value_of(published, "n_shared_experts", int, 0, least=0)
+        fields["experts.dense_layers"] = tuple(range(read_value(published, "first_k_dense_replace", int, 0, least=0)))
+        shared = read_value(published, "n_shared_experts", int, 0, least=0)
         fields["experts.shared_width"] = shared * fields["experts.width"]
         method = published.get("topk_method", _GREEDY)
-        if self.by_method and method not in (_GREEDY, _GROUPED):
-            raise ValueError(f"config.json: topk_method {method!r} is not supported, only '{_GREEDY}' and '{_GROUPED}'")
+        if self.by_method:
+            check_choice("config.json: topk_method", method, (_GREEDY, _GROUPED))
         if not self.by_method or method == _GROUPED:
-            fields["experts.num_groups"] = value_of(published, "n_group", int)
-            fields["experts.top_k_groups"] = value_of(published, "topk_group", int)
+            fields["experts.num_groups"] = read_value(published, "n_group", int)
+            fields["experts.top_k_groups"] = read_value(published, "topk_group", int)
 
     def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
+        """Set the keys for heads, dense layers, shared experts and groups."""
         experts = config.experts
-        assert experts is not None, "the Keys before have been written"
+        assert experts is not None, "the Key of experts.num_experts raises before"
         if experts.dense_layers != tuple(range(len(experts.dense_layers))):
-            raise ValueError(f"dense layers {experts.dense_layers} are not the first ones: {published['model_type']}")
+            raise ValueError(
+                f"experts dense_layers is {experts.dense_layers}: "
+                f"give the first layers, a {published['model_type']} config.json has no others"
+            )
         published |= {
             "num_key_value_heads": config.heads,
             "first_k_dense_replace": len(experts.dense_layers),
@@ -45,7 +55,7 @@ class Structure:
 
 
 PARTS = (
-    *sizes(),
+    *size_keys(),
     RopeKeys(interleaved=True),
     Key("latent.width", "kv_lora_rank"),
     Key("latent.rope_width", "qk_rope_head_dim"),
@@ -92,5 +102,5 @@ DEEPSEEK_V3 = Family(
     options={**OPTIONS, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "rope_interleave": True},
     always={"experts.scoring": "sigmoid", "experts.selection_bias": True, "experts.group_score": "top2"},
     layer_tensors=TENSORS,
-    extras=(r"model\.layers\.{layers}\..*",),  # the multi-token-prediction layer, one past the last
+    extras=(r"model\.layers\.{layers}\..*",),  # the multi-token prediction layer, which follows the last layer
 )

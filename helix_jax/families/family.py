@@ -1,7 +1,7 @@
-"""What a family of published models is: the keys of its config.json, and where each of its tensors goes.
+"""The table that describes a family of published models: the keys of its config.json, and the names of its tensors.
 
-A family is a table, read in both directions. `Key` pairs a field of ModelConfig with a key of config.json; what is not
-so simple is a part of its own, with the same two methods: `read` fills in fields, `write` fills in keys.
+Every entry works in both directions. A `Key` pairs a field of ModelConfig with a key of config.json. Where that is not
+enough, another `Part` has the same two methods: `read` sets fields, `write` sets keys.
 """
 
 import re
@@ -10,22 +10,31 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from helix_jax.config import ModelConfig
+from helix_jax.families.keys import HEADS, Fields, Published, RopeKeys, size_keys
 from helix_jax.parsing import parse_dataclass
-from helix_jax.families.keys import HEADS, Fields, Published, RopeKeys, sizes
 
 
 @runtime_checkable
 class Part(Protocol):
-    def read(self, published: Published, fields: Fields) -> None: ...
+    """A part of a config.json."""
 
-    def write(self, config: ModelConfig, published: dict[str, Any]) -> None: ...
+    def read(self, published: Published, fields: Fields) -> None:
+        """Set the fields of ModelConfig that follow from a config.json."""
+        ...
+
+    def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
+        """Set the keys of config.json that follow from a ModelConfig."""
+        ...
 
 
 class Tensor(NamedTuple):
-    """A published tensor, and the letters of its axes in their order.
+    """A published tensor that contains one of our parameters.
 
-    Letters side by side are one merged axis. `(I+U)` are parts that lie one after the other, of which ours is the one
-    whose letter our name has; `(*+1)` are parts of one, of which ours is the star. `{e}` in the name: one per expert.
+    Attributes:
+        name: Its name. With `{e}` in it, there is one tensor per expert.
+        axes: The letters of its axes, in their order. Adjacent letters are one merged axis. `(I+U)` are consecutive
+            parts, of which the parameter is the one whose letter is in its name. `(*+1)` are parts of size 1, of which
+            the parameter is the `*`.
     """
 
     name: str
@@ -64,31 +73,39 @@ EXPERT_TENSORS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One `model_type`.
+    """The models of one `model_type`.
 
-    parts: what is read from config.json, in this order. options: keys that would change the numbers, with the only
-    value that is computed here. always: fields that every model of the family has. layer_tensors: our parameter within
-    a layer -> theirs. extras: patterns of tensors that some folders hold although nothing needs them; `{layers}` is the
-    number of layers.
+    Args:
+        model_type: The value of that key in config.json.
+        architecture: The class of transformers that computes these models.
+        parts: The parts of config.json, in the order in which they are read.
+        options: Keys that change results, with the only value that is supported.
+        always: Fields of ModelConfig that all models of the family have.
+        layer_tensors: The published tensor of each of our parameters within a layer.
+        extras: Patterns of tensors that some folders contain although decoding does not need them. `{layers}` is the
+            number of layers.
     """
 
     model_type: str
     architecture: str
-    parts: tuple[Part, ...] = (*sizes(), *HEADS, RopeKeys())
+    parts: tuple[Part, ...] = (*size_keys(), *HEADS, RopeKeys())
     options: Mapping[str, Any]
     always: Mapping[str, Any]
     layer_tensors: Mapping[str, Tensor]
     extras: tuple[str, ...] = ()
 
     def read_config(self, published: Published) -> ModelConfig:
-        """The ModelConfig that a config.json describes.
+        """Return the ModelConfig that a config.json describes.
+
+        Args:
+            published: The content of the file.
 
         Raises:
-            ValueError: a size that is missing or no number, or an option that this transformer does not compute.
+            ValueError: A size is missing or not a number, or an option is not supported.
         """
         for key, value in {"partial_rotary_factor": 1.0, **self.options}.items():
             if published.get(key) not in (value, None):
-                raise ValueError(f"config.json: {key} {published[key]!r} is not supported, only {value!r}")
+                raise ValueError(f"config.json: {key} is {published[key]!r}: only {value!r} is supported")
         fields = {"family": self.model_type, **self.always}
         for part in self.parts:
             part.read(published, fields)
@@ -97,39 +114,48 @@ class Family:
         return parse_dataclass(ModelConfig, _nested(fields), "config.json")
 
     def write_config(self, config: ModelConfig, dtype: str) -> dict[str, Any]:
-        """The config.json from which Hugging Face transformers, and `read_config`, make the same model."""
+        """Return the config.json from which Hugging Face transformers and `read_config` make the same model.
+
+        Args:
+            config: The config of the model.
+            dtype: The type of the weights that are written beside it.
+
+        Raises:
+            ValueError: The family has no key for a field of the model.
+        """
         published: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
         for part in self.parts:
             part.write(config, published)
-        stop = config.eos_token_ids
+        ids = config.eos_token_ids
         published |= {**self.options, "bos_token_id": None, "torch_dtype": dtype}
-        published["eos_token_id"] = stop[0] if len(stop) == 1 else list(stop) or None
+        published["eos_token_id"] = ids[0] if len(ids) == 1 else list(ids) or None
         return {**published, "tokenizer": config.tokenizer} if config.tokenizer else published
 
     def tensor_of(self, path: tuple[str | int, ...]) -> Tensor:
-        """The published tensor of the parameter at `path` of a Transformer."""
+        """Return the published tensor that contains the parameter at `path` of a Transformer."""
         if path[0] == "layers":
             name, axes = self.layer_tensors[".".join(map(str, path[2:]))]
             return Tensor(f"model.layers.{path[1]}.{name}", axes)
         return TENSORS[".".join(map(str, path))]
 
     def is_extra(self, name: str, config: ModelConfig) -> bool:
-        """Whether some folders hold the tensor `name` although nothing needs it."""
+        """Return whether some folders contain the tensor `name` although decoding does not need it."""
         if name == TENSORS["head_VD"].name:
-            return config.tied_head  # written out all the same
-        patterns = (r".*\.rotary_emb\.inv_freq", *self.extras)  # rotary tables, of old folders
+            return config.tied_head  # some folders contain it although it is the embedding
+        patterns = (r".*\.rotary_emb\.inv_freq", *self.extras)  # old folders contain tables of rotary frequencies
         return any(re.fullmatch(pattern.format(layers=config.layers), name) for pattern in patterns)
 
 
-def _eos_token_ids(stop: Any) -> list[int]:
-    ids = [] if stop is None else stop if isinstance(stop, list) else [stop]
+def _eos_token_ids(value: Any) -> list[int]:
+    """Return `eos_token_id`, which is null, an id or a list of ids, as a list."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(i) is int for i in ids):
-        raise ValueError(f"config.json: eos_token_id is {stop!r}: give a token id, or a list of them")
+        raise ValueError(f"config.json: eos_token_id is {value!r}: give a token id, or a list of them")
     return ids
 
 
 def _nested(fields: Fields) -> Fields:
-    """{"experts.num_experts": 8} -> {"experts": {"count": 8}}."""
+    """Return {"experts": {"num_experts": 8}} for {"experts.num_experts": 8}."""
     nested: Fields = {}
     for name, value in fields.items():
         *outer, last = name.split(".")

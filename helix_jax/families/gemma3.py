@@ -1,49 +1,56 @@
-"""Gemma 3, text only: norms before and after, local and global layers with rotary positions of their own."""
+"""Gemma 3 for text: norms before and after each block, local and global layers with different rotary embeddings."""
 
 from typing import Any
 
 from helix_jax.config import ModelConfig
 from helix_jax.families.family import LAYER_TENSORS, Family, Tensor
-from helix_jax.families.keys import Fields, Key, Published, Windows, read_rope, sizes, value_of, write_scaling
+from helix_jax.families.keys import Fields, Key, Published, Windows, read_rope, read_value, size_keys, write_scaling
 from helix_jax.families.llama import BIASES
 
 THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
 
 
 def all_but_every_sixth(published: Published, layers: int) -> tuple[int, ...]:
-    pattern = value_of(published, "sliding_window_pattern", int, published.get("_sliding_window_pattern", 6))
+    """Return the layers with a window: all but every sixth, or what the file has as the pattern."""
+    pattern = read_value(published, "sliding_window_pattern", int, published.get("_sliding_window_pattern", 6))
     return tuple(layer for layer in range(layers) if (layer + 1) % pattern)
 
 
 class TwoRopes:
-    """One for the windowed layers and one for the others, which alone is scaled."""
+    """Two rotary embeddings: one for the layers with a window, and one, possibly scaled, for the others."""
 
     def read(self, published: Published, fields: Fields) -> None:
+        """Set both ropes."""
         both = published.get("rope_parameters")
         if both is None:
-            theta = value_of(published, "rope_theta", float, THETA)
+            theta = read_value(published, "rope_theta", float, THETA)
             fields["rope"] = read_rope(published.get("rope_scaling"), "rope_scaling", theta)
-            local: Any = {"rope_theta": value_of(published, "rope_local_base_freq", float, LOCAL_THETA)}
+            local: Any = {"rope_theta": read_value(published, "rope_local_base_freq", float, LOCAL_THETA)}
         else:
             if not isinstance(both, dict) or set(both) - {"full_attention", "sliding_attention"}:
-                raise ValueError(f"config.json: rope_parameters {both!r} are not of full_ and sliding_attention")
+                raise ValueError(
+                    f"config.json: rope_parameters is {both!r}: give a table of full_attention and sliding_attention"
+                )
             fields["rope"] = read_rope(both.get("full_attention"), "rope_parameters", THETA)
             local = both.get("sliding_attention")
         fields["rope_local"] = read_rope(local, "rope_parameters", LOCAL_THETA)
 
     def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
+        """Set the keys of both ropes."""
         published |= {"rope_theta": config.rope.theta, "rope_scaling": write_scaling(config.rope)}
         published["rope_local_base_freq"] = (config.rope_local or config.rope).theta
 
 
 class Scales:
-    """Embeddings are scaled by the root of their width; the softmax by a width that need not be the heads'."""
+    """The scales of the embedding, the square root of its width, and of the softmax, which has its own width."""
 
     def read(self, published: Published, fields: Fields) -> None:
+        """Set both scales."""
         fields["embed_scale"] = fields["width"] ** 0.5
-        fields["softmax_scale"] = value_of(published, "query_pre_attn_scalar", int, 256) ** -0.5
+        fields["softmax_scale"] = read_value(published, "query_pre_attn_scalar", int, 256) ** -0.5
 
     def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
+        """Set the width from which the softmax scale follows."""
         published["query_pre_attn_scalar"] = round((config.softmax_scale or config.head_width**-0.5) ** -2)
 
 
@@ -51,7 +58,7 @@ GEMMA3_TEXT = Family(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
     parts=(
-        *sizes(tied_head=True),
+        *size_keys(tied_head=True),
         Key("kv_heads", "num_key_value_heads"),
         Key("head_width", "head_dim", int, 256),
         *(*BIASES, TwoRopes(), Windows(all_but_every_sixth), Scales()),

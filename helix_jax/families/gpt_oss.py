@@ -1,11 +1,12 @@
-"""gpt-oss: attention sinks, a window in every other layer, clamped gates, biases everywhere, YaRN."""
+"""gpt-oss: attention sinks, a window in every other layer, clamped gates, biases, and YaRN."""
 
 from helix_jax.families.family import LAYER_TENSORS, Family, Tensor
-from helix_jax.families.keys import HEADS, Key, Published, RopeKeys, Windows, sizes
+from helix_jax.families.keys import HEADS, Key, Published, RopeKeys, Windows, size_keys
 from helix_jax.families.llama import BIASES
 
 
 def every_other(published: Published, layers: int) -> tuple[int, ...]:
+    """Return every other layer, from the first one on."""
     return tuple(range(0, layers, 2))
 
 
@@ -13,8 +14,8 @@ GPT_OSS = Family(
     model_type="gpt_oss",
     architecture="GptOssForCausalLM",
     parts=(
-        *(*sizes(norm_eps=1e-5), *HEADS, *BIASES),
-        *(RopeKeys(theta=150_000.0, needed=True), Windows(every_other, default=128)),
+        *(*size_keys(norm_eps=1e-5), *HEADS, *BIASES),
+        *(RopeKeys(theta=150_000.0, required=True), Windows(every_other, default=128)),
         Key("swiglu_limit", "swiglu_limit", float, 7.0),
         Key("swiglu_alpha", "swiglu_alpha", float, 1.702),
         Key("experts.num_experts", ("num_local_experts", "num_experts")),
@@ -28,7 +29,7 @@ GPT_OSS = Family(
         "attention.sink_N": Tensor("self_attn.sinks", "N"),
         "ff.router_DE": Tensor("mlp.router.weight", "E D"),
         "ff.router_bias_E": Tensor("mlp.router.bias", "E"),
-        # Gate and up are interleaved, number by number.
+        # The columns of gate and up alternate.
         "ff.gate_EDF": Tensor("mlp.experts.gate_up_proj", "E D F(*+1)"),
         "ff.up_EDF": Tensor("mlp.experts.gate_up_proj", "E D F(1+*)"),
         "ff.gate_bias_EF": Tensor("mlp.experts.gate_up_proj_bias", "E F(*+1)"),

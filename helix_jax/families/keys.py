@@ -1,4 +1,4 @@
-"""The keys of a config.json, read and written: sizes, rotary positions, sliding windows."""
+"""Keys of config.json files, for reading and for writing: sizes, rotary embeddings, and sliding windows."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -6,24 +6,34 @@ from operator import attrgetter
 from typing import Any
 
 from helix_jax.config import ModelConfig, Rope
+from helix_jax.validation import check_choice, check_keys
 
-# Fields of ModelConfig by name, those of its parts with a dot: "experts.num_experts". Keys of a config.json.
+# The fields of a ModelConfig by name, those of nested configs with a dot, such as "experts.num_experts".
 Fields = dict[str, Any]
+# The content of a config.json.
 Published = Mapping[str, Any]
 
 REQUIRED = object()
+LAYER_TYPES = ("full_attention", "sliding_attention")  # without and with a window
 
 
-def value_of(published: Published, name: str, kind: type, default: Any = REQUIRED, least: int = 1) -> Any:
-    """The value of a key, null counting as left out.
+def read_value(published: Published, name: str, kind: type, default: Any = REQUIRED, least: int = 1) -> Any:
+    """Return the value of a key of config.json. A key that is null counts as missing.
+
+    Args:
+        published: The content of the file.
+        name: The key.
+        kind: The type of the value.
+        default: The value if the key is missing. REQUIRED: it may not be missing.
+        least: The least value of an int.
 
     Raises:
-        ValueError: it is needed and not there, not of its kind, or a whole number below `least`.
+        ValueError: The key is required and missing, or its value has the wrong type or is below `least`.
     """
     value = published.get(name)
     if value is None:
         if default is REQUIRED:
-            raise ValueError(f"config.json: '{name}' is missing: complete the file")
+            raise ValueError(f"config.json: '{name}' is missing: add it")
         return default
     if kind is int and (type(value) is not int or value < least):
         raise ValueError(f"config.json: {name} is {value!r}: give a whole number of at least {least}")
@@ -36,9 +46,13 @@ def value_of(published: Published, name: str, kind: type, default: Any = REQUIRE
 
 @dataclass(frozen=True)
 class Key:
-    """A field that is a key. `names`: the first is written; a file may have any of them.
+    """A field of ModelConfig that is one key of config.json.
 
-    default: for files without it, as the publishers' own code has it; may be a function of the fields read so far.
+    Args:
+        field: The field.
+        names: The key, or several keys of which a file may have any. The first is written.
+        kind: The type of the value.
+        default: The value for files without the key, as in the published code, or a function of the fields read so far.
     """
 
     field: str
@@ -47,15 +61,17 @@ class Key:
     default: Any = REQUIRED
 
     def read(self, published: Published, fields: Fields) -> None:
+        """Set the field."""
         names = (self.names,) if isinstance(self.names, str) else self.names
         name = next((name for name in names if published.get(name) is not None), names[0])
         default = self.default(fields) if callable(self.default) else self.default
-        fields[self.field] = value_of(published, name, self.kind, default)
+        fields[self.field] = read_value(published, name, self.kind, default)
 
     def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
+        """Set the key."""
         outer, nested, _ = self.field.partition(".")
         if nested and getattr(config, outer) is None:
-            raise ValueError(f"a '{config.family}' folder needs {outer}, which this model has not: not written")
+            raise ValueError(f"{outer} is None: a '{config.family}' config.json needs it, choose another family")
         name = self.names if isinstance(self.names, str) else self.names[0]
         published[name] = attrgetter(self.field)(config)
 
@@ -73,7 +89,7 @@ _ROPE_KEYS = {
     "mscale": "mscale",
     "mscale_all_dim": "mscale_all_dim",
 }
-# Of each type: the keys that it must have, and those that it may have.
+# The required and the optional keys of each type.
 _SCALING_KEYS = {
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -83,72 +99,90 @@ _SCALING_KEYS = {
         ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
     ),
 }
-_OF_NO_EFFECT = ("type", "finetuned")
+_IGNORED_KEYS = ("type", "finetuned")
 
 
 @dataclass(frozen=True)
 class RopeKeys:
-    """Rotary positions, as published (`rope_theta`, `rope_scaling`) or as transformers 5 writes them.
+    """Rotary embeddings, as published (`rope_theta`, `rope_scaling`) or as transformers 5 writes them.
 
-    needed: a file without either would be another model.
+    Args:
+        theta: The base for files without `rope_theta`.
+        interleaved: Whether neighbouring dimensions are rotated as pairs.
+        required: Whether a file without scaling is an error, because all models of the family have it.
     """
 
     theta: float = 10_000.0
     interleaved: bool = False
-    needed: bool = False
+    required: bool = False
 
     def read(self, published: Published, fields: Fields) -> None:
+        """Set the rope."""
         key = "rope_scaling" if published.get("rope_scaling") else "rope_parameters"
-        if self.needed and published.get(key) is None:
-            raise ValueError("config.json: 'rope_scaling' is missing: complete the file")
-        theta = value_of(published, "rope_theta", float, self.theta)
+        if self.required and published.get(key) is None:
+            raise ValueError("config.json: 'rope_scaling' is missing: add it")
+        theta = read_value(published, "rope_theta", float, self.theta)
         fields["rope"] = read_rope(published.get(key), key, theta, self.interleaved)
 
     def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
+        """Set both keys of the rope."""
         published["rope_theta"] = config.rope.theta
         published["rope_scaling"] = write_scaling(config.rope)
 
 
-def read_rope(given: Any, where: str, theta: float, interleaved: bool = False) -> Fields:
-    """The fields of Rope in the table `given`, which a file has under the key `where`; `theta` if it has none there.
+def read_rope(table: Any, where: str, theta: float, interleaved: bool = False) -> Fields:
+    """Return the fields of Rope that a table of config.json describes.
 
-    A known key that its type has no use for counts for nothing, as in transformers.
+    A known key that has no meaning for the table's type is ignored, as in transformers.
+
+    Args:
+        table: The table. None is a rope without scaling.
+        where: The key of the table, as error messages name it.
+        theta: The base, if the table has none.
+        interleaved: Whether neighbouring dimensions are rotated as pairs.
+
+    Raises:
+        ValueError: The type is not supported, a key is unknown, or a required key is missing.
     """
     where = f"config.json: {where}"
-    if given is not None and not isinstance(given, Mapping):
-        raise ValueError(f"{where} is {given!r}: give a table")
-    given = {key: value for key, value in (given or {}).items() if value is not None}
-    kind = given.pop("rope_type", given.get("type", "default"))
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{where}: partial_rotary_factor is not supported, only 1.0")
-    if not isinstance(kind, str) or kind not in _SCALING_KEYS:
-        raise ValueError(f"{where} of type {kind!r} is not supported: known are {', '.join(_SCALING_KEYS)}")
-    for key in set(given) - set(_ROPE_KEYS) - set(_OF_NO_EFFECT):
-        why = "transformers ignores it, others scale by it: take it out" if key == "attn_factor" else "it is not known"
-        raise ValueError(f"{where}: '{key}' is not supported: {why}")
-    needed, optional = _SCALING_KEYS[kind]
-    for key in needed:
-        if key not in given:
-            raise ValueError(f"{where} of type '{kind}' has no {key}: complete the file")
-    fields = {_ROPE_KEYS[key]: given[key] for key in ("rope_theta", *needed, *optional) if key in given}
+    if table is not None and not isinstance(table, Mapping):
+        raise ValueError(f"{where} is {table!r}: give a table")
+    values = {key: value for key, value in (table or {}).items() if value is not None}
+    kind = values.pop("rope_type", values.get("type", "default"))
+    factor = values.pop("partial_rotary_factor", 1.0)
+    if factor != 1.0:
+        raise ValueError(f"{where}: partial_rotary_factor is {factor!r}: only 1.0 is supported")
+    check_choice(f"{where}: rope_type", kind, _SCALING_KEYS)
+    required, optional = _SCALING_KEYS[kind]
+    _check_rope_keys(where, values, required)
+    fields = {_ROPE_KEYS[key]: values[key] for key in ("rope_theta", *required, *optional) if key in values}
     return {"theta": theta, **fields, "kind": kind, "interleaved": interleaved}
 
 
+def _check_rope_keys(where: str, values: dict[str, Any], required: tuple[str, ...]) -> None:
+    if "attn_factor" in values:
+        raise ValueError(f"{where}: attn_factor is ambiguous, transformers ignores it and others use it: remove it")
+    check_keys(where, values, known={*_ROPE_KEYS, *_IGNORED_KEYS}, required=required)
+
+
 def write_scaling(rope: Rope) -> dict[str, Any] | None:
-    """`rope_scaling` of a config.json."""
+    """Return the value of `rope_scaling` that describes a rope."""
     if rope.kind == "default":
         return None
-    needed, optional = _SCALING_KEYS[rope.kind]
-    values = {key: getattr(rope, _ROPE_KEYS[key]) for key in (*needed, *optional)}
+    required, optional = _SCALING_KEYS[rope.kind]
+    values = {key: getattr(rope, _ROPE_KEYS[key]) for key in (*required, *optional)}
     return {"rope_type": rope.kind, **{key: value for key, value in values.items() if value is not None}}
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Sliding windows. `rule`: from a file without `layer_types`, and how many layers, which ones have the window.
+    """Sliding windows.
 
-    default: the window of a file that does not have the key; null is none. layer_types: the family knows that key.
-    switched: it has `use_sliding_window`, without which there is no window.
+    Args:
+        rule: Returns the layers that have the window, for a file without `layer_types` and the number of layers.
+        default: The window of a file without `sliding_window`. Null in a file means no window.
+        layer_types: Whether the family has the key `layer_types`.
+        switched: Whether it has `use_sliding_window`, without which there is no window.
     """
 
     rule: Callable[[Published, int], tuple[int, ...]]
@@ -157,43 +191,48 @@ class Windows:
     switched: bool = False
 
     def read(self, published: Published, fields: Fields) -> None:
+        """Set the window and the layers that have it."""
         types = published.get("layer_types")
         if types is not None and not self.layer_types:
-            raise ValueError("config.json: layer_types are not supported for this model_type")
-        if self.switched and not value_of(published, "use_sliding_window", bool, False):
+            raise ValueError(f"config.json: layer_types is {types!r}: remove it, this model_type does not support it")
+        if self.switched and not read_value(published, "use_sliding_window", bool, False):
             return
-        window = value_of(published, "sliding_window", int, None) if "sliding_window" in published else self.default
-        sliding = None if types is None else _sliding(types, fields["layers"])
+        window = read_value(published, "sliding_window", int, None) if "sliding_window" in published else self.default
+        sliding = None if types is None else _sliding_layers(types, fields["layers"])
         if window is None:
             if sliding:
-                raise ValueError("config.json: layer_types has sliding_attention, but sliding_window is null: mend it")
+                raise ValueError(
+                    "config.json: layer_types has sliding_attention, but sliding_window is null: correct one"
+                )
             return
         layers = self.rule(published, fields["layers"]) if sliding is None else sliding
         if layers:
             fields |= {"window": window, "windowed_layers": layers}
 
     def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
+        """Set the keys of the window."""
         published["sliding_window"] = config.window
         if self.switched:
             published["use_sliding_window"] = config.window is not None
         if self.layer_types:
-            kinds = ("full_attention", "sliding_attention")
-            published["layer_types"] = [kinds[layer in config.windowed_layers] for layer in range(config.layers)]
+            types = [LAYER_TYPES[layer in config.windowed_layers] for layer in range(config.layers)]
+            published["layer_types"] = types
 
 
-def _sliding(types: Any, layers: int) -> tuple[int, ...]:
-    kinds = {"full_attention", "sliding_attention"}
-    if not isinstance(types, list) or len(types) != layers or not set(map(str, types)) <= kinds:
-        raise ValueError(f"config.json: layer_types {types!r} are not {layers} of {' and '.join(sorted(kinds))}")
-    return tuple(layer for layer, kind in enumerate(types) if kind == "sliding_attention")
+def _sliding_layers(types: Any, layers: int) -> tuple[int, ...]:
+    """Return the layers whose type is sliding attention."""
+    if not isinstance(types, list) or len(types) != layers or not set(map(str, types)) <= set(LAYER_TYPES):
+        raise ValueError(f"config.json: layer_types is {types!r}: give {layers} of {' and '.join(LAYER_TYPES)}")
+    return tuple(layer for layer, kind in enumerate(types) if kind == LAYER_TYPES[True])
 
 
 def all_layers(published: Published, layers: int) -> tuple[int, ...]:
+    """Return all layers."""
     return tuple(range(layers))
 
 
-def sizes(norm_eps: float = 1e-6, tied_head: bool = False) -> tuple[Key, ...]:
-    """What every family has, with the defaults of its own."""
+def size_keys(norm_eps: float = 1e-6, tied_head: bool = False) -> tuple[Key, ...]:
+    """Return the keys that every family has, with the defaults of one."""
     return (
         Key("layers", "num_hidden_layers"),
         Key("width", "hidden_size"),

@@ -1,15 +1,15 @@
-"""Llama and Mistral."""
+"""Llama and Mistral models."""
 
 from helix_jax.families.family import LAYER_TENSORS, Family
-from helix_jax.families.keys import HEADS, Key, RopeKeys, Windows, all_layers, sizes
+from helix_jax.families.keys import HEADS, Key, RopeKeys, Windows, all_layers, size_keys
 
-# q, k, v and o projections have a bias together, or none has.
+# Either all of the q, k, v and o projections have a bias, or none of them.
 BIASES = (Key("qkv_bias", "attention_bias", bool, False), Key("o_bias", "attention_bias", bool, False))
 
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    parts=(*sizes(), *HEADS, *BIASES, RopeKeys()),
+    parts=(*size_keys(), *HEADS, *BIASES, RopeKeys()),
     options={"hidden_act": "silu", "mlp_bias": False},
     always={},
     layer_tensors=LAYER_TENSORS,
@@ -18,7 +18,7 @@ LLAMA = Family(
 MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
-    parts=(*sizes(), *HEADS, RopeKeys(), Windows(all_layers, layer_types=False)),
+    parts=(*size_keys(), *HEADS, RopeKeys(), Windows(all_layers, layer_types=False)),
     options={"hidden_act": "silu"},
     always={},
     layer_tensors=LAYER_TENSORS,

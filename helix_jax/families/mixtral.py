@@ -1,13 +1,13 @@
-"""Mixtral."""
+"""Mixtral models."""
 
 from helix_jax.families.family import LAYER_TENSORS, Family, Tensor
-from helix_jax.families.keys import HEADS, Key, RopeKeys, Windows, all_layers, sizes
+from helix_jax.families.keys import HEADS, Key, RopeKeys, Windows, all_layers, size_keys
 
 MIXTRAL = Family(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
     parts=(
-        *(*sizes(norm_eps=1e-5), *HEADS, RopeKeys(theta=1_000_000.0), Windows(all_layers, None, layer_types=False)),
+        *(*size_keys(norm_eps=1e-5), *HEADS, RopeKeys(theta=1_000_000.0), Windows(all_layers, None, layer_types=False)),
         Key("experts.num_experts", "num_local_experts"),
         Key("experts.top_k", "num_experts_per_tok"),
         Key("experts.width", "intermediate_size"),
