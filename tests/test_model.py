@@ -51,7 +51,7 @@ def test_the_demo_model_is_small_and_its_log_reaches_the_published_loss():
 
 @pytest.mark.optimized
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("share", "context"), [(0.005, 1024), pytest.param(1.0, 8192, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("share", "context"), [(0.01, 2048), pytest.param(1.0, 8192, marks=pytest.mark.slow)])
 def test_the_demo_weights_predict_the_held_out_text(share: float, context: int):
     """In float32, from the file: the whole held-out text in the long tier, its end in the fast one."""
     held_out = 0.05 * share
@@ -65,4 +65,4 @@ def test_the_demo_weights_predict_the_held_out_text(share: float, context: int):
         total += float(np.asarray(eval_step(plan, model.weights(), batch))[0][mask].sum())
     bits_per_byte = total * BITS_PER_NAT / counted.sum()
     assert counted.sum() == int(4404412 * held_out)
-    assert bits_per_byte <= 1.75 - 0.1 * (share == 1)  # the end is predicted with less context
+    assert bits_per_byte <= 1.65
