@@ -1,4 +1,4 @@
-"""The small models of tests/golden/: for each family a config.json in which all of its features are on."""
+"""The small models of tests/golden/: for each family a config.json in which all of its features are used."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,9 +6,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
+    """A small model.
+
+    Args:
+        config: Its config.json.
+        quantization: Its `quantization_config`, if its weights are quantised.
+        offset: Added to the seed. Chosen so that no greedy step is nearly a tie.
+    """
+
     config: dict[str, Any]
     quantization: dict[str, Any] | None = None
-    offset: int = 0  # of the seed: chosen so that no greedy step is nearly a draw
+    offset: int = 0
 
 
 ATTENTION = {
@@ -16,7 +24,7 @@ ATTENTION = {
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
-    "rms_norm_eps": 0.01,  # published are 1e-5 and less, which nobody would miss
+    "rms_norm_eps": 0.01,  # published values are 1e-5 and less, too small for a wrong one to be noticed
 }
 DEEPSEEK = ATTENTION | {
     "hidden_size": 40,

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Makes tests/golden/: what Hugging Face transformers computes, in float32, from folders that this library reads.
+"""Make the golden values of tests/golden/: the float32 results of Hugging Face transformers for folders of models.
 
-    make_golden.py [--seed 0] [--out tests/golden] [NAME ...]    makes the named ones (all, where none is named)
-    make_golden.py --check FOLDER GOLDEN.npz    1 unless FOLDER, which this library wrote, computes the same
+    make_golden.py [--seed 0] [--out tests/golden] [NAME ...]    make these golden values, default all
+    make_golden.py --check FOLDER GOLDEN.npz    exit 1 unless transformers computes the golden logits from FOLDER,
+                                                which this library wrote
 
-A NAME of FAMILIES is a folder: config.json and model.safetensors, as the family's publisher lays them out, of a small
-random model in which the features of the family are on, and golden.npz: 48 random tokens and the 64 that greedy
-decoding puts after them (tokens, prompt_len, greedy), and the logits of all positions. `demo` is demo.npz, from the
-model that this library ships.
+Each NAME in FAMILIES is a folder with a small random model that uses all features of its family: config.json and
+model.safetensors, in the published layout, and golden.npz with 48 random tokens and 64 tokens of greedy decoding
+(tokens, prompt_len, greedy), and the logits of all positions. `demo` is the file demo.npz, from the demo model of this
+library.
 
-Needs torch and transformers, which the tests do not: run it by hand, and commit what it gives.
+This script needs torch and transformers, which the tests do not need. Run it by hand, and commit the files.
 """
 
 import argparse
@@ -35,11 +36,11 @@ PROMPT, STEPS = 48, 64
 Tensors = dict[str, torch.Tensor]
 
 
-# --- the folders
+# The folders
 
 
 def randomize(model: Any, rng: torch.Generator) -> None:
-    """Every stored value, also what an untrained model has at 0 or 1; what is stored as bfloat16 is rounded to it."""
+    """Set all weights to random values, also those that are initially 0 or 1, and round them to bfloat16."""
     centre = 0.0 if model.config.model_type.startswith("gemma") else 1.0
     tied = model.config.tie_word_embeddings
     for name, value in model.state_dict().items():
@@ -53,7 +54,7 @@ def randomize(model: Any, rng: torch.Generator) -> None:
             noise = centre + 0.2 * noise
         elif name.endswith("bias"):
             noise *= 0.5
-        elif "embed_tokens" in name and tied:  # more, and each token follows itself
+        elif "embed_tokens" in name and tied:  # with larger values each token is followed by itself
             noise *= 0.6 * model.config.hidden_size**-0.5
         elif value.ndim > 1 and "embed_tokens" not in name:
             transposed = model.config.model_type == "gpt_oss" and ".experts." in name
@@ -62,7 +63,7 @@ def randomize(model: Any, rng: torch.Generator) -> None:
 
 
 def add_prediction_layer(tensors: Tensors, config: Any, rng: torch.Generator) -> None:
-    """Some tensors of the layer that predicts the token after the next: published after the last layer, read by none"""
+    """Add some tensors of the multi-token prediction layer, which follows the last layer and is not used."""
     prefix, width = f"model.layers.{config.num_hidden_layers}.", config.hidden_size
     shapes = {
         "enorm.weight": (width,),
@@ -74,12 +75,16 @@ def add_prediction_layer(tensors: Tensors, config: Any, rng: torch.Generator) ->
     tensors |= {prefix + name: torch.randn(shape, generator=rng).bfloat16() for name, shape in shapes.items()}
 
 
-def spread(scale: torch.Tensor, shape: torch.Size, block: list[int]) -> torch.Tensor:
+def expand_scale(scale: torch.Tensor, shape: torch.Size, block: list[int]) -> torch.Tensor:
+    """Return the scale of every number from the scales of its blocks."""
     return scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: shape[0], : shape[1]]
 
 
 def quantize_fp8(tensors: Tensors, config: dict[str, Any], rng: torch.Generator) -> Tensors:
-    """Projections in blocks, the last of a row or column cut off; scales strewn, so that no block can take another's"""
+    """Quantize the projections in blocks, of which the last ones are partial.
+
+    The stored scales are multiplied by random factors, so that a block with the scale of another one is noticed.
+    """
     out, block = {}, config["weight_block_size"]
     for name, value in tensors.items():
         out[name] = value
@@ -88,13 +93,13 @@ def quantize_fp8(tensors: Tensors, config: dict[str, Any], rng: torch.Generator)
             pad = [0, grid[1] * block[1] - value.shape[1], 0, grid[0] * block[0] - value.shape[0]]
             padded = torch.nn.functional.pad(value.float(), pad)
             scale = padded.view(grid[0], block[0], grid[1], block[1]).abs().amax((1, 3)) / 448
-            out[name] = (value.float() / spread(scale, value.shape, block)).to(torch.float8_e4m3fn)
+            out[name] = (value.float() / expand_scale(scale, value.shape, block)).to(torch.float8_e4m3fn)
             out[name + "_scale_inv"] = scale * torch.exp(0.4 * torch.randn(scale.shape, generator=rng))
     return out
 
 
 def quantize_mxfp4(tensors: Tensors, config: dict[str, Any], rng: torch.Generator) -> Tensors:
-    """Experts replaced by random blocks: what they were is lost, and only their shapes count."""
+    """Replace the weights of experts by random blocks. Only their shapes remain."""
     out = {}
     for name, value in tensors.items():
         if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
@@ -111,7 +116,7 @@ def dequantize(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     out = {}
     for name, value in tensors.items():
         if name + "_scale_inv" in tensors:
-            scale = spread(tensors[name + "_scale_inv"], value.shape, config["weight_block_size"])
+            scale = expand_scale(tensors[name + "_scale_inv"], value.shape, config["weight_block_size"])
             out[name] = value.float() * scale
         elif name.endswith("_blocks"):
             name = name.removesuffix("_blocks")
@@ -125,6 +130,7 @@ QUANTIZE = {"fp8": quantize_fp8, "mxfp4": quantize_mxfp4}
 
 
 def write_folder(family: Family, folder: Path, rng: torch.Generator) -> None:
+    """Write a random model in the layout of its publisher."""
     config = AutoConfig.for_model(**family.config)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomize(model, rng)
@@ -142,7 +148,7 @@ def write_folder(family: Family, folder: Path, rng: torch.Generator) -> None:
 
 
 def load(folder: Path) -> Any:
-    """The model of a folder, in float32, dequantized."""
+    """Load the model of a folder in float32, dequantized."""
     config = AutoConfig.from_pretrained(folder)
     settings = getattr(config, "quantization_config", None)
     with tempfile.TemporaryDirectory() as scratch:
@@ -168,7 +174,7 @@ def load(folder: Path) -> Any:
     return model.eval()
 
 
-# --- what transformers computes from them
+# The results of transformers
 
 
 @torch.no_grad()
@@ -187,10 +193,12 @@ def greedy_of(model: Any, prompt: np.ndarray, steps: int = STEPS) -> np.ndarray:
 
 
 def distance(x: np.ndarray, ref: np.ndarray) -> float:
+    """Return the relative error of `x`."""
     return float(np.linalg.norm(x.astype(np.float64) - ref) / np.linalg.norm(ref.astype(np.float64)))
 
 
 def make(name: str, out: Path, seed: int) -> None:
+    """Write the folder of a family, and its golden values."""
     family, folder = FAMILIES[name], out / name
     rng = torch.Generator().manual_seed(zlib.crc32(f"{name} {seed + family.offset}".encode()))
     folder.mkdir(parents=True, exist_ok=True)
@@ -209,16 +217,17 @@ def make(name: str, out: Path, seed: int) -> None:
     )
     if len(greedy) != STEPS or wrong.any():
         sys.exit(
-            f"{name}: {len(greedy)} tokens; with a cache it goes another way at {np.flatnonzero(wrong)}: {gap[wrong]}"
+            f"{name}: {len(greedy)} tokens; with a cache other tokens follow at {np.flatnonzero(wrong)}: {gap[wrong]}"
         )
     if distinct <= 8:
-        sys.exit(f"{name}: only {distinct} tokens in {STEPS}: take another offset of the seed")
+        sys.exit(f"{name}: only {distinct} distinct tokens in {STEPS}: choose another offset of the seed")
     np.savez_compressed(folder / "golden.npz", tokens=tokens, prompt_len=PROMPT, logits=logits, greedy=greedy)
     sizes = ", ".join(f"{p.name} {p.stat().st_size}" for p in sorted(folder.iterdir()))
     print(f"{name}: smallest gap {gap.min():.4f}, {distinct} distinct tokens, {noise:.0e} by rounding; {sizes}")
 
 
 def make_demo(out: Path) -> None:
+    """Write demo.npz."""
     text = (ROOT / "scripts" / "data" / "passage.txt").read_bytes()[:600]
     model = AutoModelForCausalLM.from_pretrained(ROOT / "helix_jax" / "demo", dtype=torch.float32)
     tokens = torch.tensor([list(text)])
@@ -228,29 +237,30 @@ def make_demo(out: Path) -> None:
     file = out / "demo.npz"
     out.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(file, tokens=tokens[0].numpy(), stride=STRIDE, logits=logits, greedy=greedy)
-    print(f"wrote {file}: {logits.shape} logits; goes on with {bytes(greedy.tolist())!r}")
+    print(f"wrote {file}: {logits.shape} logits; continues with {bytes(greedy.tolist())!r}")
 
 
 def check(folder: Path, golden: Path) -> int:
-    held = np.load(golden)
-    far = distance(logits_of(load(folder), held["tokens"]), held["logits"])
-    print(f"{folder}: {far:.2e} from {golden}")
-    return int(not far <= 1e-4)
+    """Compare a folder with golden logits. Return the exit code."""
+    expected = np.load(golden)
+    error = distance(logits_of(load(folder), expected["tokens"]), expected["logits"])
+    print(f"{folder}: relative error {error:.2e} from {golden}")
+    return int(not error <= 1e-4)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(['demo', *FAMILIES])}")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "tests" / "golden")
-    parser.add_argument("--check", type=Path, nargs=2, metavar=("FOLDER", "GOLDEN.npz"))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default all: {', '.join(['demo', *FAMILIES])}")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random models (default: 0)")
+    parser.add_argument("--out", type=Path, default=ROOT / "tests" / "golden", help="folder to write to")
+    parser.add_argument("--check", type=Path, nargs=2, metavar=("FOLDER", "GOLDEN.npz"), help="compare a folder")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if args.check:
         return check(*args.check)
     if unknown := set(args.names) - {"demo", *FAMILIES}:
-        parser.error(f"no family {', '.join(sorted(unknown))}; there are demo, {', '.join(FAMILIES)}")
+        parser.error(f"NAME is {sorted(unknown)[0]!r}: choose one of demo, {', '.join(FAMILIES)}")
     for name in args.names or ["demo", *FAMILIES]:
         if name == "demo":
             make_demo(args.out)

@@ -1,4 +1,4 @@
-"""Weights: from a Hugging Face folder, or from a model in memory, straight to their shards; and back to a folder."""
+"""Read Hugging Face folders into sharded models, shard models that are in memory, and write folders."""
 
 from helix_jax.checkpoint.placing import shard
 from helix_jax.checkpoint.reading import DEMO_MODEL, load, load_for_training, read_config

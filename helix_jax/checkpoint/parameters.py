@@ -1,4 +1,4 @@
-"""The parameters of a model and the published tensors that hold them, before there is any weight."""
+"""The parameters of a model and the published tensors that contain them, known before any weight is read."""
 
 from typing import Any, NamedTuple
 
@@ -8,24 +8,31 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from helix_jax.arrays import fetch
-from helix_jax.checkpoint.merged_axes import our_part, published_shape
+from helix_jax.checkpoint.merged_axes import published_shape, select_part
 from helix_jax.config import ModelConfig
 from helix_jax.families import FAMILIES, Family
 from helix_jax.models.transformer import Transformer
+from helix_jax.validation import check_choice
 
-# A parameter's place in the module tree: ("layers", 0, "ff", "up_DF"). An index into it: a slice per axis.
+# The path of a parameter in the module tree, such as ("layers", 0, "ff", "up_DF").
 ParameterPath = tuple[Any, ...]
+# An index into a parameter: a slice per axis.
 Index = tuple[slice, ...]
 
-# Choosing experts is a comparison: its bias is not rounded, whatever the rest is computed in, as publishers have it.
+# This bias is float32 in a model of any type, as in published folders: experts are selected by comparison.
 _FLOAT32 = ("selection_bias_E",)
 
 
 class TensorLocation(NamedTuple):
-    """Where a parameter lives in a published folder: in one tensor, or in one for each expert.
+    """The location of a parameter in a published folder: one tensor, or one per expert.
 
-    shape: of the parameter. names: of the tensors. published_shape: of each of them. axes, letters: as in
-    `merged_axes`; sizes: of the letters.
+    Attributes:
+        shape: The shape of the parameter.
+        names: The names of the tensors.
+        published_shape: The shape of each tensor.
+        axes: The letters of the axes of each tensor, as in `merged_axes`.
+        letters: The letters of the part of the parameter that is in one tensor.
+        sizes: The size of each letter.
     """
 
     shape: tuple[int, ...]
@@ -37,26 +44,29 @@ class TensorLocation(NamedTuple):
 
     @property
     def per_expert(self) -> bool:
+        """Whether there is one tensor per expert."""
         return len(self.letters) < len(self.shape)
 
     def part(self, published: np.ndarray, **sizes: int) -> np.ndarray:
-        """The parameter within a tensor, as a view; `sizes`: of a letter, if only a part of the tensor is given."""
-        return our_part(published, self.axes, self.letters, {**self.sizes, **sizes})
+        """Return the parameter inside a tensor, as a view. `sizes` replaces sizes of letters, for a partial tensor."""
+        return select_part(published, self.axes, self.letters, {**self.sizes, **sizes})
 
 
-def shapes(config: ModelConfig) -> dict[ParameterPath, tuple[int, ...]]:
-    """Of every parameter, without padding."""
+def parameter_shapes(config: ModelConfig) -> dict[ParameterPath, tuple[int, ...]]:
+    """Return the shape of every parameter, without padding."""
     model = Transformer(config, rngs=None)
     return {path: param.shape for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 def tensor_locations(config: ModelConfig) -> dict[ParameterPath, TensorLocation]:
-    """Of every parameter."""
+    """Return the location of every parameter."""
     family = family_of(config)
-    return {path: _tensor_location(family, config, path, shape) for path, shape in shapes(config).items()}
+    return {path: _tensor_location(family, config, path, shape) for path, shape in parameter_shapes(config).items()}
 
 
-def _tensor_location(family: Family, config: ModelConfig, path: ParameterPath, shape: tuple[int, ...]) -> TensorLocation:
+def _tensor_location(
+    family: Family, config: ModelConfig, path: ParameterPath, shape: tuple[int, ...]
+) -> TensorLocation:
     tensor = family.tensor_of(path)
     letters = str(path[-1]).split("_")[-1]
     sizes = {**config.dims(), **dict(zip(letters, shape, strict=True))}
@@ -67,18 +77,24 @@ def _tensor_location(family: Family, config: ModelConfig, path: ParameterPath, s
 
 
 def family_of(config: ModelConfig) -> Family:
-    if config.family not in FAMILIES:
-        raise ValueError(f"unknown family '{config.family}': choose one of {', '.join(FAMILIES)}")
+    """Return the family of a model.
+
+    Raises:
+        ValueError: The config names an unknown family.
+    """
+    check_choice("family", config.family, FAMILIES)
     return FAMILIES[config.family]
 
 
 def parameter_dtype(path: ParameterPath, dtype: DTypeLike) -> DTypeLike:
+    """Return the type of a parameter in a model of type `dtype`."""
     return np.float32 if path[-1] in _FLOAT32 else dtype
 
 
-def without_padding(value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """A parameter on the host, as large as the model makes it.
+def fetch_unpadded(value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Copy a parameter to the host, without its padding.
 
-    Of a copy: an array that has been looked at keeps what was seen, and the whole model would end on the host.
+    The array is copied on its devices first: JAX caches the host copy of an array, so the whole model would stay on
+    the host.
     """
     return fetch(jnp.copy(value))[tuple(map(slice, shape))]

@@ -1,6 +1,7 @@
-"""The tensors of a Hugging Face folder, over the memory maps of its safetensors files: only what is used is read.
+"""Read tensors from the safetensors files of a Hugging Face folder, through memory maps: only what is used is read.
 
-The safetensors package reads no float8 into NumPy, hence this reader of its format; it writes what we write.
+The safetensors package cannot read float8 into NumPy, so this module reads the format itself. The package still writes
+the files.
 """
 
 import json
@@ -32,9 +33,14 @@ _DTYPES = {
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file. `read` gives the part of it that a slice of its first axis leaves; `bytes`: in the file.
+    """A tensor in a file.
 
-    dtype: of what is read; None for a `type` of the file that NumPy has no like of, which cannot be read.
+    Attributes:
+        shape: Its shape.
+        type: The name of its type in the file.
+        dtype: The type in which it is read. None for a type without a NumPy equivalent, which cannot be read.
+        bytes: Its size in the file.
+        read: Returns the part that a slice of the first axis selects.
     """
 
     shape: tuple[int, ...]
@@ -45,33 +51,36 @@ class StoredTensor(NamedTuple):
 
 
 def open_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the folder by name. The index decides which files are looked at, if there is one.
+    """Return every tensor of a folder by name. If there is an index, it determines which files are opened.
 
     Raises:
-        ValueError: no weights, a file that the index names and is not there, one that is cut off, or is none.
+        ValueError: There are no weights, or a file is missing, cut off or not a safetensors file.
     """
     index = folder / INDEX_FILE
     if not index.exists():
         file = folder / WEIGHTS_FILE
         if not file.exists():
-            raise ValueError(f"'{folder}' has no weights: it needs {WEIGHTS_FILE}, or {INDEX_FILE} and its files")
+            raise ValueError(f"'{folder}' has no weights: add {WEIGHTS_FILE}, or {INDEX_FILE} and its files")
         return _open_file(file)
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise ValueError(f"'{index}' has no weight_map from tensors to files: fetch it again")
+        raise ValueError(f"'{index}' has no weight_map from tensors to files: download it again")
     names = sorted(set(files.values()))
-    lost = [file for file in names if not (folder / file).exists()]
-    if lost:
-        raise ValueError(f"'{folder}' lacks '{lost[0]}', which its index names: the download may be incomplete")
+    missing = [file for file in names if not (folder / file).exists()]
+    if missing:
+        raise ValueError(f"'{folder}' lacks the file '{missing[0]}', which its index names: download it again")
     opened = {file: _open_file(folder / file) for file in names}
     for name, file in files.items():
         if name not in opened[file]:
-            raise ValueError(f"'{folder / file}' does not hold '{name}', which the index seeks there: fetch it again")
+            raise ValueError(f"'{folder / file}' lacks the tensor '{name}', which the index names: download it again")
     return {name: opened[file][name] for name, file in files.items()}
 
 
 def _open_file(file: Path) -> dict[str, StoredTensor]:
-    """Source: the format's description at github.com/huggingface/safetensors."""
+    """Read the header of a safetensors file.
+
+    Source: the description of the format at github.com/huggingface/safetensors.
+    """
     size = file.stat().st_size
     try:
         with file.open("rb") as opened:
@@ -80,21 +89,24 @@ def _open_file(file: Path) -> dict[str, StoredTensor]:
                 raise ValueError("its header is longer than the file")
             header = json.loads(opened.read(start - 8))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        return {name: _entry(file, start, size, **entry) for name, entry in entries.items()}
+        return {name: _stored_tensor(file, start, size, **entry) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"'{file}' is not a whole safetensors file ({error}): fetch it again") from None
+        raise ValueError(f"'{file}' is not a complete safetensors file ({error}): download it again") from None
 
 
-def _entry(file: Path, start: int, size: int, dtype: str, shape: list[int], data_offsets: list[int]) -> StoredTensor:
+def _stored_tensor(
+    file: Path, start: int, size: int, dtype: str, shape: list[int], data_offsets: list[int]
+) -> StoredTensor:
+    """Return a tensor from its entry in the header, whose keys are the last three parameters."""
     kind = np.dtype(_DTYPES[dtype]) if dtype in _DTYPES else None
     first, last = data_offsets
-    wanted = last - first if kind is None else math.prod(shape) * kind.itemsize
-    if last - first != wanted or not 0 <= first <= last <= size - start:
-        raise ValueError(f"bytes {first} to {last} do not hold {dtype} {shape}")
+    expected = last - first if kind is None else math.prod(shape) * kind.itemsize
+    if last - first != expected or not 0 <= first <= last <= size - start:
+        raise ValueError(f"bytes {first} to {last} cannot contain {dtype} {shape}")
 
     def read(lead: slice) -> np.ndarray:
         if kind is None:
-            raise ValueError(f"type {dtype} in '{file}' is not supported")
+            raise ValueError(f"a tensor in '{file}' has type {dtype}: only {', '.join(_DTYPES)} are supported")
         if 0 in shape:
             return np.zeros(shape, kind)[lead]
         return np.memmap(file, kind, "r", start + first, tuple(shape))[lead]
@@ -103,12 +115,17 @@ def _entry(file: Path, start: int, size: int, dtype: str, shape: list[int], data
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file of a Hugging Face folder.
+
+    Raises:
+        ValueError: The file does not exist, or does not contain a JSON object.
+    """
     try:
         content = json.loads(file.read_text())
     except FileNotFoundError:
         raise ValueError(f"'{file}' does not exist: give a Hugging Face folder") from None
     except ValueError as error:
-        raise ValueError(f"'{file}' is not JSON ({error}): fetch it again") from None
+        raise ValueError(f"'{file}' is not JSON ({error}): download it again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"'{file}' is not a JSON object: fetch it again")
+        raise ValueError(f"'{file}' is not a JSON object: download it again")
     return content
