@@ -21,7 +21,7 @@ from helix_jax.cli.app import checked_interrupts
 from helix_jax.layout import PLACEMENTS
 from helix_jax.validation import MissingPackageError
 from tests.conftest import COMPILATION_CACHE, FAST_COMPILATION, GOLDEN, ROOT
-from tests.test_families import PLAIN
+from tests.test_families import UNQUANTISED
 
 LATENT = GOLDEN / "deepseek_v3"  # a model with latent attention
 PASSAGE = ROOT / "scripts" / "data" / "passage.txt"
@@ -289,12 +289,12 @@ def test_without_a_tokenizer_text_is_refused_and_ids_are_not(byte_model: Path, t
     assert len(as_json["tokens"]) == 3
 
 
-SLOW = [f for f in PLAIN if f.name not in ("gpt_oss", "gemma3_text", "deepseek_v3")]
+SLOW = [f for f in UNQUANTISED if f.name not in ("gpt_oss", "gemma3_text", "deepseek_v3")]
 
 
 @pytest.mark.parametrize(
     "folder",
-    [pytest.param(f, marks=[pytest.mark.slow] if f in SLOW else [], id=f.name) for f in PLAIN],
+    [pytest.param(f, marks=[pytest.mark.slow] if f in SLOW else [], id=f.name) for f in UNQUANTISED],
 )
 def test_a_folder_continues_greedily_as_in_transformers(folder: Path, tmp_path: Path):
     golden = np.load(folder / "golden.npz")

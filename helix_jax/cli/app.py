@@ -122,7 +122,7 @@ def _exit_interrupted(program: str) -> NoReturn:
     os._exit(INTERRUPTED)  # XLA's threads are still running, and the interpreter's teardown may crash under them
 
 
-def _report_runtime_error(error: jax.errors.JaxRuntimeError, program: str) -> int:
+def _report_runtime_error(error: Exception, program: str) -> int:
     if message := processes.lost_process_message(error):
         return report_error(message, LOST_PROCESS, program)
     if "RESOURCE_EXHAUSTED" not in str(error):

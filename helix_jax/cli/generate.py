@@ -179,7 +179,7 @@ def _write(text: str) -> None:
 
 def _find_difference(job: GenerateJob, tokens: list[int], reporter: Reporter) -> str | None:
     """Decode again on one device, and return a message about the first token that differs, if any does."""
-    devices = [device for device in job.setup.plan.mesh.devices.flat if device.process_index == process_index()]
+    devices = [device for device in job.setup.mesh.devices.flat if device.process_index == process_index()]
     plan = Plan(make_mesh(1, 1, devices=devices), job.setup.plan.block)
     events = stream(job.setup.load(reporter, plan), [job.prompt], plan, **job.options)
     decoded = (event for event in events if isinstance(event, Decoded))

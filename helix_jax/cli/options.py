@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -163,6 +163,11 @@ class DecodeSetup:
     platform: str
     kernel: str
 
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh of the plan, which has devices."""
+        return cast(Mesh, self.plan.mesh)
+
     def load(self, reporter: Reporter, plan: Plan | None = None) -> Transformer:
         """Load the model, with a progress bar.
 
@@ -174,8 +179,8 @@ class DecodeSetup:
 
     def report_devices(self, reporter: Reporter) -> None:
         """Report fake devices, and copies of the cache of latent attention."""
-        report_fake_devices(self.plan.mesh, reporter)
-        tp = self.plan.mesh.shape[TP]
+        report_fake_devices(self.mesh, reporter)
+        tp = self.mesh.shape[TP]
         if self.config.latent and tp > 1:
             reporter.info(f"all heads share a latent: the cache is stored {tp} times, once per tp rank")
 

@@ -62,10 +62,10 @@ def open_log(folder: Path, steps: int, first: int, console: Console) -> Iterator
 class NoLog:
     """The log of a process that does not write one."""
 
-    def step(self, step: int, **values: float) -> None:
+    def step(self, step: int, **values: int | float) -> None:
         """Ignore a step."""
 
-    def held_out(self, step: int, **values: float) -> None:
+    def held_out(self, step: int, **values: int | float) -> None:
         """Ignore an evaluation."""
 
 
@@ -116,7 +116,7 @@ class Log:
         if kind is None:
             self._draw_curve()
 
-    def step(self, step: int, **values: float) -> None:
+    def step(self, step: int, **values: int | float) -> None:
         """Log a step."""
         self._write({"step": step, **values})
         status = [f"loss {values['nats']:.3f}"]
@@ -125,13 +125,13 @@ class Log:
         status += [f"MFU {values[key]:.1%}" for key in ("mfu",) if key in values]
         self._bar.update(self._task, completed=step, status=", ".join(status))
 
-    def held_out(self, step: int, **values: float) -> None:
+    def held_out(self, step: int, **values: int | float) -> None:
         """Log and print an evaluation of the held-out text."""
         self._write({"step": step, **values})
         text = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
         self._bar.console.print(f"step {step} of {self._steps}: {text}", soft_wrap=True)
 
-    def _write(self, entry: dict[str, float]) -> None:
+    def _write(self, entry: dict[str, int | float]) -> None:
         self._entries.append(entry)
         self._opened.write(json.dumps(entry) + "\n")
         self._opened.flush()

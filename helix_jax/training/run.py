@@ -277,13 +277,13 @@ def _report_start(run: Run, state: TrainState, first: int, console: Console) -> 
         console.print(f"continuing after step {first}, from the checkpoint in '{run.out / CHECKPOINTS}'")
 
 
-def _step_entry(run: Run, step: int, metrics: StepMetrics, state: TrainState, seconds: float) -> dict[str, float]:
+def _step_entry(run: Run, step: int, metrics: StepMetrics, state: TrainState, seconds: float) -> dict[str, int | float]:
     """Return the log entry of a step.
 
     Raises:
         ValueError: The loss or the gradient is not finite.
     """
-    entry = {"nats": float(metrics.loss), "gradient_norm": float(metrics.gradient_norm)}
+    entry: dict[str, int | float] = {"nats": float(metrics.loss), "gradient_norm": float(metrics.gradient_norm)}
     _check_finite(run, step, entry)
     train = run.config.train
     speed = train.batch * train.context / seconds
@@ -291,7 +291,7 @@ def _step_entry(run: Run, step: int, metrics: StepMetrics, state: TrainState, se
     return entry | _bits(run, entry["nats"]) | {"tokens_per_s": speed} | ({} if mfu is None else {"mfu": mfu})
 
 
-def _check_finite(run: Run, step: int, entry: dict[str, float]) -> None:
+def _check_finite(run: Run, step: int, entry: dict[str, int | float]) -> None:
     for name, value in entry.items():
         if not math.isfinite(value):
             raise ValueError(
@@ -313,7 +313,7 @@ def _sequences(run: Run, step: int) -> Sequences:
     return sequences
 
 
-def _evaluate(run: Run, step: int, weights: Weights) -> dict[str, float]:
+def _evaluate(run: Run, step: int, weights: Weights) -> dict[str, int | float]:
     """Return the loss of the held-out tokens, each after at least half a context; empty if none are held out."""
     plan, context, corpus = run.plan, run.config.train.context, run.corpus
     if corpus.held_out == len(corpus.tokens_X):
@@ -329,12 +329,12 @@ def _evaluate(run: Run, step: int, weights: Weights) -> dict[str, float]:
         mask = (counted[i : i + rows] & sequences.loss_mask_BS[: len(counted[i : i + rows])])[:, order]
         total += float(loss_BS[: len(mask)][mask].sum(dtype=np.float64))
         tokens += int(mask.sum())
-    scores = {"held_out_nats": total / max(tokens, 1), "held_out_tokens": tokens}
+    scores: dict[str, int | float] = {"held_out_nats": total / max(tokens, 1), "held_out_tokens": tokens}
     _check_finite(run, step, scores)
     return scores | {f"held_out_{name}": value for name, value in _bits(run, scores["held_out_nats"]).items()}
 
 
-def _bits(run: Run, nats: float) -> dict[str, float]:
+def _bits(run: Run, nats: float) -> dict[str, int | float]:
     per_token = run.corpus.bytes_per_token
     return {} if per_token is None else {"bits_per_byte": nats * BITS_PER_NAT / per_token}
 
