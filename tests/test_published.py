@@ -1,4 +1,4 @@
-"""Folders as their publishers write them: read, refused with a reason, and written back."""
+"""Folders in the layout of their publishers are read and written back, and unsupported ones are rejected."""
 
 import json
 import re
@@ -13,82 +13,81 @@ from helix_jax.checkpoint import load, read_config, save, writing
 from helix_jax.checkpoint.tensors import open_tensors
 from helix_jax.config import Experts, ModelConfig, Rope
 from helix_jax.families import FAMILIES
-from helix_jax.mesh import EXPERT_WEIGHTS, make_mesh
+from helix_jax.mesh import EXPERT_WEIGHTS
 from tests.conftest import GOLDEN, ROOT
 from tests.reference import TINY, plan_of, shape_in, tiny_model
 from tests.test_families import each_folder
 
 
 @each_folder
-def test_what_is_saved_is_what_was_published(folder: Path, tmp_path: Path, monkeypatch):
-    """Tensor by tensor and bit by bit, sharded or not, in one file or in many; and the same model by its config."""
-    monkeypatch.setattr(writing, "_FILE_BYTES", 60_000)
+def test_a_saved_folder_equals_the_published_one(folder: Path, tmp_path: Path, monkeypatch):
+    """The tensors are bitwise equal, also from a sharded model in several files, and so is the config."""
+    monkeypatch.setattr(writing, "_MAX_FILE_BYTES", 60_000)
     config = read_config(folder)
     save(load(folder, plan_of(2, 2, experts="cp")), tmp_path)
     assert read_config(tmp_path) == config
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     ours, theirs = open_tensors(tmp_path), open_tensors(folder)
     if "quantization_config" in json.loads((folder / "config.json").read_text()):
-        theirs = dict.fromkeys(ours)  # the numbers are others: bfloat16
+        theirs = dict.fromkeys(ours)  # the published values are quantised, the saved ones bfloat16
     extra = {name for name in set(theirs) - set(ours) if FAMILIES[config.family].is_extra(name, config)}
     assert set(ours) == set(theirs) - extra
     for name, stored in ours.items():
         if theirs[name]:
             assert stored.dtype == theirs[name].dtype
             np.testing.assert_array_equal(stored.read(slice(None)), theirs[name].read(slice(None)))
-    again, before = load(tmp_path, plan_of()), load(folder, plan_of())
-    for (path, ours), (_, theirs) in zip(flat(again), flat(before), strict=True):
-        np.testing.assert_array_equal(ours, theirs, err_msg=str(path))
+    assert_equal_weights(flat_weights(load(tmp_path, plan_of())), flat_weights(load(folder, plan_of())))
 
 
-def test_several_files_may_be_written_again(tmp_path: Path, monkeypatch):
-    """As training does: the index that is there is then our own. Before a single file it would be another model's."""
-    monkeypatch.setattr(writing, "_FILE_BYTES", 2_000)
+def test_several_files_with_an_index_may_be_overwritten(tmp_path: Path, monkeypatch):
+    """Training does so. Beside a single file, the index would belong to another model."""
+    monkeypatch.setattr(writing, "_MAX_FILE_BYTES", 2_000)
     for seed in (0, 1):
         save(tiny_model(seed=seed), tmp_path)
-    again = flat(load(tmp_path, plan_of(), jnp.float32))
-    for (path, ours), (_, theirs) in zip(again, flat(tiny_model(seed=1)), strict=True):
-        np.testing.assert_array_equal(ours, theirs, err_msg=str(path))
+    assert_equal_weights(flat_weights(load(tmp_path, plan_of(), jnp.float32)), flat_weights(tiny_model(seed=1)))
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="holds another model's model.safetensors.index.json"):
+    with pytest.raises(ValueError, match="has a model.safetensors.index.json, which would override this model"):
         save(tiny_model(), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3_fp8", "gpt_oss_mxfp4"])
-def test_quantised_weights_are_the_same_sharded_or_not(name: str):
-    """A device reads its own experts alone."""
-    whole = load(GOLDEN / name, plan_of(), jnp.float32)
-    for spread in EXPERT_WEIGHTS:
-        parts = load(GOLDEN / name, plan_of(2, 4, experts=spread), jnp.float32)
-        for (path, ours), (_, theirs) in zip(flat(parts), flat(whole), strict=True):
-            own = tuple(map(slice, theirs.shape))
-            np.testing.assert_array_equal(ours[own], theirs, err_msg=str(path))
+def test_sharded_quantised_weights_equal_unsharded_ones(name: str):
+    """Each device reads only its own experts."""
+    unsharded = flat_weights(load(GOLDEN / name, plan_of(), jnp.float32))
+    for experts in EXPERT_WEIGHTS:
+        sharded = flat_weights(load(GOLDEN / name, plan_of(2, 4, experts=experts), jnp.float32))
+        unpadded = {path: weight[tuple(map(slice, unsharded[path].shape))] for path, weight in sharded.items()}
+        assert_equal_weights(unpadded, unsharded)
 
 
-def flat(model) -> list:
-    return [(path, np.asarray(param[...])) for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+def assert_equal_weights(weights: dict, expected: dict) -> None:
+    assert weights.keys() == expected.keys()
+    for path, weight in weights.items():
+        np.testing.assert_array_equal(weight, expected[path], err_msg=str(path))
 
 
-def test_what_is_left_out_is_said_and_what_is_read_is_counted(caplog):
-    told = []
+def flat_weights(model) -> dict:
+    return {path: np.asarray(param[...]) for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def test_skipped_tensors_are_named_and_read_bytes_are_counted(caplog):
+    progress = []
     with caplog.at_level("WARNING", "helix_jax"):
-        model = load(GOLDEN / "deepseek_v3", plan_of(), on_read=lambda *bytes: told.append(bytes))
+        model = load(GOLDEN / "deepseek_v3", plan_of(), on_read=lambda *bytes: progress.append(bytes))
     assert caplog.messages == [
-        "skipped 5 tensors that decoding has no use for: "
+        "skipped 5 tensors that decoding does not need: "
         "model.layers.3.eh_proj.weight to model.layers.3.shared_head.norm.weight"
     ]
-    done, totals = zip(*told, strict=True)
+    done, totals = zip(*progress, strict=True)
     assert list(done) == sorted(done)
-    assert done[-1] == totals[0] == sum(x.bytes for x in needed(GOLDEN / "deepseek_v3").values())
+    tensors = open_tensors(GOLDEN / "deepseek_v3")
+    needed = [stored.bytes for name, stored in tensors.items() if not name.startswith("model.layers.3.")]
+    assert done[-1] == totals[0] == sum(needed)
     assert model.layers[1].ff.selection_bias_E.dtype == jnp.float32  # the rest is bfloat16
     assert model.layers[1].ff.router_DE.dtype == jnp.bfloat16
 
 
-def needed(folder: Path) -> dict:
-    return {name: stored for name, stored in open_tensors(folder).items() if not name.startswith("model.layers.3.")}
-
-
-# As the publishers have them: the keys that count, beside the shapes in configs/.
+# The keys of published config.json files that affect the results. configs/ has the same shapes.
 PUBLISHED = {
     "llama-3.1-8b": {
         "model_type": "llama",
@@ -255,12 +254,12 @@ def folder_of(tmp_path: Path, published: dict) -> Path:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_config_is_the_shape_in_configs(name: str, tmp_path: Path):
+def test_published_configs_have_the_shapes_in_configs(name: str, tmp_path: Path):
     assert read_config(folder_of(tmp_path, PUBLISHED[name])) == shape_in(ROOT / "configs" / f"{name}.toml")
 
 
-def test_gemma_is_read_as_published_and_as_transformers_5_writes_it(tmp_path: Path):
-    """Its rotary positions and the pattern of its windows have other keys in each."""
+def test_gemma_is_read_from_published_files_and_from_those_of_transformers_5(tmp_path: Path):
+    """The keys of rotary embeddings and of the window pattern differ."""
     newer = json.loads((GOLDEN / "gemma3_text" / "config.json").read_text())
     ropes = newer.pop("rope_parameters")
     older = {key: value for key, value in newer.items() if key not in ("layer_types", "_sliding_window_pattern")}
@@ -278,28 +277,36 @@ def test_gemma_is_read_as_published_and_as_transformers_5_writes_it(tmp_path: Pa
         (
             "llama",
             {"rope_parameters": {"rope_type": "longrope"}},
-            "of type 'longrope' is not supported",
+            "rope_parameters: rope_type is 'longrope': choose one of default",
         ),
         (
             "llama",
             {"rope_parameters": {"mrope_section": [1]}},
-            "'mrope_section' is not supported: it is not known",
+            "rope_parameters: unknown key 'mrope_section': choose one of",
         ),
-        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not supported"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5: only 1.0"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": "4"}}, "rope: factor is '4': give a value"),
-        ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types are not supported for this model_type"),
+        (
+            "mistral",
+            {"layer_types": ["full_attention"] * 3},
+            "'full_attention']: remove it, this model_type",
+        ),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0: give a whole number of at least 1"),
         ("mistral", {"sliding_window": "8"}, "sliding_window is '8': give a whole number of at least 1"),
         ("gpt_oss", {"sliding_window": None}, "layer_types has sliding_attention, but sliding_window is null"),
-        ("gpt_oss", {"rope_parameters": None}, "'rope_scaling' is missing: complete the file"),
-        ("llama", {"rope_parameters": {"rope_type": []}}, "rope_parameters of type [] is not supported"),
+        ("gpt_oss", {"rope_parameters": None}, "'rope_scaling' is missing: add it"),
+        ("llama", {"rope_parameters": {"rope_type": []}}, "rope_type is []: choose one of default"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "yarn", "attn_factor": 0.9}},
-            "transformers ignores it",
+            "attn_factor is ambiguous, transformers ignores it and others use it: remove it",
         ),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": None}}, "of type 'yarn' has no factor"),
-        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "of type 'linear' has no factor: complete the file"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "factor": None}},
+            "rope_parameters: 'factor' is missing: add it",
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters: 'factor' is missing: add it"),
         (
             "llama",
             {
@@ -322,7 +329,7 @@ def test_gemma_is_read_as_published_and_as_transformers_5_writes_it(tmp_path: Pa
         (
             "qwen2",
             {"dual_chunk_attention_config": {"chunk_size": 4}},
-            "dual_chunk_attention_config {'chunk",
+            "dual_chunk_attention_config is {'chunk_size': 4}: only None is supported",
         ),
         ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0: give a whole number of at least 1"),
         ("qwen3_moe", {"mlp_only_layers": ["1"]}, "mlp_only_layers is ['1']: give a list of layers"),
@@ -340,32 +347,44 @@ def test_gemma_is_read_as_published_and_as_transformers_5_writes_it(tmp_path: Pa
         ),
         ("deepseek_v3", {"n_shared_experts": "2"}, "n_shared_experts is '2': give a whole number of at least 0"),
         ("deepseek_v3", {"topk_group": 0}, "topk_group is 0: give a whole number of at least 1"),
-        ("qwen2", {"layer_types": ["chunked_attention"] * 4}, "are not 4 of full_attention and sliding_attention"),
-        ("qwen2", {"layer_types": ["full_attention"]}, "are not 4 of full_attention and sliding_attention"),
-        ("qwen3_moe", {"num_local_experts": None}, "config.json: 'num_experts' is missing: complete the file"),
+        ("qwen2", {"layer_types": ["chunked_attention"] * 4}, "]: give 4 of full_attention and sliding_attention"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "]: give 4 of full_attention and sliding_attention"),
+        ("qwen3_moe", {"num_local_experts": None}, "config.json: 'num_experts' is missing: add it"),
         ("qwen3_moe", {"norm_topk_prob": "yes"}, "norm_topk_prob is 'yes': give a value of type bool"),
         ("mixtral", {"num_experts_per_tok": 9}, "top_k 9 exceeds the"),
-        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not supported, only None"),
-        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
-        ("gemma3_text", {"rope_parameters": {"rope_type": "yarn"}}, "are not of full_ and sliding_attention"),
-        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is not supported"),
-        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob True is not supported, only False"),
-        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported, only 'sigmoid'"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0: only None is supported"),
+        (
+            "gemma3_text",
+            {"use_bidirectional_attention": True},
+            "use_bidirectional_attention is True: only False is supported",
+        ),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"rope_type": "yarn"}},
+            "give a table of full_attention and sliding_attention",
+        ),
+        (
+            "deepseek_v2",
+            {"topk_method": "noaux_tc"},
+            "topk_method is 'noaux_tc': choose one of greedy, group_limited_greedy",
+        ),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True: only False is supported"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax': only 'sigmoid' is supported"),
         ("deepseek_v3", {"n_group": 5}, "5 groups do not divide the 16 experts"),
         ("deepseek_v3", {"first_k_dense_replace": 9}, "layer 3 is not one of the 3"),
         (
             "llama",
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            "'gptq' is not supported",
+            "quantization_config is 'gptq': only 'mxfp4' and 'fp8'",
         ),
         (
             "llama",
             {"quantization_config": {"quant_method": "fp8"}},
-            "'fp8' of format None, blocks None is not",
+            "quantization_config is 'fp8' of format None, blocks None: only",
         ),
     ],
 )
-def test_what_is_not_computed_is_refused_by_name(name: str, changes: dict, message: str, tmp_path: Path):
+def test_unsupported_options_are_rejected_by_name(name: str, changes: dict, message: str, tmp_path: Path):
     published = json.loads((GOLDEN / name / "config.json").read_text()) | changes
     with pytest.raises(ValueError, match=re.escape(message)):
         read_config(folder_of(tmp_path, published))
@@ -375,15 +394,15 @@ def test_what_is_not_computed_is_refused_by_name(name: str, changes: dict, messa
     ("name", "changes", "message"),
     [
         ("gpt_oss_mxfp4", {"quantization_config": None}, "lacks the tensor 'model.layers.0.mlp.experts"),
-        ("deepseek_v3_fp8", {"quantization_config": None}, "is of type F8_E4M3: quantised weights need"),
+        ("deepseek_v3_fp8", {"quantization_config": None}, "has type F8_E4M3: add the quantization_config"),
         (
             "deepseek_v3_fp8",
             {"quantization_config": {"quant_method": "fp8", "weight_block_size": [8, 16]}},
-            "weight_scale_inv' has shape",
+            r"weight_scale_inv' has shape \[3, 4\], expected \[5, 4\] for blocks of \[8, 16\]: correct ",
         ),
     ],
 )
-def test_numbers_without_their_scale_are_refused(name: str, changes: dict, message: str, tmp_path: Path):
+def test_quantised_weights_without_their_scale_are_rejected(name: str, changes: dict, message: str, tmp_path: Path):
     published = json.loads((GOLDEN / name / "config.json").read_text()) | changes
     (folder_of(tmp_path, published) / "model.safetensors").symlink_to(GOLDEN / name / "model.safetensors")
     with pytest.raises(ValueError, match=message):
@@ -393,16 +412,22 @@ def test_numbers_without_their_scale_are_refused(name: str, changes: dict, messa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"qk_norm": True}, "a 'llama' folder cannot say qk_norm True, only False: not written"),
-        ({"window": 8, "windowed_layers": (0,)}, "a 'llama' folder cannot say window 8, only None"),
-        ({"experts": Experts(num_experts=4, top_k=1, width=8)}, "a 'llama' folder cannot say experts Experts"),
-        ({"family": "mixtral", "experts": Experts(num_experts=4, top_k=1, width=8)}, "cannot say"),
-        ({"family": "qwen2"}, "a 'qwen2' folder cannot say qkv_bias False, only True"),
-        ({"family": "deepseek_v3"}, "a 'deepseek_v3' folder needs latent, which this model has not: not written"),
-        ({"rope": Rope(interleaved=True)}, "cannot say rope"),
+        ({"qk_norm": True}, "qk_norm is True: a 'llama' config.json can only have False, choose another family"),
+        ({"window": 8, "windowed_layers": (0,)}, "window is 8: a 'llama' config.json can only have None"),
+        (
+            {"experts": Experts(num_experts=4, top_k=1, width=8)},
+            "experts is Experts.*: a 'llama' config.json",
+        ),
+        (
+            {"family": "mixtral", "experts": Experts(num_experts=4, top_k=1, width=8)},
+            "a 'mixtral' config.json can",
+        ),
+        ({"family": "qwen2"}, "qkv_bias is False: a 'qwen2' config.json can only have True"),
+        ({"family": "deepseek_v3"}, "latent is None: a 'deepseek_v3' config.json needs it, choose another family"),
+        ({"rope": Rope(interleaved=True)}, "rope.interleaved is True: a 'llama' config.json can only have False"),
     ],
 )
-def test_what_a_family_cannot_say_is_not_written_as_another_model(changes: dict, message: str, tmp_path: Path):
+def test_a_model_that_its_family_cannot_describe_is_not_written(changes: dict, message: str, tmp_path: Path):
     model = tiny_model(ModelConfig(**{**vars(TINY), **changes}))
     with pytest.raises(ValueError, match=message):
         save(model, tmp_path)
