@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from helix_jax.checkpoint import load
-from helix_jax.generation import Decoded, generate, stream
+from helix_jax.generation import Decoded, stream
 from helix_jax.mesh import make_mesh
 from helix_jax.text import ByteTokenizer
 from helix_jax.training import BITS_PER_NAT, TrainPlan, eval_step, shard_batch
@@ -30,17 +30,19 @@ def test_logits_equal_those_of_transformers(golden):
     assert np.abs(ours - golden["logits"]).max() <= 2e-4
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("tp", "cp"), [(1, 8), pytest.param(2, 4, marks=pytest.mark.slow)])
 def test_sharded_logits_and_greedy_tokens_equal_those_of_transformers(tp: int, cp: int, golden):
     plan = plan_of(tp, cp)
     model = load(DEMO, plan, jnp.float32)
     tokens, stride = golden["tokens"].tolist(), int(golden["stride"])
-    for index in (1, 40, len(golden["logits"]) - 1):
-        events = stream(model, [tokens[: index * stride + 1]], plan, max_new_tokens=1, chunk=64)
-        [ours] = [event.logits_BV[0] for event in events if isinstance(event, Decoded)]
-        assert np.abs(ours - golden["logits"][index]).max() <= 2e-4
-    [greedy] = generate(model, [tokens], plan, max_new_tokens=len(golden["greedy"]), chunk=64)
-    assert greedy == golden["greedy"].tolist()
+    indices = (1, 40, len(golden["logits"]) - 1)
+    prompts = [*(tokens[: index * stride + 1] for index in indices), tokens]
+    events = stream(model, prompts, plan, max_new_tokens=len(golden["greedy"]), chunk=64, stop_token_ids=())
+    decoded = [event for event in events if isinstance(event, Decoded)]
+    logits = np.asarray(decoded[0].logits_BV[: len(indices)])
+    assert np.abs(logits - golden["logits"][list(indices)]).max() <= 2e-4
+    assert [event.tokens[-1] for event in decoded] == golden["greedy"].tolist()
 
 
 def test_the_demo_model_is_small_and_its_log_reaches_the_published_loss():

@@ -7,14 +7,12 @@ the values is linear, so it is applied after the partials are combined, by each 
 Source: arXiv 2405.04434, section 2.1.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from helix_jax.config import Latent, ModelConfig
-from helix_jax.models.attention import Attention
+from helix_jax.models.attention import Attention, LayerState
 from helix_jax.models.parts import Parameters, rms_norm
 from helix_jax.models.rope import rotate, softmax_gain
 from helix_jax.numerics import einsum
@@ -40,7 +38,9 @@ class LatentAttention(nnx.Module):
         self.v_up_NZU = make.matrix("v_up_NZU", "Z")
         self.o_NUD = make.onto_residual("o_NUD", "NU")
 
-    def __call__(self, x_BTD: Array, position_BT: Array, attention: Attention, state: Any) -> tuple[Array, Any]:
+    def __call__(
+        self, x_BTD: Array, position_BT: Array, attention: Attention, state: LayerState
+    ) -> tuple[Array, LayerState]:
         q_BTNY = self._queries(x_BTD, position_BT)
         c_BT1Y = self._cached_vector(x_BTD, position_BT)
         o_BTNZ, state = attention(q_BTNY, c_BT1Y, None, state, scale=self.scale, v_width=self.latent.width)

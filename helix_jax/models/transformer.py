@@ -13,7 +13,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from helix_jax.config import ModelConfig
-from helix_jax.models.attention import Attention, SelfAttention
+from helix_jax.models.attention import Attention, LayerState, SelfAttention
 from helix_jax.models.experts import run_dense
 from helix_jax.models.mla import LatentAttention
 from helix_jax.models.moe import MixtureOfExperts, RunExperts
@@ -45,10 +45,10 @@ class Layer(nnx.Module):
         x_BTD: Array,
         position_BT: Array,
         attention: Attention,
-        state: Any,
+        state: LayerState,
         run_experts: RunExperts,
         dropout: Callable[[Array], Array],
-    ) -> tuple[Array, Any]:
+    ) -> tuple[Array, LayerState]:
         normed_BTD = rms_norm(x_BTD, self.attention_norm_D, self.config)
         added_BTD, state = self.attention(normed_BTD, position_BT, attention, state)
         if self.config.post_norms:
@@ -86,11 +86,11 @@ class Transformer(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         position_BT: Int[Array, "B T"],
         attention: Attention,
-        states: Sequence[Any],
+        states: Sequence[LayerState],
         run_experts: RunExperts = run_dense,
         dropout: Callable[[Array], Array] = lambda x_BTD: x_BTD,
-        wrap_layer: Callable[[Layer], Callable[..., tuple[Array, Any]]] = lambda layer: layer,
-    ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
+        wrap_layer: Callable[[Layer], Callable[..., tuple[Array, LayerState]]] = lambda layer: layer,
+    ) -> tuple[Float[Array, "B T D"], tuple[LayerState, ...]]:
         """Return the hidden state after the last norm, and the new state of each layer.
 
         Args:
