@@ -236,6 +236,16 @@ def parameters(node: ast.AST) -> list[str]:
     return [name for name in names if name not in ("self", "cls")]
 
 
+def assigned_attributes(node: ast.AST) -> set[str]:
+    """Return the attributes of `self` that a class assigns; a base class may assign some of them."""
+    targets = (target for target in ast.walk(node) if isinstance(target, ast.Attribute))
+    return (
+        {target.attr for target in targets if isinstance(target.ctx, ast.Store)}
+        if isinstance(node, ast.ClassDef)
+        else set()
+    )
+
+
 def docstring_faults(node: ast.AST) -> Iterator[str]:
     """Yield what is wrong with the docstring of a function or class: its summary, its sections or their arguments."""
     text = ast.get_docstring(node) or ""
@@ -251,7 +261,7 @@ def docstring_faults(node: ast.AST) -> Iterator[str]:
             if section not in SECTIONS:
                 yield f"unknown section or argument outside of Args: {line[:60]!r}"
         entry = re.match(r" {4}\*{0,2}(\w+):", line) if section in ("Args", "Attributes") else None
-        if entry and entry[1] not in (*parameters(node), "cls"):
+        if entry and entry[1] not in (*parameters(node), *assigned_attributes(node), "cls"):
             yield f"{section} describes {entry[1]!r}, which is not a parameter"
 
 

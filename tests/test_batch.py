@@ -242,8 +242,8 @@ def test_bad_settings_are_one_line_and_exit_2_before_weights_are_read(tmp_path: 
         (["--prefill-chunk", 0], "--prefill-chunk is 0"),
         (["--block", 0], "block is 0"),
         (["--cp", 3], "does not divide the 8 query heads"),
-        (["--out", "/nowhere/out.jsonl"], "--out '/nowhere/out.jsonl' cannot be written: No such file or directory"),
-        (["--out", tmp_path], "cannot be written: Is a directory"),
+        (["--out", "/nowhere/out.jsonl"], "--out '/nowhere/out.jsonl' cannot be written (No such file or directory)"),
+        (["--out", tmp_path], "cannot be written (Is a directory)"),
         (["--out", other], "has no result in line 1"),
         (["--out", file], "is the input file: give another file"),
     ]:

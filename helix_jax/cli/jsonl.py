@@ -153,7 +153,7 @@ class ResultsFile(ResultCounter):
             size, self.truncated = self._read(file) if file.is_file() else (0, False)
             self._file = file.open("ab")
         except OSError as error:
-            raise ValueError(f"--out '{file}' cannot be written: {error.strerror}") from None
+            raise ValueError(f"--out '{file}' cannot be written ({error.strerror}): choose another file") from None
         if self.truncated:
             self._file.truncate(size)
 

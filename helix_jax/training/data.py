@@ -161,15 +161,15 @@ def slice_sequences(corpus: Corpus, start_B: np.ndarray, context: int) -> Sequen
 
 def _start(length: int, context: int, seed: int, index: int) -> int:
     count = max(1, (length - 1) // context - 1)  # the last window is left for the offset
-    room = length - 1 - count * context
-    order, offset = _epoch(seed, index // count, count, room)
+    slack = length - 1 - count * context
+    order, offset = _epoch(seed, index // count, count, slack)
     return int(order[index % count]) * context + offset
 
 
 @lru_cache(maxsize=2)  # a batch may see the end of an epoch and the beginning of the next
-def _epoch(seed: int, epoch: int, count: int, room: int) -> tuple[np.ndarray, int]:
+def _epoch(seed: int, epoch: int, count: int, slack: int) -> tuple[np.ndarray, int]:
     random = np.random.default_rng((seed, epoch))
-    return random.permutation(count), int(random.integers(0, room + 1))
+    return random.permutation(count), int(random.integers(0, slack + 1))
 
 
 def held_out_windows(corpus: Corpus, context: int) -> tuple[np.ndarray, np.ndarray]:
