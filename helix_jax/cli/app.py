@@ -52,7 +52,7 @@ def run_command(command: Callable[[], int | None], program: str = PROGRAM) -> in
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except (ValueError, OSError, MissingPackageError) as error:
-        return report_error(str(error), program=program)
+        return report_error(_describe(error), program=program)
     except jax.errors.JaxRuntimeError as error:
         return _report_runtime_error(error, program)
     except KeyboardInterrupt:
@@ -115,6 +115,13 @@ def _sigint_handler(handler: Callable[..., NoReturn]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def _describe(error: Exception) -> str:
+    """Return the message of an error. Those of the system name a file, but not what to do."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"'{error.filename}' cannot be opened ({error.strerror}): check the path"
+    return str(error)
 
 
 def _exit_interrupted(program: str) -> NoReturn:
