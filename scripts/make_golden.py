@@ -40,7 +40,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def randomize(model: Any, rng: torch.Generator) -> None:
-    """Set all weights to random values, also those that are initially 0 or 1, and round them to bfloat16."""
+    """Set all weights to random values, including the initial zeros and ones, and round them to bfloat16."""
     centre = 0.0 if model.config.model_type.startswith("gemma") else 1.0
     tied = model.config.tie_word_embeddings
     for name, value in model.state_dict().items():

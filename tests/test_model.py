@@ -55,7 +55,7 @@ def test_the_demo_model_is_small_and_its_log_reaches_the_published_loss():
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("share", "context"), [(0.01, 2048), pytest.param(1.0, 8192, marks=pytest.mark.slow)])
 def test_the_demo_weights_predict_the_held_out_text(share: float, context: int):
-    """In float32, from the file: the whole held-out text in the long tier, its end in the fast one."""
+    """Evaluate in float32: the end of the held-out text in the fast tier, all of it in the long one."""
     held_out = 0.05 * share
     corpus = open_corpus([ROOT / "scripts" / "data" / "kjv.txt"], ByteTokenizer(), 256, held_out)
     starts, counted = held_out_windows(corpus, context)

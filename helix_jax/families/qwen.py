@@ -17,7 +17,7 @@ def upper_layers(published: Published, layers: int) -> tuple[int, ...]:
 
 
 class DenseLayers:
-    """The layers without experts: those in `mlp_only_layers`, and those that `decoder_sparse_step` skips."""
+    """The layers without experts: the ones in `mlp_only_layers`, and the ones that `decoder_sparse_step` skips."""
 
     def read(self, published: Published, fields: Fields) -> None:
         """Set the dense layers."""
