@@ -271,7 +271,7 @@ def test_bad_input_in_a_process_of_its_own_is_one_line_and_exit_2(tmp_path: Path
 def test_a_model_folder_without_weights_is_an_error(tmp_path: Path):
     (tmp_path / "config.json").write_bytes((ROOT / "helix_jax" / "demo" / "config.json").read_bytes())
     done = call("generate", "--prompt", "And", "--model", tmp_path, "--cp", 1)
-    assert_bad_input(done, "has no weights: it needs model.safetensors")
+    assert_bad_input(done, "has no weights: add model.safetensors")
 
 
 def test_without_a_tokenizer_text_is_refused_and_ids_are_not(byte_model: Path, tmp_path: Path):

@@ -24,7 +24,7 @@ class TrainState(NamedTuple):
     """Float32 weights, the optimizer state, and the number of steps done. A step takes it as a donated argument."""
 
     weights: Weights
-    opt_state: optax.OptState
+    opt_state: Any  # optax.OptState, whose recursive annotation cannot be rendered
     step: Int[Array, ""]
 
 
