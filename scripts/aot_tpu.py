@@ -21,20 +21,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from reporting import Parser, exit_status, write_json
 from rich.console import Console
 from rich.table import Table
 from shapes import first_layers, read_shape
 
-from helix_jax.arrays import bytes_per_device
 from helix_jax.abstract import abstract_arguments
+from helix_jax.arrays import bytes_per_device
+from helix_jax.cli.app import Parser, run_command
 from helix_jax.cli.devices import libtpu_silenced
+from helix_jax.cli.output import write_json
 from helix_jax.config import ModelConfig
-from helix_jax.layout import BlockLayout
 from helix_jax.mesh import CP, DP, TP, make_mesh
 from helix_jax.plan import Plan
 from helix_jax.step import step
-from helix_jax.training import TrainConfig, TrainPlan, abstract_batch, abstract_state, train_step
+from helix_jax.training import TrainConfig, TrainPlan, abstract_batch, abstract_state, make_optimizer, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 HBM_BYTES = {"v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}  # of a chip, as its maker says
@@ -45,16 +45,17 @@ TOPOLOGIES = (
 )
 LARGE = ("llama-3.1-70b", "llama-3.1-405b", "deepseek-r1", "gpt-oss-120b")
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+PROGRAM = "aot_tpu.py"
 PROGRAMS = ("decode", "prefill", "train")
 
 
 def main() -> int:
     options = parse_arguments()
-    return exit_status(lambda: compile_all(options), if_too_large="give fewer --layers")
+    return run_command(lambda: compile_all(options), PROGRAM)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(PROGRAM, __doc__)
     add = parser.add_argument
     add(
         "--config", type=Path, action="append", metavar="FILE.toml", help="may be repeated (default: four large models)"
@@ -90,7 +91,7 @@ def compile_all(options: argparse.Namespace) -> None:
                 run = measure(options, config, name, program, topology, chips)
                 found["runs"].append(run)
                 write_json(options.json, found)
-                note.print(said(run))
+                note.print(describe_run(run))
                 if run["fits"]:
                     done.add(generation)
     Console(highlight=False, width=None if sys.stdout.isatty() else 180).print(table_of(found))
@@ -149,9 +150,9 @@ def measure(
         return run | {"why": f"{options.rows} rows cannot be shared"}
     run |= {axis: plan.mesh.shape[axis] for axis in (DP, TP, CP)}
     run |= {"slots": plan.layout.max_filled(options.tokens, options.tokens)}
-    jitted, arguments, held = lowered_by(options, config, plan, program)
-    run |= {name: bytes_per_device(part) for name, part in held.items()}
-    if sum(run[name] for name in held) > run["hbm_bytes"]:
+    jitted, arguments, kept = choose_program(options, config, plan, program)
+    run |= {name: bytes_per_device(part) for name, part in kept.items()}
+    if sum(run[name] for name in kept) > run["hbm_bytes"]:
         return run | {"why": "the arguments alone are larger"}
     began = time.perf_counter()
     try:
@@ -172,15 +173,15 @@ def measure(
     return run | found | {"fits": True}
 
 
-def lowered_by(options: argparse.Namespace, config: ModelConfig, plan: Plan, program: str) -> tuple[Any, Any, dict]:
-    """What is compiled, its arguments, and those that a chip keeps."""
+def choose_program(options: argparse.Namespace, config: ModelConfig, plan: Plan, program: str) -> tuple[Any, Any, dict]:
+    """Return the jitted function to compile, its arguments, and the arguments that stay on a chip."""
     if program == "train":
-        train = TrainConfig(steps=1000, batch=options.rows, context=options.tokens)
-        layout = BlockLayout(plan.layout.ranks, options.block, "striped")
         model = replace(config, max_positions=max(config.max_positions, options.tokens))
-        run = TrainPlan(model, train, plan.mesh, layout, jnp.dtype("bfloat16"))
-        state = abstract_state(run)
-        return train_step, (run, state, abstract_batch(run)), {"state_bytes": state}
+        train_plan = TrainPlan(model, plan.mesh, options.block, jnp.dtype("bfloat16"))
+        optimizer = make_optimizer(TrainConfig(steps=1000, batch=options.rows, context=options.tokens))
+        state = abstract_state(train_plan, optimizer)
+        batch = abstract_batch(train_plan, options.rows, options.tokens)
+        return train_step, (train_plan, optimizer, None, state, batch), {"state_bytes": state}
     slots = plan.layout.max_filled(options.tokens, options.tokens)
     shape = {"rows": options.rows, "slots": slots, "page": options.page, "dtype": jnp.bfloat16}
     arguments = abstract_arguments(config, plan, T=options.chunk if program == "prefill" else 1, **shape)
@@ -196,7 +197,7 @@ def collectives(text: str) -> dict[str, int]:
     return dict(Counter(kind for _, kind, _ in names))
 
 
-def said(run: dict[str, Any]) -> str:
+def describe_run(run: dict[str, Any]) -> str:
     where = f"{run['config']} {run['program']} on {run['topology']}"
     if not run["fits"]:
         return f"{where}: no, {run['why']}"
@@ -220,9 +221,9 @@ def table_of(found: dict[str, Any]) -> Table:
     table = Table(*columns, "of", "collectives", title=title)
     for run in (run for run in found["runs"] if run["fits"]):
         sizes = ("weight_bytes", "cache_bytes", "temporary_bytes", "alias_bytes", "bytes", "hbm_bytes")
-        held = [run.get(name) for name in sizes]
-        held[0] = run.get("state_bytes", held[0])
-        cells = ["-" if size is None else f"{size / 1e9:.2f}" for size in held]
+        sizes_here = [run.get(name) for name in sizes]
+        sizes_here[0] = run.get("state_bytes", sizes_here[0])
+        cells = ["-" if size is None else f"{size / 1e9:.2f}" for size in sizes_here]
         axes = f"{run[DP]} x {run[TP]} x {run[CP]}"
         kinds = ", ".join(f"{count} {kind}" for kind, count in run["collectives"].items())
         table.add_row(run["config"], run["program"], run["topology"], str(run["chips"]), axes, *cells, kinds)

@@ -21,12 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from contenders import CASES, CONTENDERS, LATENT_VALUES, Case, Contender, Inputs
-from reporting import Parser, exit_status, new_figure, write_json
 from rich.console import Console
 from rich.table import Table
 
 from helix_jax.attention import attend
+from helix_jax.cli.app import Parser, run_command
+from helix_jax.cli.output import new_figure, write_json
 
+PROGRAM = "bench_attention.py"
 ERROR = 1e-2  # relative, of what may be timed: bfloat16 inputs, and outputs of some
 BUSY_SECONDS = 0.05  # against which the host's jitter is little
 EXACT_BYTES = 2**26  # what a host attends to in float64 in a second or two
@@ -153,11 +155,11 @@ def draw(figure: Any, reports: list[dict[str, Any]], wanted: list[str], file: Pa
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(PROGRAM, __doc__)
     add = parser.add_argument
     add("--cases", nargs="+", choices=CASES, default=["grouped", "latent", "unequal", "small"])
     add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
-    add("--rounds", type=int, default=7, metavar="N", help="of which the median is told (default: 7)")
+    add("--rounds", type=int, default=7, metavar="N", help="of which the median is named (default: 7)")
     add("--json", type=Path, metavar="FILE", help="write all numbers, after every case")
     add("--plot", type=Path, metavar="FILE.png", help="draw TB/s")
     return parser.parse_args()
@@ -175,8 +177,8 @@ def bench(options: argparse.Namespace) -> None:
     for case in [case for group in options.cases for case in CASES[group]]:
         reports.append(measured(case, options.contenders, options.rounds))
         write_json(options.json, reports)
-        told = (f"{name} {_cell(result)}" for name, result in reports[-1]["results"].items())
-        print(f"{case.name}: {', '.join(told)}", file=sys.stderr, flush=True)
+        named = (f"{name} {_cell(result)}" for name, result in reports[-1]["results"].items())
+        print(f"{case.name}: {', '.join(named)}", file=sys.stderr, flush=True)
     if figure:
         draw(figure, reports, options.contenders, options.plot)
     Console(width=None if sys.stdout.isatty() else 180).print(table_of(reports, options.contenders))
@@ -184,7 +186,7 @@ def bench(options: argparse.Namespace) -> None:
 
 def main() -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the others need memory too
-    return exit_status(lambda: bench(parse_arguments()), if_too_large="time fewer --contenders at once")
+    return run_command(lambda: bench(parse_arguments()), PROGRAM)
 
 
 if __name__ == "__main__":

@@ -23,14 +23,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from random_weights import filled, random_weights
-from reporting import Parser, exit_status, new_figure, write_json
 from rich.console import Console
 from rich.table import Table
-from roofline import bytes_per_device, kv_bytes_read, measure_bandwidth, weight_bytes_read
+from roofline import kv_bytes_read, measure_bandwidth, weight_bytes_read
 from shapes import first_layers, read_shape
 
+from helix_jax.arrays import bytes_per_device
 from helix_jax.cache import CacheSpec, KVCache, Rows, make_cache, per_row
+from helix_jax.cli.app import Parser, run_command
 from helix_jax.cli.devices import open_mesh
+from helix_jax.cli.output import new_figure, write_json
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
 from helix_jax.generation import DEFAULT_PAGE
@@ -41,6 +43,7 @@ from helix_jax.models.transformer import Weights
 from helix_jax.plan import Plan
 from helix_jax.step import DecodeInput, MultiStepOutput, StepOutput, many_steps, step
 
+PROGRAM = "bench_decode.py"
 WARM_UP = 2
 LEAST_CALLS = 3  # of many tokens, for a median
 WAYS = {"awaited_ms": "awaited", "queued_ms": "queued", "many_ms": "many"}
@@ -58,11 +61,11 @@ class Job(NamedTuple):
 
 
 def main() -> int:
-    return exit_status(lambda: bench(checked(parse_arguments())), if_too_large="take more devices, or fewer --layers")
+    return run_command(lambda: bench(checked(parse_arguments())), PROGRAM)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(PROGRAM, __doc__)
     add = parser.add_argument
     add("--config", type=Path, required=True, metavar="FILE.toml", help="a shape, like those in configs/")
     add("--mesh", action="append", required=True, metavar="TPxCP", help="like 2x4; may be repeated")
@@ -151,8 +154,8 @@ def measure(job: Job, plan: Plan, weights: Weights) -> dict[str, Any]:
     """One run, as it stands in the JSON. Bytes are per device."""
     options = job.options
     calls = max(LEAST_CALLS, options.steps // options.tokens_per_call)
-    room = max(options.steps, WARM_UP, max(WARM_UP, calls) * options.tokens_per_call)
-    cache, rows = cache_after_decoding(job, plan, room)
+    spare = max(options.steps, WARM_UP, max(WARM_UP, calls) * options.tokens_per_call)
+    cache, rows = cache_after_decoding(job, plan, spare)
     run: dict[str, Any] = {"mesh": f"{plan.mesh.shape[TP]}x{plan.mesh.shape[CP]}"}
     run |= {"placement": plan.layout.placement, "combine": plan.combine}
     run |= {"kernel": plan.kernel_for_model(job.config, options.page, options.dtype)}
@@ -171,7 +174,7 @@ def measure(job: Job, plan: Plan, weights: Weights) -> dict[str, Any]:
 
 
 def verdict(job: Job, plan: Plan, weights: Weights, best_ms: float) -> dict[str, float]:
-    """Against the roofline of a cache that lies evenly on all ranks, as in the paper; that of the fullest is told."""
+    """Compare with the rooflines of an evenly sharded cache, as in the paper, and of the fullest rank."""
     read, kvs = weight_bytes_read(job.config, job.options.rows, weights), kv_bytes_read(job.options, job.config, plan)
     even_ms, fullest_ms = (1e3 * (kv + read) / job.bandwidth for kv in kvs)
     speed = 1e3 * job.options.rows / best_ms / plan.mesh.size
@@ -179,11 +182,11 @@ def verdict(job: Job, plan: Plan, weights: Weights, best_ms: float) -> dict[str,
     return {"best_ms": best_ms, "tokens_per_s_per_device": speed, **rooflines}
 
 
-def cache_after_decoding(job: Job, plan: Plan, room: int) -> tuple[KVCache, Rows]:
-    """As after the prompt and what is decoded already, were its numbers not random; with room for more tokens."""
+def cache_after_decoding(job: Job, plan: Plan, spare: int) -> tuple[KVCache, Rows]:
+    """Return a cache of random numbers as long as after prompt and decoding, with pages for `spare` more tokens."""
     options, config, length = job.options, job.config, job.options.context + job.options.decoded
     spec = CacheSpec.from_config(config, options.dtype)
-    lens = ([options.context] * options.rows, [length + room] * options.rows)
+    lens = ([options.context] * options.rows, [length + spare] * options.rows)
     cache, rows = make_cache(plan, spec, *lens, page=options.page)
     pools, nest = jax.tree.flatten(cache)
     pools = [filled(pool_AKWH, seed) for seed, pool_AKWH in enumerate(pools)]

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from helix_jax.kernels import PageFormat, backend_attend, chosen
+from helix_jax.kernels import backend_attend, choose_backend
+from helix_jax.kernels.page_format import PageFormat
 
 WIDTH, LATENT, LATENT_VALUES, PAGE = 128, 576, 512, 64
 ROTATED_BYTES = 2**27  # and more lie between two reads of the same: no cache of a GPU holds them
@@ -186,10 +187,10 @@ def ceiling(inputs: Inputs, layers: int) -> Contender:
 def paged(kernel: str, inputs: Inputs, layers: int) -> Contender | None:
     case = inputs.case
     pages = PageFormat(case.width, PAGE, jnp.bfloat16, case.options["v_width"])
-    if kernel != "xla" and chosen("auto", jax.devices()[0], pages) != kernel:
+    if kernel != "xla" and choose_backend("auto", jax.devices()[0], pages) != kernel:
         return None
-    twin, spans = backend_attend(kernel), inputs.seen[1:]
-    return in_one_program(inputs, layers, lambda q, k, v, table: twin(q, k, v, table, *spans, **case.options).o_BTNH)
+    backend, spans = backend_attend(kernel), inputs.seen[1:]
+    return in_one_program(inputs, layers, lambda q, k, v, table: backend(q, k, v, table, *spans, **case.options).o_BTNH)
 
 
 def gathered(inputs: Inputs, layers: int) -> Contender | None:

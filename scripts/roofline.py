@@ -2,13 +2,13 @@
 
 import argparse
 import time
-from collections import Counter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from helix_jax.arrays import bytes_per_device
 from helix_jax.config import ModelConfig
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import EXPERT_WEIGHTS, TP
@@ -28,14 +28,6 @@ def measure_bandwidth(device: Any, calls: int = 10, repeats: int = 5) -> float:
         jax.block_until_ready([largest(x_X) for _ in range(calls)])
         seconds.append(time.perf_counter() - began)
     return calls * size / min(seconds)
-
-
-def bytes_per_device(arrays: Any) -> int:
-    """What the fullest device holds of them."""
-    held: Counter[Any] = Counter()
-    for array in jax.tree.leaves(arrays):
-        held.update({shard.device: shard.data.nbytes for shard in array.addressable_shards})
-    return max(held.values())
 
 
 def weight_bytes_read(config: ModelConfig, rows: int, weights: Weights) -> float:
