@@ -16,11 +16,10 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import SingleDeviceSharding
 
-from helix_jax.arrays import bytes_per_device
 from helix_jax.abstract import abstract_arguments
+from helix_jax.arrays import bytes_per_device
 from helix_jax.config import Latent, ModelConfig
 from helix_jax.kernels import backend_attend, tpu
-from helix_jax.layout import BlockLayout
 from helix_jax.mesh import make_mesh
 from helix_jax.plan import Plan
 from helix_jax.step import step

@@ -17,9 +17,17 @@ from helix_jax.attention import Partial
 from helix_jax.cache import Pages, Rows
 from helix_jax.combine import COMBINES
 from helix_jax.helix import helix_attention
-from helix_jax.kernels import KERNELS, PageFormat, backend_attend, check_arrays, check_device, check_pages, choose_backend, tpu
+from helix_jax.kernels import (
+    KERNELS,
+    PageFormat,
+    backend_attend,
+    check_arrays,
+    check_device,
+    check_pages,
+    choose_backend,
+    tpu,
+)
 from helix_jax.kernels.mosaic_gpu.work import Work, each_segment, parts_of, schedule
-from helix_jax.layout import BlockLayout
 from helix_jax.mesh import NEW_KEYS_BTKH, PAGES_AKWH, QUERIES_BTNH, ROWS_B, TABLE_RBM, sharding
 from helix_jax.plan import Plan
 from tests import interpreter
@@ -165,7 +173,11 @@ def test_a_kernel_asked_for_on_another_device_is_refused(device, message: str, m
             "64 or a multiple of 128 up to 1024 tokens, not 2048: choose 64, or kernel auto or xla",
         ),
         ("tpu", {"width": 64}, "supports heads of width 128 and 256, not 64: choose another model"),
-        ("mosaic_gpu", {"width": 320, "v_width": 256}, "supports latents of 576 numbers, 512 of them values, not 320 and"),
+        (
+            "mosaic_gpu",
+            {"width": 320, "v_width": 256},
+            "supports latents of 576 numbers, 512 of them values, not 320 and",
+        ),
         ("tpu", {"width": 384, "v_width": 256}, "supports latents of 640 numbers, 512 of them values, not 384 and 256"),
     ],
 )
@@ -276,7 +288,6 @@ def test_the_island_lowers_with_the_kernel_in_it(kernel: str, platform: str, how
 
 
 def case(
-    seed: int,
     T: int,
     N: int,
     K: int,
@@ -286,8 +297,8 @@ def case(
     window: int | None = None,
     dtype: DTypeLike = jnp.bfloat16,
 ):
-    """Rows of these lengths, their last T tokens asking; all that none of them sees is NaN."""
-    random = np.random.default_rng(seed)
+    """Return arguments, options and expected results for rows of these lengths. What no query sees is NaN."""
+    random = np.random.default_rng(0)
     B, M = len(lengths), -(-max(lengths) // W) + 1
     A, latent = B * M + 3, H in (576, 640)
     table_BM = random.permutation(A)[: B * M].reshape(B, M).astype(np.int32)
@@ -301,7 +312,7 @@ def case(
     for pool, x_BSKH in zip(pools, (keys_BSKH, values_BSKH), strict=True):
         x_BSKH = np.where(seen_BTS.any(1)[..., None, None], x_BSKH, np.nan)
         pool[table_BM] = x_BSKH.reshape(B, M, W, K, H).swapaxes(2, 3)
-    table_BM[:, -1] = 10**6  # nobody sees the last page
+    table_BM[:, -1] = 10**6  # no query sees the last page
     q_BTNH = random.normal(size=(B, T, N, H))
     q_BTNH, keys_BSKH, values_BSKH, *pools = (jnp.asarray(x, dtype) for x in (q_BTNH, keys_BSKH, values_BSKH, *pools))
     rows = [
@@ -329,7 +340,7 @@ INTERPRETED = {  # the same, for a GPU of three processors: T, N, K, H, W, lengt
 @interpretable
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_the_kernel_interpreted_equals_float64_softmax_without_a_race(name: str, monkeypatch):
-    arguments, options, expected = case(0, *INTERPRETED[name])
+    arguments, options, expected = case(*INTERPRETED[name])
     with interpreter.interpreted(monkeypatch, processors=3):
         check(backend_attend("mosaic_gpu")(*arguments, **options), *expected)
 
@@ -337,7 +348,7 @@ def test_the_kernel_interpreted_equals_float64_softmax_without_a_race(name: str,
 @interpretable
 @pytest.mark.parametrize("name", ["grouped", "latent"])
 def test_rows_that_are_all_idle_give_empty_partials(name: str, monkeypatch):
-    (q, k, v, table_BM, _, hi_BT), options, _ = case(0, *INTERPRETED[name])
+    (q, k, v, table_BM, _, hi_BT), options, _ = case(*INTERPRETED[name])
     with interpreter.interpreted(monkeypatch, processors=2):
         found = backend_attend("mosaic_gpu")(q, k, v, table_BM, hi_BT, jnp.zeros_like(hi_BT), **options)
     assert (np.asarray(found.o_BTNH) == 0).all()
@@ -347,7 +358,7 @@ def test_rows_that_are_all_idle_give_empty_partials(name: str, monkeypatch):
 @interpretable
 def test_a_query_that_sees_nothing_may_be_nan(monkeypatch):
     """An idle token beside one that asks: its own partial is empty, and the other's is untouched."""
-    (q, *arguments, hi_BT), options, (o_BTNH, lse_BTN) = case(0, 2, 4, 2, 128, 64, [200, 77])
+    (q, *arguments, hi_BT), options, (o_BTNH, lse_BTN) = case(2, 4, 2, 128, 64, [200, 77])
     q, hi_BT = q.at[0, 1].set(jnp.nan), hi_BT.at[0, 1].set(0)
     o_BTNH[0, 1], lse_BTN[0, 1] = 0, -np.inf
     with interpreter.interpreted(monkeypatch, processors=3):
@@ -372,7 +383,7 @@ ON_TPU = {  # the same, for a TPU of so many cores
 @pytest.mark.parametrize("name", ON_TPU)
 def test_the_kernel_for_tpus_interpreted_equals_float64_softmax_without_a_race(name: str, monkeypatch):
     cores, *shape = ON_TPU[name]
-    arguments, options, expected = case(0, *shape)
+    arguments, options, expected = case(*shape)
     with interpreter.interpreted_on_tpu(monkeypatch, cores):
         found = backend_attend("tpu")(*arguments, **options)
         check(found, *expected)
@@ -382,7 +393,7 @@ def test_the_kernel_for_tpus_interpreted_equals_float64_softmax_without_a_race(n
 
 def test_on_a_tpu_rows_that_are_all_idle_give_empty_partials_and_may_be_nan(monkeypatch):
     """Entries of the table that lead nowhere are not followed; an idle token beside one that asks leaves it alone."""
-    (q, *pools, table_BM, lo_BT, hi_BT), options, (o_BTNH, lse_BTN) = case(0, 2, 4, 2, 128, 64, [200, 77])
+    (q, *pools, table_BM, lo_BT, hi_BT), options, (o_BTNH, lse_BTN) = case(2, 4, 2, 128, 64, [200, 77])
     idle_BT = np.array([[False, True], [True, True]])
     q, hi_BT = jnp.where(idle_BT[..., None, None], jnp.nan, q), jnp.where(idle_BT, 0, hi_BT)
     table_BM = table_BM.at[1].set(-(10**6))
@@ -393,14 +404,14 @@ def test_on_a_tpu_rows_that_are_all_idle_give_empty_partials_and_may_be_nan(monk
 
 def test_on_a_tpu_a_slot_that_is_seen_may_not_be_nan(monkeypatch):
     """What shows that the tests above can fail."""
-    (q, k, *arguments), options, _ = case(0, 1, 2, 1, 128, 64, [140])
+    (q, k, *arguments), options, _ = case(1, 2, 1, 128, 64, [140])
     k = k.at[arguments[1][0, 1], :, 7].set(jnp.nan)
     with interpreter.interpreted_on_tpu(monkeypatch, cores=1):
         assert np.isnan(backend_attend("tpu")(q, k, *arguments, **options).o_BTNH).all()
 
 
 def test_a_table_larger_than_a_tpus_scalar_memory_is_taken_in_parts(monkeypatch):
-    arguments, options, expected = case(0, 1, 2, 1, 128, 64, [100, 7, 0])
+    arguments, options, expected = case(1, 2, 1, 128, 64, [100, 7, 0])
     monkeypatch.setattr(tpu, "_TABLE", 4)
     with interpreter.interpreted_on_tpu(monkeypatch, cores=1):
         check(backend_attend("tpu")(*arguments, **options), *expected)
@@ -454,7 +465,7 @@ def on_its_machine(names: list[str]) -> list:
 @pytest.mark.parametrize(("kernel", "name"), on_its_machine(list(CASES)))
 def test_the_kernel_equals_float64_softmax(kernel: str, name: str):
     """Twice the same bits; NaN wherever nothing is seen."""
-    arguments, options, expected = case(0, *CASES[name])
+    arguments, options, expected = case(*CASES[name])
     run = jax.jit(partial(backend_attend(kernel), **options))
     found, again = run(*arguments), run(*arguments)
     check(found, *expected)
@@ -466,6 +477,6 @@ def test_the_kernel_equals_float64_softmax(kernel: str, name: str):
 @pytest.mark.parametrize(("kernel", "name"), on_its_machine(["groups of 3", "latent"]))
 def test_a_slot_that_is_seen_may_not_be_nan(kernel: str, name: str):
     """What shows that the test above can fail."""
-    (q, k, v, table_BM, lo_BT, hi_BT), options, _ = case(0, *CASES[name])
+    (q, k, v, table_BM, lo_BT, hi_BT), options, _ = case(*CASES[name])
     k = k.at[table_BM[0, 5], :, 7].set(jnp.nan)
     assert np.isnan(backend_attend(kernel)(q, k, v, table_BM, lo_BT, hi_BT, **options).o_BTNH).any()

@@ -1,10 +1,10 @@
-"""Attention on Hopper GPUs, grouped heads as fast as their memory, by Pallas' Mosaic GPU: a twin of `attend`.
+"""The attention backend for Hopper GPUs, in Pallas' Mosaic GPU. Grouped heads run at the speed of the memory.
 
-    schedule    the key tiles that the rows see are dealt evenly to the processors
-    parts       each processor attends to its share; the cache is read where it lies, page by page, once
-    merged      the parts of a row and head become one partial
+    schedule    distributes the key tiles that the rows see evenly over the processors
+    parts       each processor attends to its share, and reads each page of the cache once, in place
+    merged      the parts of a row and head are merged into one partial
 
-What was tried and what it gave stands in NOTES.md beside this.
+NOTES.md records what was tried, and what was measured.
 """
 
 from functools import partial
@@ -25,8 +25,8 @@ from helix_jax.kernels.mosaic_gpu.work import schedule
 _PROCESSORS = 132  # of an H100 or H200
 
 
-# Traced and lowered once for all layers that call it alike: each time takes a second.
-@partial(jax.jit, static_argnames=("scale", "v_width"))
+# Traced and lowered once for all layers with the same shapes: each time takes a second.
+@partial(jax.jit, static_argnames=["scale", "v_width"])
 def attend(
     q_BTNH: Float[Array, "B T N H"],
     k_AKWH: Float[Array, "A K W H"],
@@ -38,14 +38,14 @@ def attend(
     scale: float,
     v_width: int | None = None,
 ) -> Partial:
-    """As `helix_jax.attend`, over bfloat16 pages, with queries and weights rounded to bfloat16 as well; no derivative.
+    """Attend like `helix_jax.attend`, over bfloat16 pages. Queries and weights are rounded to bfloat16 too.
 
-    What no query of a row sees before the least `lo` and from the greatest `hi` on may be anything; between the two
-    it must be finite. The same batch gives the same bits each time; in another batch a row's tiles are cut elsewhere.
+    Slots below the least `lo` of a row, and from its greatest `hi` on, may contain anything. The slots between must be
+    finite. The same batch gives the same bits every time. In another batch, the tiles of a row are split differently.
 
     Raises:
-        ValueError: pages that the kernel cannot read, keys and values of different shapes, heads that are no groups;
-            a derivative asked for.
+        ValueError: The kernel cannot read the pages, keys and values have different shapes, the query heads are not a
+            multiple of the key/value heads, or a derivative is taken.
     """
     latent = v_AKWH is None
     check_arrays("mosaic_gpu", q_BTNH, k_AKWH, v_AKWH, v_width)
@@ -70,7 +70,7 @@ def _attend(
     lo_BT: Array,
     hi_BT: Array,
 ) -> tuple[Array, Array]:
-    """Outputs [B, K, T G, width of values] and log-sum-exps; X is row and head, Q new token and head of a group."""
+    """Return outputs [B, K, T G, Hv] and log-sum-exps [B, K, T G]. X is row and head, Q token and head of a group."""
     (_, K, W, H), (B, _), (_, Q, _) = k_AKWH.shape, lo_BT.shape, q_XQH.shape
     q_XQH, k_XH = _whole_tiles(q_XQH), k_AKWH.reshape(-1, H)
     if v_AKWH is None:
@@ -90,12 +90,12 @@ def _refuse_derivative(scale: float, v_width: int | None, primals: Any, tangents
 
 
 def processors() -> int:
-    """Multiprocessors of the GPUs here; of an H200 where there are none, so that one can lower for it."""
+    """Return the number of multiprocessors of the GPUs. Without GPUs, that of an H200, to lower kernels for it."""
     devices = jax.devices()
     return devices[0].core_count if devices[0].platform == "gpu" else _PROCESSORS
 
 
 def _whole_tiles(q_XQH: Array) -> Array:
-    """Queries are copied eight at a time, unless there are fewer."""
+    """Pad the queries to a multiple of eight, the number that is copied at a time, unless there are fewer."""
     queries = q_XQH.shape[1]
     return q_XQH if queries <= 8 else jnp.pad(q_XQH, ((0, 0), (0, -queries % 8), (0, 0)))

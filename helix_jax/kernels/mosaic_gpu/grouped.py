@@ -1,8 +1,9 @@
-"""Parts of attention over grouped heads: a group's queries against its keys and values, read once, in place.
+"""Computes the parts of attention over grouped heads. Keys and values are read once, in place.
 
-Each processor runs streams: a warpgroup that copies tiles into a ring, and one that computes (or two, of 64 queries
-each, where a row brings more than 64). The ring hides the memory's latency: keys and values alternate in it, 100 KB
-in flight. The copies run ahead into the next segment, queries and all, while the results of the last one are stored.
+Each processor runs streams. In a stream, one warpgroup copies tiles into a ring buffer, and one computes (or two, with
+64 queries each, if a row has more than 64). The ring hides the latency of the memory: keys and values alternate in it,
+with 100 KB in flight. Copies continue into the next segment, its queries included, while the results of the last
+segment are stored.
 """
 
 from collections.abc import Callable
@@ -36,7 +37,7 @@ class Grouped:
 
     @property
     def streams_here(self) -> int:
-        """Of one processor."""
+        """The streams of one processor."""
         return self.work.streams // self.processors
 
     @property
@@ -49,23 +50,33 @@ class Grouped:
 
     @property
     def ahead(self) -> int:
-        """Segments whose queries are here at once: two, or one where there is no room."""
+        """The segments whose queries are in shared memory at once: two, or one if there is too little memory."""
         return 2 if self._slots(ahead=2) >= _LEAST_SLOTS else 1
 
     @property
     def slots(self) -> int:
-        """Tiles in a stream's ring."""
+        """The tiles in the ring of a stream."""
         return self._slots(self.ahead)
 
     def _slots(self, ahead: int) -> int:
-        """What queries and results leave."""
+        """Return the tiles that fit into the memory that queries and results leave."""
         staged = ROWS * (2 * self.width * ahead + 4 * _STAGED_COLUMNS) * self.computing
         left = memory.BYTES - staged - 4 * memory.ALIGNMENT  # spans, log-sum-exps and barriers
         return left // (2 * self.work.tile * self.width) // self.streams_here
 
 
 def grouped(rows: int, queries: int, heads: int, width: int, page: int, processors: int, scale: float) -> Grouped:
-    """queries: of a row and key/value head, new tokens times heads in a group."""
+    """Choose the shape of the kernel.
+
+    Args:
+        rows: Sequences.
+        queries: Queries of a row and key/value head: new tokens times heads in a group.
+        heads: Key/value heads.
+        width: The width of a head.
+        page: Tokens per page.
+        processors: Multiprocessors of the GPU.
+        scale: The factor on the logits.
+    """
     members = 1 if queries <= ROWS else 2
     streams = 2 if members == 1 and width <= _COLUMNS else 1
     tile = max(ROWS, _LEAST_TILE_BYTES // (2 * width))
@@ -73,12 +84,12 @@ def grouped(rows: int, queries: int, heads: int, width: int, page: int, processo
 
 
 class Shared(NamedTuple):
-    """Shared memory and barriers of the streams, and who arrives at them."""
+    """Shared memory of the streams, and their barriers with what arrives at them."""
 
     ring: Any  # tiles of each stream
     q: Any  # queries of each computing warpgroup
     o: Any  # results on their way out
-    spans: Any  # what the queries see
+    spans: Any  # the slots that the queries see
     lse: Any
     asked: Any  # the copies of queries and spans
     answered: Any  # those who compute: the queries of a segment are needed no more
@@ -90,7 +101,7 @@ class Shared(NamedTuple):
 def parts(
     shape: Grouped, q_XQH: Array, k_XH: Array, v_XH: Array, table_BM: Array, plan: Schedule
 ) -> tuple[Array, Array]:
-    """Outputs [parts, queries, width] and log-sum-exps [parts, queries] of every part."""
+    """Return the outputs [parts, queries, width] and log-sum-exps [parts, queries] of every part."""
     work, tile = shape.work, shape.work.tile
     ring, asked = (shape.streams_here, shape.slots), (shape.computing, shape.ahead)
     shared = Shared(
@@ -196,8 +207,8 @@ def _compute(
         slot = lax.rem(walked + 1, shape.slots)
         plgpu.barrier_wait(shared.filled.at[stream, slot])
         if masked:
-            held, size = ring.at[stream, slot], (work.tile, shape.width)
-            softmax.clear_unseen(held, segment, index * work.tile, shape=size, sharers=work.members, me=member)
+            staged_value, size = ring.at[stream, slot], (work.tile, shape.width)
+            softmax.clear_unseen(staged_value, segment, index * work.tile, shape=size, sharers=work.members, me=member)
             if work.members > 1:
                 plgpu.barrier_arrive(shared.cleared.at[stream])
                 plgpu.barrier_wait(shared.cleared.at[stream])

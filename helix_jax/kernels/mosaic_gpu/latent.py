@@ -1,8 +1,9 @@
-"""Parts of latent attention: one vector of keys per slot for all heads, whose first numbers are the values.
+"""Computes the parts of latent attention: all heads share one vector of keys per slot, whose first numbers are values.
 
-Its arithmetic weighs as much as its memory, so that a processor works on 64 queries in three roles: one warpgroup
-computes scores and weights of a tile, while two weigh the values of the tile before, half of their columns each; the
-first of these copies a new tile to the place of each that is through. Queries and two tiles fill the shared memory.
+The arithmetic takes as long as the memory, so a processor works on 64 queries in three roles. One warpgroup computes
+the scores and weights of a tile. Meanwhile two others multiply the weights of the previous tile with its values, half
+of the columns each. The first of these copies a new tile into the place of each finished one. Queries and two tiles
+fill the shared memory.
 """
 
 from dataclasses import dataclass
@@ -38,28 +39,28 @@ class Latent:
 
 
 def latent(rows: int, queries: int, width: int, v_width: int, page: int, processors: int, scale: float) -> Latent:
-    """queries: of a row, new tokens times heads."""
+    """Choose the shape of the kernel. `queries` counts those of a row: new tokens times heads."""
     members = 1 if queries <= ROWS else 2
     return Latent(Work(rows, 1, queries, members, ROWS, processors // members), width, v_width, page, scale)
 
 
 class Shared(NamedTuple):
-    """Shared memory and barriers of the three roles, and who arrives at them."""
+    """Shared memory of the three roles, and their barriers with what arrives at them."""
 
     ring: Any  # tiles
-    weights: Any  # of the tile at hand, and beside them
-    per_query: Any  # what earlier weights are worth under its maximum; at the end 1 / sum, and the log-sum-exp
+    weights: Any  # of the current tile
+    per_query: Any  # the factor on earlier weights; at the end 1 / sum, and the log-sum-exp
     filled: Any  # the copies of a tile
     asked: Any  # the copies of queries and of what they see
-    weighed: Any  # scores: weights lie ready
-    through: Any  # the first half: values are weighed, by both halves
-    other_half: Any  # the second half: so are its own
+    weighed: Any  # by the scores: the weights are ready
+    through: Any  # by the first half: both halves have used the values
+    other_half: Any  # by the second half: it has used its values
     finished: Any  # scores: the segment is at its end
     stored: Any  # both halves: so are the results, which lie where the queries did
 
 
 def parts(shape: Latent, q_BQH: Array, k_XH: Array, table_BM: Array, plan: Schedule) -> tuple[Array, Array]:
-    """Outputs [parts, queries, v_width] and log-sum-exps [parts, queries] of every part."""
+    """Return the outputs [parts, queries, v_width] and log-sum-exps [parts, queries] of every part."""
     work, tile = shape.work, shape.work.tile
     o_staged = [memory.tiled((ROWS, _COLUMNS), jnp.float32) for _ in range(_HALVES)]
     shared = Shared(

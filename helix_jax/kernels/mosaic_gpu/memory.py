@@ -1,4 +1,4 @@
-"""Shared memory: how tiles lie in it, and how the pages of a tile come into it."""
+"""Shared memory: the layout of tiles, and the copies of their pages."""
 
 from typing import Any
 
@@ -21,19 +21,20 @@ _SWIZZLE = 128
 
 
 def tiled(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-    """Memory in the order that the matrix unit reads: rows of 128 bytes, swizzled in groups of eight."""
+    """Return shared memory in the order that the matrix unit reads: rows of 128 bytes, swizzled in groups of eight."""
     row = _SWIZZLE // jnp.dtype(dtype).itemsize
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(_SWIZZLE)))
 
 
 def copies_per_tile(tile: int, page: int) -> int:
+    """Return the number of copies that fetch a tile: one per page."""
     return max(1, tile // page)
 
 
 def rows_of_tile(work: Work, page: int, pool_XH: Any, table_BM: Any, segment: Segment, tile: Array) -> list[Array]:
-    """Where the pieces of a tile begin, in a pool seen as rows [pages * heads * page, width].
+    """Return where the pieces of a tile start, in a pool viewed as rows [pages * heads * page, width].
 
-    What a table holds past the slots in use may be anything; it is clamped here and hidden later.
+    Table entries past the slots in use may contain anything. They are clamped here, and their scores are masked later.
     """
     pages, piece = pool_XH.shape[0] // (work.heads * page), min(work.tile, page)
     row, starts = segment.job // work.jobs_per_row, []
@@ -54,7 +55,7 @@ def fetch_queries(
     spans_staged: Any,
     arrived: Any,
 ) -> None:
-    """Starts to copy the 64 queries of a member, and from where to where each of them sees [2, 64]: two arrivals."""
+    """Start to copy the 64 queries of a member, and the slots that each of them sees [2, 64]: two arrivals."""
     row, job = segment.job // work.jobs_per_row, lax.rem(segment.job, work.jobs_per_row)
     queries = pl.ds(job * work.job_queries + member * ROWS, ROWS)
     plgpu.copy_gmem_to_smem(q.at[row * work.heads + segment.head, queries], q_staged, arrived)
@@ -62,7 +63,7 @@ def fetch_queries(
 
 
 def fetch(pool: Any, starts: list[Array], target: Any, arrived: Any) -> None:
-    """Starts the copies of one tile, a piece from each page."""
+    """Start the copies of one tile, a piece from each page."""
     piece = target.shape[0] // len(starts)
     for i, start in enumerate(starts):
         start = pl.multiple_of(start, piece)

@@ -1,4 +1,4 @@
-"""The parts of each segment become one partial: one small kernel, a block of threads for each query."""
+"""Merges the parts of each segment into one partial, in one small kernel with a block of threads per query."""
 
 from functools import reduce
 
@@ -18,7 +18,7 @@ _IN_FLIGHT = 64  # numbers of a thread
 
 
 def merged(work: Work, o_XQH: Array, lse_XQ: Array, plan: Schedule) -> tuple[Array, Array]:
-    """Outputs [rows, heads, queries, width] and log-sum-exps [rows, heads, queries]."""
+    """Return outputs [rows, heads, queries, width] and log-sum-exps [rows, heads, queries]."""
     X, Q, H = o_XQH.shape
     few = work.rows * work.heads * work.queries <= _FEW_QUERIES
     queries = max(1, (_THREADS if few else _NUMBERS) // H)
@@ -38,7 +38,7 @@ def merged(work: Work, o_XQH: Array, lse_XQ: Array, plan: Schedule) -> tuple[Arr
         first, count = parts_of(work, Schedule(starts, jobs, spans), job, head)
 
         def each(values: list[Array]) -> Array:
-            """One number per query, along its numbers."""
+            """Repeat one number per query along its width."""
             spread = jnp.full((width,), values[-1])
             if queries > 1:
                 number = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=layout)

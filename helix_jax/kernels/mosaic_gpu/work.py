@@ -1,4 +1,4 @@
-"""How the cache's tiles are dealt to the processors: evenly, whatever the lengths of the rows.
+"""Distributes the tiles of the cache evenly over the processors, whatever the lengths of the rows.
 
 A *job* is a tile of queries of one row, and the run of key tiles that they see. For a key/value head a job's tiles are
 walked once: a *segment*. Segments, end to end, are a line of tiles, cut into equal *streams*. A stream begins and ends
@@ -30,8 +30,13 @@ _FAR = 2**30
 class Work:
     """The static shape of the work.
 
-    queries: of one row and key/value head: new tokens times heads in a group. members: warpgroups, or blocks, that
-    share the keys of a job, 64 queries each. tile: slots. streams: over all processors and lanes.
+    Args:
+        rows: Sequences.
+        heads: Key/value heads.
+        queries: Queries of one row and key/value head: new tokens times heads in a group.
+        members: Warpgroups, or blocks, that share the keys of a job, with 64 queries each.
+        tile: Slots per tile.
+        streams: Streams over all processors and lanes.
     """
 
     rows: int
@@ -75,17 +80,19 @@ class Work:
 
     @property
     def part_queries(self) -> int:
-        """Queries of a job, or where one has fewer than a warpgroup takes, these in whole tiles of memory."""
+        """The queries of a job; if there are fewer than a warpgroup takes, rounded up to whole tiles of memory."""
         return -(-self.queries // 8) * 8 if self.queries < ROWS else self.job_queries
 
 
 class Schedule(NamedTuple):
-    """The traced part of the work. S counts the streams of a lane and one more, P jobs, Q the queries of a job.
+    """The traced part of the work. S counts the streams of a lane plus one, P jobs, Q the queries of a job.
 
-    jobs_P8: where its tiles end in the line of one head, the first of them in its row, how many, which of them every
-    query sees whole [first, last), the slots that any query sees [lo, hi), the next job that has tiles: eight numbers,
-    one sector of memory. starts_SX: the first tile of a stream in its line, its job, and what jobs_P8 says of that.
-    spans_2PQ: lo and hi of each query.
+    Attributes:
+        starts_SX: The first tile of each stream in its line, its job, and the entry of that job in `jobs_P8`.
+        jobs_P8: Eight numbers per job, which are one sector of memory: where its tiles end in the line of one head, the
+            first of them in its row, how many there are, the tiles [first, last) that every query sees completely, the
+            slots [lo, hi) that any query sees, and the next job that has tiles.
+        spans_2PQ: lo and hi of each query.
     """
 
     starts_SX: Any
@@ -94,9 +101,9 @@ class Schedule(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """What a stream walks of one job and head: tiles [begin, end), those in [whole_begin, whole_end) without a mask.
+    """The tiles [begin, end) of one job and head that a stream computes; [whole_begin, whole_end) need no mask.
 
-    nth: among the stream's.
+    `nth` is the index among the segments of the stream.
     """
 
     nth: Array
@@ -112,7 +119,7 @@ class Segment(NamedTuple):
 
 
 def schedule(work: Work, lo_BT: Array, hi_BT: Array) -> Schedule:
-    """Deals with what each query sees. It is the same in every layer, so that XLA computes it once in a step."""
+    """Compute the schedule from the slots that each query sees. It is equal in all layers, so XLA computes it once."""
     P, Q = work.jobs, work.job_queries
     group = work.queries // lo_BT.shape[1]
 
@@ -147,15 +154,15 @@ def schedule(work: Work, lo_BT: Array, hi_BT: Array) -> Schedule:
 
 
 def _sums(x_P: Array) -> Array:
-    """Cumulative. Of few, each by itself: one small kernel, where XLA's cumulative sum is two slow ones."""
+    """Return the cumulative sum: for few numbers in one small kernel, where XLA's takes two slow ones."""
     P = len(x_P)
     return jnp.cumsum(x_P) if P > _FEW else jnp.where(jnp.tri(P, dtype=bool), x_P, 0).sum(1)
 
 
 def each_segment(work: Work, plan: Schedule, stream: Array, body: Callable[[Segment, Array], Array]) -> None:
-    """In a kernel: `walked = body(segment, walked)` for the segments of a stream in order, from 0 on."""
+    """Call `walked = body(segment, walked)` in a kernel for the segments of a stream in order, starting with 0."""
     stream, lane = stream // work.lanes, lax.rem(stream, work.lanes)
-    # What is read has the type of what varies over the mesh, and what is computed has not: a loop wants one of the two.
+    # A loop carry needs one type. What is read varies over the mesh axes, what is computed does not.
     start, job, *known = (plan.starts_SX[stream, i] + 0 for i in range(2 + _JOB))
     stop = plan.starts_SX[stream + 1, 0]
 
@@ -181,7 +188,7 @@ def each_segment(work: Work, plan: Schedule, stream: Array, body: Callable[[Segm
 
 
 def each_tile(segment: Segment, body: Callable[[bool, Array, Any], Any], carry: Any) -> Any:
-    """In a kernel: `carry = body(masked, tile, carry)` for the tiles of a segment in order."""
+    """Call `carry = body(masked, tile, carry)` in a kernel for the tiles of a segment in order."""
     bounds = (segment.begin, segment.whole_begin, segment.whole_end, segment.end)
     for masked, (begin, end) in zip((True, False, True), pairwise(bounds), strict=True):
         carry = lax.fori_loop(begin, end, partial(body, masked), carry)
@@ -189,7 +196,7 @@ def each_tile(segment: Segment, body: Callable[[bool, Array, Any], Any], carry: 
 
 
 def parts_of(work: Work, plan: Schedule, job: Array, head: Array) -> tuple[Array, Array]:
-    """In a kernel: the first part of a segment, and how many follow each other from there."""
+    """Return in a kernel the first part of a segment, and the number of its consecutive parts."""
     head, lane = head // work.lanes, lax.rem(head, work.lanes)
     per_stream = jnp.maximum(plan.starts_SX[1, 0], 1)
     end, tiles = plan.jobs_P8[job, _END], plan.jobs_P8[job, _TILES]

@@ -1,7 +1,7 @@
-"""Attention on TPUs by Pallas' Mosaic, a twin of `attend`: pages are read where they lie, a block ahead of their use.
+"""The attention backend for TPUs, in Pallas' Mosaic. Pages are read in place, one block ahead of their use.
 
-work    how queries, heads and pages are cut into tiles and blocks; what each tile sees
-tile    its pages are fetch while those before them are attended to
+work    splits queries, heads and pages into tiles and blocks, and computes what each tile sees
+tile    attends to a block of pages while the next one is fetched
 """
 
 from functools import partial
@@ -34,17 +34,17 @@ def attend(
     lo_BT: Int[Array, "B T"],
     hi_BT: Int[Array, "B T"],
     *,
-    scale: float,
     v_width: int | None = None,
+    scale: float,
 ) -> Partial:
-    """As `helix_jax.attend`, with queries and weights rounded to the type of the pages; no derivative.
+    """Attend like `helix_jax.attend`, with queries and weights rounded to the type of the pages.
 
-    What no query of a tile sees before the least `lo` and from the greatest `hi` on may be anything; between the two it
-    must be finite.
+    Slots below the least `lo` of a tile, and from its greatest `hi` on, may contain anything. The slots between must be
+    finite.
 
     Raises:
-        ValueError: pages that the kernel cannot read, keys and values of different shapes, heads that are no groups;
-            a derivative asked for.
+        ValueError: The kernel cannot read the pages, keys and values have different shapes, the query heads are not a
+            multiple of the key/value heads, or a derivative is taken.
     """
     check_arrays("tpu", q_BTNH, k_AKWH, v_AKWH, v_width)
     (B, T, N, H), (_, K, W, _) = q_BTNH.shape, k_AKWH.shape
@@ -68,7 +68,7 @@ def _attend(
     lo_BT: Array,
     hi_BT: Array,
 ) -> tuple[Array, Array]:
-    """Outputs [B, K, T G, width of values] and log-sum-exps; Q is new token and head of a group."""
+    """Return outputs [B, K, T G, Hv] and log-sum-exps [B, K, T G]. Q is new token and head of a group."""
     (B, K, Q, _), M = q_BKQH.shape, table_BM.shape[1]
     if B > 1 and B * M > _TABLE:
         halves = (slice(B // 2), slice(B // 2, B))

@@ -20,7 +20,7 @@ _LOW = -1e30  # the maximum of nothing: below every score, and unlike -inf it ca
 
 
 class Refs(NamedTuple):
-    """The memory of a tile. rings: of keys and of values, or of latents. turn: which half of them is next."""
+    """The memory of a tile. `rings` buffer keys and values, or latents; `turn` is the half of them that is next."""
 
     table: Any
     walk: Walk
@@ -38,7 +38,7 @@ class Refs(NamedTuple):
 
 
 def attend_to_tile(shape: Shape, pools: int, table: Any, *memory: Any) -> None:
-    """The kernel, once for each tile and block of heads: scalars, queries and pools (so many), results, scratch."""
+    """Run the kernel for one tile and block of heads. `memory` is scalars, queries, `pools` pools, results, scratch."""
     scalars, memory = memory[: len(Walk._fields)], memory[len(Walk._fields) :]
     (q, spans), memory = memory[:2], memory[2:]
     refs = Refs(table, Walk(*scalars), q, spans, memory[:pools], *memory[pools:])
@@ -54,7 +54,7 @@ def attend_to_tile(shape: Shape, pools: int, table: Any, *memory: Any) -> None:
     turn, blocks = refs.turn[0], lax.div(walk.end_X[x] - walk.first_X[x] + shape.pages - 1, shape.pages)
     lax.fori_loop(0, blocks, partial(_block, shape, refs, x, blocks, turn), None)
     refs.turn[0] = lax.rem(turn + blocks, 2)
-    # Selected, not multiplied by 0: a query that sees nothing may have been NaN itself.
+    # Selected instead of multiplied by 0, because a query that sees nothing may be NaN.
     some = spans[:, :, :1] < spans[:, :, 1:]
     total = jnp.where(some, l[...], 1.0)
     refs.o[0] = jnp.where(some, acc[...] / total, 0.0)
@@ -62,7 +62,7 @@ def attend_to_tile(shape: Shape, pools: int, table: Any, *memory: Any) -> None:
 
 
 def _block(shape: Shape, refs: Refs, x: Array, blocks: Array, turn: Array, index: Array, _: None) -> None:
-    """Starts the copies of the block that follows, waits for those of this one, and attends to it."""
+    """Start the copies of the next block, wait for those of this one, and attend to it."""
     walk, half, last = refs.walk, lax.rem(turn + index, 2), index + 1 == blocks
     _start(shape, refs, jnp.where(last, walk.live_Y[x + 1], x), jnp.where(last, 0, index + 1), 1 - half)
     _each_page(shape, refs, x, index, half, lambda copy: copy.wait())
@@ -79,14 +79,14 @@ def _start(shape: Shape, refs: Refs, x: Array, index: Array | int, half: Array |
 def _each_page(
     shape: Shape, refs: Refs, x: Array, index: Array | int, half: Array | int, do: Callable[[Any], None]
 ) -> None:
-    """`do(copy)` for each page of a block that its tile sees: with all heads of the block, into half a ring."""
+    """Call `do(copy)` for each page of a block that the tile sees, which copies all heads of the block."""
     first = refs.walk.first_X[x] + index * shape.pages
     heads, row = pl.ds(pl.program_id(0) * shape.heads, shape.heads), lax.div(x, shape.tiles) * shape.entries
 
     def page(nth: Array, _: None) -> None:
         slots = pl.ds(pl.multiple_of(nth * shape.page, shape.page), shape.page)
         for pool, ring in zip(refs.pools, refs.rings, strict=True):
-            # A page between those that the queries see may be anything; a copy from outside of the pool is fatal.
+            # A page between those that the queries see may be anything, and a copy from outside the pool is fatal.
             entry = jnp.clip(refs.table[row + first + nth], 0, pool.shape[0] - 1)
             do(pltpu.make_async_copy(pool.at[entry, heads], ring.at[half, :, slots], refs.arrived.at[half]))
 
@@ -96,7 +96,7 @@ def _each_page(
 def _attend_to(
     shape: Shape, refs: Refs, half: Array, begin: Array | None = None, lo: Any = None, hi: Any = None
 ) -> None:
-    """Joins a block to maximum, sum and weighted values. begin: its first slot, where some see but a part of it."""
+    """Add a block to maximum, sum and weighted values. `begin` is its first slot if some queries see a part of it."""
     k, v, m = refs.rings[0][half], refs.rings[-1][half, :, :, : shape.v_width], refs.m[...]
     s = shape.scale * einsum("kqh,ksh->kqs", refs.q[0], k, out=jnp.float32)
     if begin is not None:

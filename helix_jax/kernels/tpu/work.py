@@ -1,4 +1,4 @@
-"""How queries, heads and pages are cut, and what each tile of queries sees.
+"""Splits queries, heads and pages, and computes what each tile of queries sees.
 
 A *tile* is queries of one row, new tokens times heads in a group, beside each other for some key/value heads. What it
 sees it takes in *blocks* of pages.
@@ -21,9 +21,14 @@ _SCORES = 2**18  # of a block: 1 MB
 class Walk(NamedTuple):
     """What each of X tiles of queries sees.
 
-    first_X, end_X: pages [first, end), none where they are equal. lo_X, hi_X: slots. whole_lo_X, whole_hi_X: those that
-    each of its queries sees. live_Y: the first tile from here on that sees anything, X if there is none; one entry
-    more.
+    Attributes:
+        first_X: The first page.
+        end_X: The page after the last. Equal to the first page if the tile sees nothing.
+        lo_X: The first slot that any query sees.
+        hi_X: The slot after the last that any query sees.
+        whole_lo_X: The first slot that every query sees.
+        whole_hi_X: The slot after the last that every query sees.
+        live_Y: The first tile from each index on that sees anything, or X. It has one entry more than there are tiles.
     """
 
     first_X: Any
@@ -37,7 +42,18 @@ class Walk(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """tiles: of a row. queries: of a tile. heads, pages: of a block. page: slots. entries: of a row in the table."""
+    """The static shape of the work.
+
+    Args:
+        tiles: Tiles per row.
+        queries: Queries per tile.
+        heads: Key/value heads per block.
+        pages: Pages per block.
+        page: Slots per page.
+        v_width: The width of the values.
+        entries: Table entries per row.
+        scale: The factor on the logits.
+    """
 
     tiles: int
     queries: int
@@ -72,7 +88,7 @@ def _up(number: int, unit: int) -> int:
 
 
 def walk_of(shape: Shape, spans_BQ2: Array) -> Walk:
-    """It is the same in every layer, so that XLA computes it once in a step."""
+    """Compute what each tile sees. It is equal in all layers, so XLA computes it once per step."""
     lo_XQ, hi_XQ = jnp.moveaxis(spans_BQ2.reshape(-1, shape.queries, 2), -1, 0)
     live_XQ, far = hi_XQ > lo_XQ, shape.entries * shape.page
     lo_X, hi_X = jnp.where(live_XQ, lo_XQ, far).min(1), jnp.where(live_XQ, hi_XQ, 0).max(1)
