@@ -18,7 +18,8 @@ E, D, F = 16, 128, 96
 EXPERTS = Experts(num_experts=E, top_k=2, width=F)
 CONFIG = dataclasses.replace(TINY, experts=EXPERTS)
 CLAMPED = dataclasses.replace(CONFIG, swiglu_limit=0.5)
-MESHES = [(1, 1), (1, 8), (2, 4), (8, 1), (2, 2), (1, 4)]
+MESHES = [(1, 1), (1, 8), (2, 4), (8, 1)]
+MESHES += [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 2), (1, 4))]
 
 
 def random_weights(random, *, bias: bool = False) -> ExpertWeights:
