@@ -1,7 +1,7 @@
 """Decoding attention over the sharded cache: append, attend and combine, on each device, under `shard_map`.
 
-This is all of the manual parallelism of attention. Experts have a second `shard_map` (models/moe.py). Everything else
-in the model is ordinary JAX over sharded arrays.
+This is all manual parallelism of decoding attention. Experts (models/moe.py) and ring attention for training
+(training/ring.py) have a `shard_map` of their own. Everything else is ordinary JAX over sharded arrays.
 """
 
 import functools
@@ -58,18 +58,19 @@ def helix_attention(
     sink_N: Float[Array, "N"] | None = None,
     v_width: int | None = None,
 ) -> tuple[Float[Array, "B T N Hv"], Pages]:
-    """Append new tokens to the cache, and attend from them causally to everything that their rows have cached.
+    """Append new tokens to the cache, and compute causal attention of these tokens over the cache of their rows.
 
-    The result is exact, and equal for every mesh, placement and combine. `pages` is updated in place if donated. The
-    caller adds `count_B` to `rows.length_B` after the last layer, and stays within the pages of `rows`: lengths are
-    traced, and a token without a page is dropped. On a CPU that is split into devices, wait for a result before the
-    next call, because queued steps can deadlock.
+    The result is exact: meshes, placements and combines differ only by rounding. `pages` is updated in place if
+    donated. The caller adds `count_B` to `rows.length_B` after the last layer. The caller also ensures that
+    `length_B + count_B` fits the pages of `rows`: lengths are traced, so this cannot be checked, and a token without a
+    page is not cached. On a CPU that is split into devices, wait for a result before the next call, because queued
+    steps can deadlock.
 
     Args:
         count_B: How many of the T new tokens each row appends. The others write nothing, and their output is 0.
-        scale: The factor on the logits.
+        scale: The scale of the attention scores, usually `head_width**-0.5`.
         window: How many positions a query sees, its own included. None: all.
-        sink_N: A logit per head that takes part in the softmax and has no value.
+        sink_N: A score per head that is added to the softmax denominator and has no value (an attention sink).
         v_width: For latent attention, with `v_BTKH` None and one head: the values are the first `v_width` numbers of
             the keys, and the pages come from a `CacheSpec` with `latent=True`.
 
@@ -77,7 +78,8 @@ def helix_attention(
         The output in the type of `q_BTNH`, its heads sharded over the flat axis (tp, cp); and the pages.
 
     Raises:
-        ValueError: The mesh does not divide the heads, or the window is below 1.
+        ValueError: tp does not divide the key/value heads, or tp * cp the query heads; the kernel cannot read the
+            pages; or the window is below 1.
 
     Source: arXiv 2507.07120, section 2; sinks: arXiv 2309.17453; latents: arXiv 2405.04434.
     """
@@ -85,13 +87,13 @@ def helix_attention(
     plan.check_heads(q_BTNH.shape[2], None if latent else k_BTKH.shape[2])
     if window is not None:
         check_int("window", window, least=1)
-    pools, new_keys = (PAGES_LATENT_AKWH, NEW_LATENT_BTKH) if latent else (PAGES_AKWH, NEW_KEYS_BTKH)
+    pages_spec, new_spec = (PAGES_LATENT_AKWH, NEW_LATENT_BTKH) if latent else (PAGES_AKWH, NEW_KEYS_BTKH)
     rows_specs = Rows._make((TABLE_RBM, ROWS_B, ROWS_B))
     sharded = jax.shard_map(
         functools.partial(_attention_shard, _Options(plan, scale, window, v_width)),
         mesh=plan.mesh,
-        in_specs=(pools, QUERIES_BTNH, new_keys, new_keys, rows_specs, ROWS_B, SINK_N),
-        out_specs=(ATTENTION_OUT_BTNH, pools),
+        in_specs=(pages_spec, QUERIES_BTNH, new_spec, new_spec, rows_specs, ROWS_B, SINK_N),
+        out_specs=(ATTENTION_OUT_BTNH, pages_spec),
     )
     return sharded(pages, q_BTNH, k_BTKH, v_BTKH, rows, count_B, sink_N)
 
@@ -133,7 +135,7 @@ def _attention_shard(
 
 
 def _attend(options: _Options, q_BTNH: Array, pages: Pages, table_BM: Array, lo_BT: Array, hi_BT: Array) -> Partial:
-    """Attend with the kernel of the plan. Pages may store heads wider than they are, padded with zeros."""
+    """Attend with the kernel of the plan. Pages may store heads padded with zeros (on TPUs)."""
     _, _, page, width = pages.k_AKWH.shape
     attend = backend_attend(options.plan.kernel_for(PageFormat(width, page, pages.k_AKWH.dtype, options.v_width)))
     q_wide_BTNH = pad_width(q_BTNH, pages.k_AKWH)

@@ -1,7 +1,7 @@
 """Decides what the next step does.
 
-Decisions depend on submitted requests and on counts of steps, never on a clock or on tokens that are still on the
-devices. With several processes, all of them therefore decide the same.
+Decisions depend on submitted requests and on token counts, never on a clock or on tokens that are still on the devices.
+With several processes, all of them therefore decide the same.
 """
 
 from collections import deque
@@ -49,7 +49,7 @@ class ScheduledStep:
     """The work of one step.
 
     Attributes:
-        table_edits: New pages as (rank, row, entry, page), for the page tables of rows that decode.
+        table_edits: Updates of the page tables of rows that decode, as (rank, row, entry, page).
         admissions: Requests that get a row.
         chunks: Tokens to prefill.
         decodes: Requests that decode a token.
@@ -66,9 +66,9 @@ class Scheduler:
 
     Args:
         allocator: The pages of all ranks.
-        rows: Requests that run at once.
-        budget: Tokens to prefill per step.
-        chunk: Tokens to prefill per call.
+        rows: The most requests that run at once.
+        budget: The most tokens to prefill per step. Decoded tokens do not count.
+        chunk: The most tokens of one request to prefill per call.
     """
 
     def __init__(self, allocator: PageAllocator, rows: int, budget: int, chunk: int):
@@ -78,11 +78,14 @@ class Scheduler:
         self.row_pages: dict[str, RowPages] = {}  # of each running request
         self.preemptions = 0
         self._free_rows = list(range(rows - 1, -1, -1))
-        self._prefill_len: dict[str, int] = {}  # tokens to prefill before a request decodes
-        self._refused: tuple[Request, int] | None = None  # too few pages for it, at this count of releases
+        self._prefill_len: dict[
+            str, int
+        ] = {}  # tokens to cache before a request decodes, those that are cached already included
+        # The request that was last refused for lack of pages, and the number of releases then: retried after another.
+        self._refused: tuple[Request, int] | None = None
 
     def schedule(self) -> ScheduledStep:
-        """Return the work of the next step, and count it as dispatched."""
+        """Return the work of the next step, and advance the counts of its requests as if it had run."""
         step = ScheduledStep()
         preemptions = self.preemptions
         for request in [r for r in self.running if r.num_generated == r.params.max_new_tokens]:
@@ -94,8 +97,8 @@ class Scheduler:
         step.decodes[:] = [request for request in step.decodes if request.row is not None]
         rows = {request.row for request in step.decodes}
         step.table_edits[:] = [edit for edit in step.table_edits if edit[1] in rows]
-        # No request is admitted in a step that preempts one. The preempted one comes first, but it cannot be prefilled
-        # again yet, because one of its tokens may be in flight.
+        # No request is admitted in a step that preempts one: the preempted request is the next to be admitted, but one
+        # of its tokens may be in flight, so its prefill has to wait for one step.
         self._schedule_prefills(step, may_admit=self.preemptions == preemptions)
         for request in step.decodes:
             request.num_computed += 1
@@ -103,10 +106,10 @@ class Scheduler:
         return step
 
     def admit_transferred(self, request: Request) -> bool:
-        """Assign a row and pages to a request that was started in another engine.
+        """Assign a row and pages to a request that was started in another engine, ahead of waiting requests.
 
         Returns:
-            Whether they are free. If not, nothing changed.
+            True if they were assigned. False if no row or too few pages are free; then nothing has changed.
         """
         row_pages = RowPages.empty(self.allocator.layout.ranks)
         length = self._block_end(request, len(request.all_token_ids))
@@ -147,7 +150,7 @@ class Scheduler:
         return True
 
     def _block_end(self, request: Request, position: int) -> int:
-        """Return where the block of the token at `position` ends, or the request if that is earlier."""
+        """Return the end of the block that contains `position`, capped at what the request can cache."""
         layout = self.allocator.layout
         start = layout.decode_start(len(request.prompt))
         blocks = max(position - start, 0) // layout.block + 1
@@ -163,7 +166,7 @@ class Scheduler:
     def _schedule_prefills(self, step: ScheduledStep, may_admit: bool) -> None:
         """Schedule chunks within the budget, of running requests first.
 
-        A waiting request is admitted only when its chunks are scheduled, as its prefix may be cached by then.
+        A waiting request is admitted as late as possible, because an earlier request of the step may cache its prefix.
         """
         budget = self._budget
         started = iter([request for request in self.running if not self._is_prefilled(request)])
@@ -176,7 +179,7 @@ class Scheduler:
                 budget -= chunk.count
 
     def _admit_next(self, step: ScheduledStep) -> Request | None:
-        """Assign a row and pages to the first waiting request, and return it. Return None if there are too few."""
+        """Admit and return the first waiting request; None if there is none, or too few rows or pages are free."""
         if not self.waiting or not self._free_rows:
             return None
         request = self.waiting[0]
@@ -191,7 +194,7 @@ class Scheduler:
         self.waiting.popleft()
         self._assign_row(request, row_pages)
         request.num_computed = num_cached
-        if not request.preemptions:  # afterwards the cached prefix may be its own
+        if not request.preemptions:  # after a preemption, the cached prefix may be what this request wrote itself
             request.shared_tokens = num_cached
         step.admissions.append(Admission(request, num_cached))
         return request
@@ -215,7 +218,7 @@ class Scheduler:
 
 
 def make_page_table(row_pages: RowPages, entries: int) -> np.ndarray:
-    """Return the page tables [R, M] of a row. An entry without a page is -1, and a write to it is dropped."""
+    """Return the page table of a row on every rank, [R, M]. A write to an entry without a page, -1, is dropped."""
     table_RM = np.full((len(row_pages.pages), entries), -1, np.int32)
     for rank, pages in enumerate(row_pages.pages):
         table_RM[rank, : len(pages)] = pages

@@ -21,7 +21,6 @@ from helix_jax.validation import check_in_vocabulary, check_int
 
 _log = logging.getLogger("helix_jax")
 
-# Called after each step with the number of steps done, the metrics, and the state, which the next step donates.
 OnStep = Callable[[int, StepMetrics, TrainState], None]
 
 
@@ -41,15 +40,18 @@ def fit(
     Args:
         model: The model to start from, with weights on any devices, or a config for random weights.
         batches: Arrays of token ids [B, S + 1], or `Sequences`, which also have document starts and a loss mask. Pass
-            the same shape in every step: another shape compiles again. On a mesh, dp must divide B, and blocks times cp
-            must divide S. The next batch is taken while the devices work on the last one.
+            the same shape in every step: another shape compiles again. B must be a multiple of `accumulate * dp`, and S
+            of `block * cp`. The next batch is fetched while the current step runs.
         optimizer: Any optax optimizer.
-        steps: Stop after so many steps. None: when the batches end.
+        steps: The total number of steps, including those that `state` has done. None: until the batches end.
         loss: A function of (logits [B, S, V], targets [B, S], loss_mask [B, S]) that returns a scalar. It needs memory
-            for all logits at once. None is the mean cross-entropy of the targets that count, without that memory.
-        plan: The mesh and how it trains. None: all devices on cp, float32.
-        state: A state to continue from, instead of the weights of `model`. It is donated.
-        on_step: Called after every step.
+            for all logits at once. With `accumulate`, it is called for each part of the batch, and the results are
+            averaged: a masked mean is then not weighted by the number of targets. None is the mean cross-entropy of the
+            targets where the loss mask is true, without that memory.
+        plan: The mesh and the training options. None: all devices on cp, float32.
+        state: A state to continue from, instead of the weights of `model`. It is donated: do not use it afterwards.
+        on_step: Called after every step with the number of steps done, the metrics, and the state, which contains the
+            optimizer state. The next step donates it: save or copy what is needed.
 
     Returns:
         The trained model, with float32 weights that are sharded as training stores them. `helix_jax.save` writes it,
@@ -66,7 +68,7 @@ def fit(
         check_int("steps", steps, least=1)
     plan = TrainPlan(config, make_mesh()) if plan is None else plan
     if plan.model != config:
-        raise ValueError("the plan is for another model: create it with the config of this model")
+        raise ValueError("plan.model differs from the config of the model: create the plan with this config")
     if state is None:
         state = init_state(plan, optimizer, model.weights() if isinstance(model, Transformer) else None)
     first = int(state.step)
@@ -96,22 +98,20 @@ def train_steps(
 
 
 def _to_batch(plan: TrainPlan, batch: Any) -> Batch:
-    sequences = batch if isinstance(batch, Sequences) else _whole_documents(batch)
+    sequences = batch if isinstance(batch, Sequences) else _single_document_sequences(batch)
     tokens_BS = sequences.tokens_BS
     plan.check_batch(tokens_BS.shape[0], tokens_BS.shape[1] - 1)
     check_in_vocabulary("the batch", (int(tokens_BS.min()), int(tokens_BS.max())), plan.model.vocab)
     return shard_batch(plan, sequences, parts=plan.accumulate)
 
 
-def _whole_documents(tokens: Any) -> Sequences:
-    """Return sequences of one document each, all of whose targets count."""
+def _single_document_sequences(tokens: Any) -> Sequences:
+    """Return sequences of one document each, with every target in the loss."""
     tokens_BS = np.asarray(tokens)
     if not np.issubdtype(tokens_BS.dtype, np.integer):
-        raise TypeError(f"a batch has the type {tokens_BS.dtype}: give an array of token ids")
+        raise TypeError(f"a batch has dtype {tokens_BS.dtype}: give an integer array of token ids")
     if tokens_BS.ndim != 2 or tokens_BS.shape[0] < 1 or tokens_BS.shape[1] < 2:
-        raise ValueError(
-            f"a batch has the shape {tokens_BS.shape}: give sequences and S + 1 tokens of each, [B, S + 1]"
-        )
+        raise ValueError(f"a batch has shape {tokens_BS.shape}: give [B, S + 1] with at least 1 sequence of 2 tokens")
     B, S = tokens_BS.shape[0], tokens_BS.shape[1] - 1
     return Sequences(tokens_BS, np.zeros((B, S), np.int32), np.ones((B, S), bool))
 
@@ -138,11 +138,11 @@ def _check_loss(plan: TrainPlan, loss: Callable[..., Any], batch: Batch) -> None
     logits = like((B, S, plan.model.vocab), jnp.float32)
     value = cast(Any, jax.eval_shape(loss, logits, like((B, S), jnp.int32), like((B, S), bool)))
     if getattr(value, "shape", None) != ():
-        raise ValueError(f"the loss has the shape {getattr(value, 'shape', None)}: return a scalar")
+        raise ValueError(f"the loss returned {value}: return a scalar array")
 
 
 def _check_end(done: int, first: int, steps: int | None) -> None:
     if done == first and (steps is None or first < steps):
-        raise ValueError("there are no batches: give at least one")
+        raise ValueError("batches is empty: give at least one, and no iterator that has been used up")
     if steps is not None and done < steps:
-        _log.warning("the batches ended after step %d of %d", done, steps)
+        _log.warning("the batches ended after step %d: %d steps were requested", done, steps)
