@@ -137,6 +137,7 @@ def unsharded() -> dict:
     return result("--prompt-file", PASSAGE, "--max-new-tokens", 40, "--cp", 1)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("tp", "cp"), [(2, 4), pytest.param(1, 8, marks=pytest.mark.slow)])
 def test_a_real_passage_continues_alike_sharded_and_unsharded(tp: int, cp: int, unsharded):
     tokens = len(PASSAGE.read_bytes())

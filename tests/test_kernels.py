@@ -70,7 +70,7 @@ def walked(work: Work, lo_BT, hi_BT):
     return [[type(s)(*map(int, s)) for s in segments] for segments in streams], taken
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_every_tile_is_walked_once_by_streams_of_equal_length(data):
     """And every part is where the merge looks for it, and nothing else is; tiles without a mask are seen whole."""
@@ -227,6 +227,12 @@ def test_a_derivative_is_refused(kernel: str):
 
 # The kernels' code, as far as it goes without their machine: for a GPU down to instructions
 
+
+def in_tiers(cases: dict, *slow: str) -> list:
+    """Return the names of cases, of which some are marked slow."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in cases]
+
+
 LOWERED = {  # name: B, T, N, K, H, W, M
     "one query per head": (2, 1, 2, 2, 128, 64, 6),
     "groups of 16": (2, 1, 16, 1, 128, 64, 6),
@@ -243,7 +249,7 @@ LOWERED = {  # name: B, T, N, K, H, W, M
 }
 
 
-@pytest.mark.parametrize("name", LOWERED)
+@pytest.mark.parametrize("name", in_tiers(LOWERED, "groups of 16", "short pages", "one query per head", "wide heads"))
 def test_it_lowers_for_a_gpu_and_reads_the_cache_in_place(name: str):
     B, T, N, K, H, W, M = LOWERED[name]
     A, latent = B * M + 41, H == 576
@@ -380,7 +386,7 @@ ON_TPU = {  # the same, for a TPU of so many cores
 }
 
 
-@pytest.mark.parametrize("name", ON_TPU)
+@pytest.mark.parametrize("name", in_tiers(ON_TPU, *list(ON_TPU)[1::3]))
 def test_the_kernel_for_tpus_interpreted_equals_float64_softmax_without_a_race(name: str, monkeypatch):
     cores, *shape = ON_TPU[name]
     arguments, options, expected = case(*shape)
