@@ -68,7 +68,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, processors: int) -> Iterator[No
         patch.setattr(plgpu, "wgmma", _wgmma)
         patch.setattr(pl, "run_state", _run_state)
         patch.setattr(memory, "Accumulator", _Accumulator)
-        patch.setattr(mosaic_gpu, "processors", lambda: processors)
+        patch.setattr(mosaic_gpu, "count_processors", lambda: processors)
         mosaic_gpu.attend.clear_cache()
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
             yield

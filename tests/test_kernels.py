@@ -27,7 +27,7 @@ from helix_jax.kernels import (
     choose_backend,
     tpu,
 )
-from helix_jax.kernels.mosaic_gpu.work import Work, each_segment, parts_of, schedule
+from helix_jax.kernels.mosaic_gpu.work import Work, find_parts, make_schedule, walk_segments
 from helix_jax.mesh import NEW_KEYS_BTKH, PAGES_AKWH, QUERIES_BTNH, ROWS_B, TABLE_RBM, sharding
 from helix_jax.plan import Plan
 from tests import interpreter
@@ -57,13 +57,13 @@ TWINS = KERNELS[2:]
 
 def walked(work: Work, lo_BT, hi_BT):
     """What each stream does, its segments in order; and the parts that the merge takes for each segment."""
-    plan = schedule(work, jnp.asarray(lo_BT, jnp.int32), jnp.asarray(hi_BT, jnp.int32))
+    plan = make_schedule(work, jnp.asarray(lo_BT, jnp.int32), jnp.asarray(hi_BT, jnp.int32))
     streams = [[] for _ in range(work.streams)]
     with jax.disable_jit():
         for stream, segments in enumerate(streams):
-            each_segment(work, plan, jnp.int32(stream), lambda s, seen, to=segments: to.append(s) or seen + 1)
+            walk_segments(work, plan, jnp.int32(stream), lambda s, seen, to=segments: to.append(s) or seen + 1)
         taken = {
-            (job, head): [int(x) for x in parts_of(work, plan, jnp.int32(job), jnp.int32(head))]
+            (job, head): [int(x) for x in find_parts(work, plan, jnp.int32(job), jnp.int32(head))]
             for job in range(work.jobs)
             for head in range(work.heads)
         }
@@ -116,7 +116,7 @@ def test_a_stream_finds_its_first_job_among_many(rows: int):
     random = np.random.default_rng(rows)
     hi_B1 = random.integers(0, 5, (rows, 1)) * 8 * random.integers(0, 2, (rows, 1))
     work = Work(rows, heads=3, queries=4, members=1, tile=8, streams=7)
-    plan = schedule(work, jnp.zeros((rows, 1), jnp.int32), jnp.asarray(hi_B1, jnp.int32))
+    plan = make_schedule(work, jnp.zeros((rows, 1), jnp.int32), jnp.asarray(hi_B1, jnp.int32))
     ends = 3 * np.cumsum(hi_B1 // 8)
     starts = np.minimum(np.arange(8) * -(-ends[-1] // 7), ends[-1])
     found = np.searchsorted(ends, starts, side="right")

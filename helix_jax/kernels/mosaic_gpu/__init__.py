@@ -1,10 +1,10 @@
-"""The attention backend for Hopper GPUs, in Pallas' Mosaic GPU. Grouped heads run at the speed of the memory.
+"""The attention backend for Hopper GPUs, written in Pallas with Mosaic GPU. Grouped heads reach the memory bandwidth.
 
-    schedule    distributes the key tiles that the rows see evenly over the processors
-    parts       each processor attends to its share, and reads each page of the cache once, in place
-    merged      the parts of a row and head are merged into one partial
+    make_schedule    distributes the key tiles that the rows see evenly over the processors
+    compute_parts    attends with each processor to its share; each page of the cache is read once, in place
+    merge_parts      merges the parts of a row and head into one partial
 
-NOTES.md records what was tried, and what was measured.
+NOTES.md records the versions that were tried and their measurements.
 """
 
 from functools import partial
@@ -19,13 +19,13 @@ from helix_jax.attention import Partial
 from helix_jax.kernels import check_arrays
 from helix_jax.kernels.mosaic_gpu import grouped as _grouped
 from helix_jax.kernels.mosaic_gpu import latent as _latent
-from helix_jax.kernels.mosaic_gpu.merging import merged
-from helix_jax.kernels.mosaic_gpu.work import schedule
+from helix_jax.kernels.mosaic_gpu.merging import merge_parts
+from helix_jax.kernels.mosaic_gpu.work import make_schedule
 
-_PROCESSORS = 132  # of an H100 or H200
+_HOPPER_PROCESSORS = 132  # the multiprocessors of an H100 or H200
 
 
-# Traced and lowered once for all layers with the same shapes: each time takes a second.
+# The jit makes all layers of one shape share a trace and a lowering, which take a second.
 @partial(jax.jit, static_argnames=["scale", "v_width"])
 def attend(
     q_BTNH: Float[Array, "B T N H"],
@@ -38,10 +38,11 @@ def attend(
     scale: float,
     v_width: int | None = None,
 ) -> Partial:
-    """Attend like `helix_jax.attend`, over bfloat16 pages. Queries and weights are rounded to bfloat16 too.
+    """Attend over bfloat16 pages. Arguments and result are those of `helix_jax.attend`.
 
-    Slots below the least `lo` of a row, and from its greatest `hi` on, may contain anything. The slots between must be
-    finite. The same batch gives the same bits every time. In another batch, the tiles of a row are split differently.
+    Queries and weights are rounded to bfloat16 too. Slots below the least `lo` of a row, and from its greatest `hi` on,
+    may contain anything; the slots between must be finite. A repeated call gives the same bits. The result of a row may
+    differ in its last bits from batch to batch, because its tiles are split at other places.
 
     Raises:
         ValueError: The kernel cannot read the pages, keys and values have different shapes, the query heads are not a
@@ -70,18 +71,21 @@ def _attend(
     lo_BT: Array,
     hi_BT: Array,
 ) -> tuple[Array, Array]:
-    """Return outputs [B, K, T G, Hv] and log-sum-exps [B, K, T G]. X is row and head, Q token and head of a group."""
+    """Return outputs [B, K, T G, Hv] and log-sum-exps [B, K, T G].
+
+    X counts pairs of row and key/value head, and Q counts pairs of new token and query head of a group.
+    """
     (_, K, W, H), (B, _), (_, Q, _) = k_AKWH.shape, lo_BT.shape, q_XQH.shape
-    q_XQH, k_XH = _whole_tiles(q_XQH), k_AKWH.reshape(-1, H)
+    q_XQH, k_XH = _pad_queries(q_XQH), k_AKWH.reshape(-1, H)
     if v_AKWH is None:
-        latent = _latent.latent(B, Q, H, v_width or H, W, processors(), scale)
-        work, plan = latent.work, schedule(latent.work, lo_BT, hi_BT)
-        parts = _latent.parts(latent, q_XQH, k_XH, table_BM, plan)
+        latent = _latent.choose_shape(B, Q, H, v_width or H, W, count_processors(), scale)
+        work, schedule = latent.work, make_schedule(latent.work, lo_BT, hi_BT)
+        parts = _latent.compute_parts(latent, q_XQH, k_XH, table_BM, schedule)
     else:
-        grouped = _grouped.grouped(B, Q, K, H, W, processors(), scale)
-        work, plan = grouped.work, schedule(grouped.work, lo_BT, hi_BT)
-        parts = _grouped.parts(grouped, q_XQH, k_XH, v_AKWH.reshape(-1, H), table_BM, plan)
-    return merged(work, *parts, plan)
+        grouped = _grouped.choose_shape(B, Q, K, H, W, count_processors(), scale)
+        work, schedule = grouped.work, make_schedule(grouped.work, lo_BT, hi_BT)
+        parts = _grouped.compute_parts(grouped, q_XQH, k_XH, v_AKWH.reshape(-1, H), table_BM, schedule)
+    return merge_parts(work, *parts, schedule)
 
 
 @_attend.defjvp
@@ -89,13 +93,13 @@ def _refuse_derivative(scale: float, v_width: int | None, primals: Any, tangents
     raise ValueError("kernel mosaic_gpu has no derivative: choose kernel xla")
 
 
-def processors() -> int:
-    """Return the number of multiprocessors of the GPUs. Without GPUs, that of an H200, to lower kernels for it."""
+def count_processors() -> int:
+    """Count the multiprocessors of a GPU. On other platforms, return those of an H200, so that kernels lower for it."""
     devices = jax.devices()
-    return devices[0].core_count if devices[0].platform == "gpu" else _PROCESSORS
+    return devices[0].core_count if devices[0].platform == "gpu" else _HOPPER_PROCESSORS
 
 
-def _whole_tiles(q_XQH: Array) -> Array:
-    """Pad the queries to a multiple of eight, the number that is copied at a time, unless there are fewer."""
+def _pad_queries(q_XQH: Array) -> Array:
+    """Pad more than eight queries to a multiple of eight, because they are copied in tiles of eight."""
     queries = q_XQH.shape[1]
     return q_XQH if queries <= 8 else jnp.pad(q_XQH, ((0, 0), (0, -queries % 8), (0, 0)))

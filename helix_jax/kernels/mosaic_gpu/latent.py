@@ -1,9 +1,9 @@
 """Computes the parts of latent attention: all heads share one vector of keys per slot, whose first numbers are values.
 
-The arithmetic takes as long as the memory, so a processor works on 64 queries in three roles. One warpgroup computes
-the scores and weights of a tile. Meanwhile two others multiply the weights of the previous tile with its values, half
-of the columns each. The first of these copies a new tile into the place of each finished one. Queries and two tiles
-fill the shared memory.
+Arithmetic takes as long as reading the cache, so each processor works on 64 queries with three warpgroups. One computes
+the scores and weights of a tile. Meanwhile the two others multiply the weights of the previous tile by its values, with
+half of the columns each; the first of these two also copies the next tile into each stage that is free again. Queries
+and two tiles fill the shared memory.
 """
 
 from dataclasses import dataclass
@@ -17,16 +17,26 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from helix_jax.kernels.mosaic_gpu import memory, softmax
-from helix_jax.kernels.mosaic_gpu.softmax import across
-from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, each_segment, each_tile
+from helix_jax.kernels.mosaic_gpu.softmax import repeat_along_rows
+from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, loop_over_tiles, walk_segments
 
-_COLUMNS = 128  # of a result that is staged at once
+_COLUMNS = 128  # columns of a result that are staged in shared memory at once
 _HALVES = 2
-_SLOTS = 2  # all that fits beside the queries: 216 KB of 227
+_STAGES = 2  # tiles in the ring; no more fit beside the queries, with which they take 216 of 227 KB
 
 
 @dataclass(frozen=True)
-class Latent:
+class LatentShape:
+    """The static shape of the kernel for latents.
+
+    Args:
+        work: The static shape of the work.
+        width: The width of a latent.
+        v_width: The number of its columns that are values.
+        page: Tokens per page.
+        scale: The factor on the logits.
+    """
+
     work: Work
     width: int
     v_width: int
@@ -35,51 +45,79 @@ class Latent:
 
     @property
     def half(self) -> int:
+        """The columns of the values that one warpgroup computes."""
         return self.v_width // _HALVES
 
 
-def latent(rows: int, queries: int, width: int, v_width: int, page: int, processors: int, scale: float) -> Latent:
-    """Choose the shape of the kernel. `queries` counts those of a row: new tokens times heads."""
+def choose_shape(
+    rows: int, queries: int, width: int, v_width: int, page: int, processors: int, scale: float
+) -> LatentShape:
+    """Choose the shape of the kernel.
+
+    Args:
+        rows: Sequences.
+        queries: Queries of a row: new tokens times heads.
+        width: The width of a latent.
+        v_width: The number of its columns that are values.
+        page: Tokens per page.
+        processors: Multiprocessors of the GPU.
+        scale: The factor on the logits.
+    """
     members = 1 if queries <= ROWS else 2
-    return Latent(Work(rows, 1, queries, members, ROWS, processors // members), width, v_width, page, scale)
+    return LatentShape(Work(rows, 1, queries, members, ROWS, processors // members), width, v_width, page, scale)
 
 
 class Shared(NamedTuple):
-    """Shared memory of the three roles, and their barriers with what arrives at them."""
+    """The shared memory and the barriers of one processor. "Half" stands for a warpgroup that computes values.
 
-    ring: Any  # tiles
-    weights: Any  # of the current tile
-    per_query: Any  # the factor on earlier weights; at the end 1 / sum, and the log-sum-exp
-    filled: Any  # the copies of a tile
-    asked: Any  # the copies of queries and of what they see
-    weighed: Any  # by the scores: the weights are ready
-    through: Any  # by the first half: both halves have used the values
-    other_half: Any  # by the second half: it has used its values
-    finished: Any  # scores: the segment is at its end
-    stored: Any  # both halves: so are the results, which lie where the queries did
+    Attributes:
+        ring: The tiles of each stage.
+        weights: The weights of the current tile.
+        per_query: The factor on earlier weights. After the last tile, 1 / sum and the log-sum-exp.
+        filled: The copies of a tile arrive here.
+        q_filled: The copies of queries and spans arrive here.
+        weights_ready: The warpgroup of the scores arrives here when the weights of a tile are written.
+        values_used: The first half arrives here when both halves have used the values of a tile.
+        second_half_used: The second half arrives here when it has used the values of a tile.
+        segment_finished: The warpgroup of the scores arrives here after the last tile of a segment.
+        results_stored: Both halves arrive here when their results, which overwrite the queries, are copied out.
+    """
+
+    ring: Any
+    weights: Any
+    per_query: Any
+    filled: Any
+    q_filled: Any
+    weights_ready: Any
+    values_used: Any
+    second_half_used: Any
+    segment_finished: Any
+    results_stored: Any
 
 
-def parts(shape: Latent, q_BQH: Array, k_XH: Array, table_BM: Array, plan: Schedule) -> tuple[Array, Array]:
-    """Return the outputs [parts, queries, v_width] and log-sum-exps [parts, queries] of every part."""
+def compute_parts(
+    shape: LatentShape, q_BQH: Array, k_XH: Array, table_BM: Array, schedule: Schedule
+) -> tuple[Array, Array]:
+    """Compute the outputs [parts, queries, v_width] and log-sum-exps [parts, queries] of all parts."""
     work, tile = shape.work, shape.work.tile
-    o_staged = [memory.tiled((ROWS, _COLUMNS), jnp.float32) for _ in range(_HALVES)]
+    o_staged = [memory.allocate_tiled((ROWS, _COLUMNS), jnp.float32) for _ in range(_HALVES)]
     shared = Shared(
-        ring=memory.tiled((_SLOTS, tile, shape.width), jnp.bfloat16),
-        weights=memory.tiled((ROWS, tile), jnp.bfloat16),
+        ring=memory.allocate_tiled((_STAGES, tile, shape.width), jnp.bfloat16),
+        weights=memory.allocate_tiled((ROWS, tile), jnp.bfloat16),
         per_query=plgpu.SMEM((2, ROWS), jnp.float32),
-        filled=plgpu.Barrier(num_arrivals=memory.copies_per_tile(tile, shape.page), num_barriers=_SLOTS),
-        asked=plgpu.Barrier(num_arrivals=2),
-        weighed=plgpu.Barrier(),
-        through=plgpu.Barrier(),
-        other_half=plgpu.Barrier(),
-        finished=plgpu.Barrier(),
-        stored=plgpu.Barrier(num_arrivals=_HALVES),
+        filled=plgpu.Barrier(num_arrivals=memory.copies_per_tile(tile, shape.page), num_barriers=_STAGES),
+        q_filled=plgpu.Barrier(num_arrivals=2),
+        weights_ready=plgpu.Barrier(),
+        values_used=plgpu.Barrier(),
+        second_half_used=plgpu.Barrier(),
+        segment_finished=plgpu.Barrier(),
+        results_stored=plgpu.Barrier(num_arrivals=_HALVES),
     )
 
     def body(*refs: Any) -> None:
         pl.run_scoped(
             partial(_body, shape, *refs),
-            plgpu.RefUnion(memory.tiled((ROWS, shape.width), jnp.bfloat16), o_staged),
+            plgpu.RefUnion(memory.allocate_tiled((ROWS, shape.width), jnp.bfloat16), o_staged),
             plgpu.SMEM((2, ROWS), jnp.int32),
             shared,
             collective_axes="warpgroup",
@@ -96,12 +134,12 @@ def parts(shape: Latent, q_BQH: Array, k_XH: Array, table_BM: Array, plan: Sched
         num_threads=_HALVES + 1,
         thread_name="warpgroup",
         compiler_params=memory.COMPILER,
-    )(q_BQH, k_XH, table_BM, *plan)
+    )(q_BQH, k_XH, table_BM, *schedule)
 
 
-def _body(shape: Latent, q, k, table, starts, jobs, spans, o, lse, staged, spans_staged, shared: Shared) -> None:
+def _body(shape: LatentShape, q, k, table, starts, jobs, spans, o, lse, staged, spans_staged, shared: Shared) -> None:
     q_staged, o_staged = staged
-    walk = partial(each_segment, shape.work, Schedule(starts, jobs, spans), lax.axis_index("stream"))
+    walk = partial(walk_segments, shape.work, Schedule(starts, jobs, spans), lax.axis_index("stream"))
 
     def values(half: int) -> None:
         plgpu.set_max_registers(200, action="increase")
@@ -115,92 +153,94 @@ def _body(shape: Latent, q, k, table, starts, jobs, spans, o, lse, staged, spans
 
 
 def _scores(
-    shape: Latent, q, spans, lse, q_staged, spans_staged, shared: Shared, segment: Segment, walked: Array
+    shape: LatentShape, q, spans, lse, q_staged, spans_staged, shared: Shared, segment: Segment, ring_step: Array
 ) -> Array:
     work = shape.work
     member = lax.axis_index("member")
-    mine = pl.ds(member * ROWS, ROWS)
-    pl.when(walked > 0)(lambda: plgpu.barrier_wait(shared.stored))
-    memory.fetch_queries(work, segment, member, q, spans, q_staged, spans_staged, shared.asked)
-    plgpu.barrier_wait(shared.asked)
+    rows = pl.ds(member * ROWS, ROWS)
+    pl.when(ring_step > 0)(lambda: plgpu.barrier_wait(shared.results_stored))
+    memory.fetch_queries(work, segment, member, q, spans, q_staged, spans_staged, shared.q_filled)
+    plgpu.barrier_wait(shared.q_filled)
 
     def tile(masked: bool, index: Array, carry):
-        m, l, walked = carry
-        slot = lax.rem(walked, _SLOTS)
-        plgpu.barrier_wait(shared.filled.at[slot])
+        m, l, ring_step = carry
+        stage = lax.rem(ring_step, _STAGES)
+        plgpu.barrier_wait(shared.filled.at[stage])
 
         def scores(acc):
-            plgpu.wgmma(acc, q_staged, shared.ring.at[slot].transpose((1, 0)))
+            plgpu.wgmma(acc, q_staged, shared.ring.at[stage].transpose((1, 0)))
             return acc[...]
 
         s = pl.run_scoped(scores, memory.Accumulator((ROWS, work.tile), jnp.float32))
         if masked:
-            s = softmax.hidden(s, spans_staged, index * work.tile)
-            values = shared.ring.at[slot, :, pl.ds(0, shape.v_width)]
+            s = softmax.mask_unseen(s, spans_staged, index * work.tile)
+            values = shared.ring.at[stage, :, pl.ds(0, shape.v_width)]
             softmax.clear_unseen(values, segment, index * work.tile, shape=(work.tile, shape.v_width))
-        p, alpha, m = softmax.weights(s, m, shape.scale)
+        p, alpha, m = softmax.compute_weights(s, m, shape.scale)
         l = l * alpha + p.sum(axis=1)
-        pl.when(index > segment.begin)(lambda: plgpu.barrier_wait(shared.through))
+        pl.when(index > segment.begin)(lambda: plgpu.barrier_wait(shared.values_used))
         shared.weights[...] = p.astype(jnp.bfloat16)
         shared.per_query[0] = alpha
         plgpu.commit_smem()
-        plgpu.barrier_arrive(shared.weighed)
-        return m, l, walked + 1
+        plgpu.barrier_arrive(shared.weights_ready)
+        return m, l, ring_step + 1
 
-    m, l, walked = each_tile(segment, tile, (*softmax.start(), walked))
+    m, l, ring_step = loop_over_tiles(segment, tile, (*softmax.start(), ring_step))
     inverse, log = softmax.finish(m, l)
-    plgpu.barrier_wait(shared.through)
+    plgpu.barrier_wait(shared.values_used)
     shared.per_query[0] = inverse
     shared.per_query[1] = log
     plgpu.commit_smem()
-    plgpu.barrier_arrive(shared.finished)
-    plgpu.copy_smem_to_gmem(shared.per_query.at[1], lse.at[segment.part, mine])
+    plgpu.barrier_arrive(shared.segment_finished)
+    plgpu.copy_smem_to_gmem(shared.per_query.at[1], lse.at[segment.part, rows])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    return walked
+    return ring_step
 
 
-def _values(shape: Latent, half: int, k, table, o, o_staged, shared: Shared, segment: Segment, walked: Array) -> Array:
+def _values(
+    shape: LatentShape, half: int, k, table, o, o_staged, shared: Shared, segment: Segment, ring_step: Array
+) -> Array:
     work = shape.work
     columns = pl.ds(half * shape.half, shape.half)
 
-    starts_of = partial(memory.rows_of_tile, work, shape.page, k, table, segment)
+    locate = partial(memory.locate_tile, work, shape.page, k, table, segment)
 
-    def fetch(index: Array, walked: Array, starts: list[Array]) -> None:
+    def fetch(index: Array, ring_step: Array, starts: list[Array]) -> None:
         @pl.when(index < segment.end)
         def _():
-            slot = lax.rem(walked, _SLOTS)
-            memory.fetch(k, starts, shared.ring.at[slot], shared.filled.at[slot])
+            stage = lax.rem(ring_step, _STAGES)
+            memory.fetch(k, starts, shared.ring.at[stage], shared.filled.at[stage])
 
     def tile(index: Array, carry):
-        acc, walked = carry
-        slot = lax.rem(walked, _SLOTS)
-        following = starts_of(index + _SLOTS) if half == 0 else []  # under way while the weights are waited for
-        plgpu.barrier_wait(shared.weighed)
-        acc = acc * across(plgpu.layout_cast(shared.per_query[0], softmax.ROW), shape.half)
-        weigh = pl.run_state(lambda acc: plgpu.wgmma(acc, shared.weights, shared.ring.at[slot, :, columns]))
-        acc = weigh(memory.Accumulator.init(acc))
+        acc, ring_step = carry
+        stage = lax.rem(ring_step, _STAGES)
+        next_starts = locate(index + _STAGES) if half == 0 else []  # these loads overlap with the wait for the weights
+        plgpu.barrier_wait(shared.weights_ready)
+        acc = acc * repeat_along_rows(plgpu.layout_cast(shared.per_query[0], softmax.ROW), shape.half)
+        add_values = pl.run_state(lambda acc: plgpu.wgmma(acc, shared.weights, shared.ring.at[stage, :, columns]))
+        acc = add_values(memory.Accumulator.init(acc))
         if half == 0:
-            plgpu.barrier_wait(shared.other_half)
-            plgpu.barrier_arrive(shared.through)
-            fetch(index + _SLOTS, walked + _SLOTS, following)
+            plgpu.barrier_wait(shared.second_half_used)
+            plgpu.barrier_arrive(shared.values_used)
+            fetch(index + _STAGES, ring_step + _STAGES, next_starts)
         else:
-            plgpu.barrier_arrive(shared.other_half)
-        return acc, walked + 1
+            plgpu.barrier_arrive(shared.second_half_used)
+        return acc, ring_step + 1
 
     if half == 0:
-        for i in range(_SLOTS):
-            fetch(segment.begin + i, walked + i, starts_of(segment.begin + i))
+        for i in range(_STAGES):
+            fetch(segment.begin + i, ring_step + i, locate(segment.begin + i))
     acc = plgpu.layout_cast(jnp.zeros((ROWS, shape.half), jnp.float32), softmax.TILE)
-    acc, walked = lax.fori_loop(segment.begin, segment.end, tile, (acc, walked))
-    plgpu.barrier_wait(shared.finished)
-    acc = acc * across(plgpu.layout_cast(shared.per_query[0], softmax.ROW), shape.half)
-    asking = min(ROWS, work.part_queries)
+    acc, ring_step = lax.fori_loop(segment.begin, segment.end, tile, (acc, ring_step))
+    plgpu.barrier_wait(shared.segment_finished)
+    acc = acc * repeat_along_rows(plgpu.layout_cast(shared.per_query[0], softmax.ROW), shape.half)
+    queries = min(ROWS, work.part_queries)
     for column in range(0, shape.half, _COLUMNS):
         o_staged[...] = acc[:, column : column + _COLUMNS]
         plgpu.commit_smem()
-        mine = pl.ds(lax.axis_index("member") * ROWS, asking)
-        target = o.at[segment.part, mine, pl.ds(half * shape.half + column, _COLUMNS)]
-        plgpu.copy_smem_to_gmem(o_staged.at[pl.ds(0, asking)], target)
+        rows = pl.ds(lax.axis_index("member") * ROWS, queries)
+        target = o.at[segment.part, rows, pl.ds(half * shape.half + column, _COLUMNS)]
+        plgpu.copy_smem_to_gmem(o_staged.at[pl.ds(0, queries)], target)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.barrier_arrive(shared.stored)
-    return walked
+    plgpu.barrier_arrive(shared.results_stored)
+    return ring_step

@@ -1,4 +1,4 @@
-"""Shared memory: the layout of tiles, and the copies of their pages."""
+"""Shared memory: the layout of tiles, and the copies of pages into them."""
 
 from typing import Any
 
@@ -10,18 +10,18 @@ from jax.typing import DTypeLike
 
 from helix_jax.kernels.mosaic_gpu.work import ROWS, Segment, Work
 
-Accumulator = plgpu.WGMMAAccumulatorRef  # of a warpgroup's matrix product, in registers
-BYTES = 227 * 1024  # of one block on Hopper
+Accumulator = plgpu.WGMMAAccumulatorRef  # the result of a warpgroup's matrix product, in registers
+BYTES = 227 * 1024  # the shared memory of one block on Hopper
 ALIGNMENT = 1024
-# Layouts of registers are inferred, and no memory is set aside for reductions across warps: rows lie within one.
+# Register layouts are inferred. Each row lies within one warp, so reductions across warps need no scratch memory.
 COMPILER = plgpu.CompilerParams(
     approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
 )
 _SWIZZLE = 128
 
 
-def tiled(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-    """Return shared memory in the order that the matrix unit reads: rows of 128 bytes, swizzled in groups of eight."""
+def allocate_tiled(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+    """Describe shared memory in the layout of the matrix unit: rows of 128 bytes, swizzled in groups of eight."""
     row = _SWIZZLE // jnp.dtype(dtype).itemsize
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(_SWIZZLE)))
 
@@ -31,8 +31,8 @@ def copies_per_tile(tile: int, page: int) -> int:
     return max(1, tile // page)
 
 
-def rows_of_tile(work: Work, page: int, pool_XH: Any, table_BM: Any, segment: Segment, tile: Array) -> list[Array]:
-    """Return where the pieces of a tile start, in a pool viewed as rows [pages * heads * page, width].
+def locate_tile(work: Work, page: int, pool_XH: Any, table_BM: Any, segment: Segment, tile: Array) -> list[Array]:
+    """Return the first row of each piece of a tile, in a pool viewed as rows [pages * heads * page, width].
 
     Table entries past the slots in use may contain anything. They are clamped here, and their scores are masked later.
     """
@@ -55,7 +55,7 @@ def fetch_queries(
     spans_staged: Any,
     arrived: Any,
 ) -> None:
-    """Start to copy the 64 queries of a member, and the slots that each of them sees [2, 64]: two arrivals."""
+    """Start the copies of a member's 64 queries and of the slots [2, 64] that they see, which are two arrivals."""
     row, job = segment.job // work.jobs_per_row, lax.rem(segment.job, work.jobs_per_row)
     queries = pl.ds(job * work.job_queries + member * ROWS, ROWS)
     plgpu.copy_gmem_to_smem(q.at[row * work.heads + segment.head, queries], q_staged, arrived)
@@ -63,7 +63,7 @@ def fetch_queries(
 
 
 def fetch(pool: Any, starts: list[Array], target: Any, arrived: Any) -> None:
-    """Start the copies of one tile, a piece from each page."""
+    """Start the copies of one tile, one piece per page."""
     piece = target.shape[0] // len(starts)
     for i, start in enumerate(starts):
         start = pl.multiple_of(start, piece)

@@ -1,4 +1,4 @@
-"""Merges the parts of each segment into one partial, in one small kernel with a block of threads per query."""
+"""Merges the parts of each job and head into one partial, in one small kernel with a block of threads per query."""
 
 from functools import reduce
 
@@ -9,16 +9,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from helix_jax.kernels.mosaic_gpu import memory
-from helix_jax.kernels.mosaic_gpu.work import Schedule, Work, parts_of
+from helix_jax.kernels.mosaic_gpu.work import Schedule, Work, find_parts
 
 _THREADS = 128
-_NUMBERS = 512  # of a block: 16 bytes a thread, of few queries 4
+_NUMBERS = 512  # numbers per block: 16 bytes per thread (4 bytes if there are few queries)
 _FEW_QUERIES = 512
-_IN_FLIGHT = 64  # numbers of a thread
+_IN_FLIGHT = 64  # numbers that one thread loads at once
 
 
-def merged(work: Work, o_XQH: Array, lse_XQ: Array, plan: Schedule) -> tuple[Array, Array]:
-    """Return outputs [rows, heads, queries, width] and log-sum-exps [rows, heads, queries]."""
+def merge_parts(work: Work, o_XQH: Array, lse_XQ: Array, schedule: Schedule) -> tuple[Array, Array]:
+    """Merge parts into outputs [rows, heads, queries, width] and log-sum-exps [rows, heads, queries]."""
     X, Q, H = o_XQH.shape
     few = work.rows * work.heads * work.queries <= _FEW_QUERIES
     queries = max(1, (_THREADS if few else _NUMBERS) // H)
@@ -35,10 +35,10 @@ def merged(work: Work, o_XQH: Array, lse_XQ: Array, plan: Schedule) -> tuple[Arr
         job = row * work.jobs_per_row + query // work.job_queries
         query = lax.rem(query, work.job_queries)
         live = [spans[0, job, query + i] < spans[1, job, query + i] for i in range(queries)]
-        first, count = parts_of(work, Schedule(starts, jobs, spans), job, head)
+        first, count = find_parts(work, Schedule(starts, jobs, spans), job, head)
 
-        def each(values: list[Array]) -> Array:
-            """Repeat one number per query along its width."""
+        def repeat(values: list[Array]) -> Array:
+            """Repeat the number of each query along its width."""
             spread = jnp.full((width,), values[-1])
             if queries > 1:
                 number = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=layout)
@@ -46,7 +46,7 @@ def merged(work: Work, o_XQH: Array, lse_XQ: Array, plan: Schedule) -> tuple[Arr
                     spread = jnp.where(number < (i + 1) * H, jnp.full((width,), values[i]), spread)
             return spread
 
-        def some(chunk: Array, carry):
+        def merge_chunk(chunk: Array, carry):
             tops, sums, acc = carry
             parts = [chunk * at_once + i for i in range(at_once)]
             where = [first + jnp.minimum(part, count - 1) for part in parts]
@@ -58,21 +58,21 @@ def merged(work: Work, o_XQH: Array, lse_XQ: Array, plan: Schedule) -> tuple[Arr
             new = [reduce(jnp.maximum, column, top) for top, column in zip(tops, zip(*logs, strict=True), strict=True)]
             shift = [jnp.where(top == -jnp.inf, 0.0, top) for top in new]
             alpha = [jnp.exp(top - s) for top, s in zip(tops, shift, strict=True)]
-            acc = acc * each(alpha)
+            acc = acc * repeat(alpha)
             sums = [total * a for total, a in zip(sums, alpha, strict=True)]
             for log, output in zip(logs, outputs, strict=True):
                 weight = [jnp.exp(x - s) for x, s in zip(log, shift, strict=True)]
                 sums = [total + w for total, w in zip(sums, weight, strict=True)]
-                acc = acc + output * each(weight)
+                acc = acc + output * repeat(weight)
             return new, sums, acc
 
         nothing = [jnp.float32(-jnp.inf)] * queries, [jnp.float32(0)] * queries
         zero = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
-        tops, sums, acc = lax.fori_loop(0, pl.cdiv(count, at_once), some, (*nothing, zero))
+        tops, sums, acc = lax.fori_loop(0, pl.cdiv(count, at_once), merge_chunk, (*nothing, zero))
         seen = [on & (total > 0) for on, total in zip(live, sums, strict=True)]
         sums = [jnp.where(on, total, 1.0) for on, total in zip(seen, sums, strict=True)]
-        # Selected, not multiplied by 0: a query that sees nothing may have been NaN itself.
-        o_out[row_head, pl.ds(block * width, width)] = jnp.where(each(seen), acc / each(sums), 0.0)
+        # A selection, because a query that sees nothing may itself be NaN, and 0 times NaN is NaN.
+        o_out[row_head, pl.ds(block * width, width)] = jnp.where(repeat(seen), acc / repeat(sums), 0.0)
         for i in range(queries):
             lse_out[row_head, block * queries + i] = jnp.where(seen[i], tops[i] + jnp.log(sums[i]), -jnp.inf)
 
@@ -85,6 +85,6 @@ def merged(work: Work, o_XQH: Array, lse_XQ: Array, plan: Schedule) -> tuple[Arr
         grid=(work.rows * work.heads, blocks),
         grid_names=("row_head", "block"),
         compiler_params=memory.COMPILER,
-    )(o_XQH.reshape(X, Q * H), lse_XQ, *plan)
+    )(o_XQH.reshape(X, Q * H), lse_XQ, *schedule)
     o = o.reshape(work.rows, work.heads, blocks * queries, H)[:, :, : work.queries]
     return o, lse.reshape(work.rows, work.heads, blocks * queries)[:, :, : work.queries]

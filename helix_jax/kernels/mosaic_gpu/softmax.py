@@ -1,4 +1,4 @@
-"""The softmax of a tile of scores in both attention kernels: mask, exponentials, running maximum and sum."""
+"""The softmax over tiles of scores in both attention kernels: mask, exponentials, running maximum and sum."""
 
 import math
 from typing import Any
@@ -13,51 +13,53 @@ from helix_jax.kernels.mosaic_gpu.work import ROWS, Segment
 TILE = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)
 _LOG2E = math.log2(math.e)
-_PIECE = 64  # rows and columns of what a warpgroup changes at once
+_PIECE = 64  # a warpgroup changes 64 rows and 64 columns at once
 
 
-def across(row: Array, columns: int) -> Array:
-    """Repeat one number per query along its row."""
-    return lax.broadcast_in_dim(row, (ROWS, columns), [0])
+def repeat_along_rows(per_query: Array, columns: int) -> Array:
+    """Repeat the number of each query along its row."""
+    return lax.broadcast_in_dim(per_query, (ROWS, columns), [0])
 
 
-def hidden(s: Array, spans_staged: Any, first_slot: Array) -> Array:
-    """Set the scores of slots that a query does not see to -inf, also where they are NaN."""
+def mask_unseen(s: Array, spans_staged: Any, first_slot: Array) -> Array:
+    """Return the scores with -inf, also in place of NaN, for slots that a query does not see."""
     lo, hi = (plgpu.layout_cast(spans_staged[i], ROW) for i in range(2))
     slot = first_slot + plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=TILE)
-    return jnp.where((across(lo, s.shape[1]) <= slot) & (slot < across(hi, s.shape[1])), s, -jnp.inf)
+    return jnp.where(
+        (repeat_along_rows(lo, s.shape[1]) <= slot) & (slot < repeat_along_rows(hi, s.shape[1])), s, -jnp.inf
+    )
 
 
-def weights(s: Array, m: Array, scale: float) -> tuple[Array, Array, Array]:
-    """Return exp(scale s - max), the factor on earlier weights under the new maximum, and that maximum (base 2)."""
+def compute_weights(s: Array, m: Array, scale: float) -> tuple[Array, Array, Array]:
+    """Return exp(scale s - maximum), the factor on earlier weights, and the new running maximum (base 2)."""
     m_new = jnp.maximum(m, s.max(axis=1) * (scale * _LOG2E))
     shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)
-    return jnp.exp2(s * (scale * _LOG2E) - across(shift, s.shape[1])), jnp.exp2(m - shift), m_new
+    return jnp.exp2(s * (scale * _LOG2E) - repeat_along_rows(shift, s.shape[1])), jnp.exp2(m - shift), m_new
 
 
 def start() -> tuple[Array, Array]:
-    """Return the maximum and the sum over nothing."""
+    """Return the running maximum and sum before the first tile."""
     return tuple(plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), ROW) for value in (-jnp.inf, 0.0))
 
 
 def finish(m: Array, l: Array) -> tuple[Array, Array]:
-    """Return 1 / sum and the log-sum-exp (base e), or 0 and -inf where nothing was seen."""
-    some = l > 0
-    l = jnp.where(some, l, 1.0)
-    return jnp.where(some, 1 / l, 0.0), jnp.where(some, m / _LOG2E + jnp.log(l), -jnp.inf)
+    """Return 1 / sum and the log-sum-exp (base e), or 0 and -inf for a query that sees nothing."""
+    seen = l > 0
+    l = jnp.where(seen, l, 1.0)
+    return jnp.where(seen, 1 / l, 0.0), jnp.where(seen, m / _LOG2E + jnp.log(l), -jnp.inf)
 
 
 def clear_unseen(
     values: Any, segment: Segment, first_slot: Array, *, shape: tuple[int, int], sharers: int = 1, me: int = 0
 ) -> None:
-    """Set values [slots, columns] that no query sees to 0, because a weight of 0 times NaN is NaN.
+    """Set values that no query sees to 0, because a weight of 0 times NaN is NaN.
 
     Args:
-        values: The tile in shared memory.
-        segment: The segment that it belongs to.
-        first_slot: Its first slot.
-        shape: Its shape.
-        sharers: Warpgroups that share this work. The caller makes them wait for each other.
+        values: The tile [slots, columns] in shared memory.
+        segment: The segment that the tile belongs to.
+        first_slot: The first slot of the tile.
+        shape: The shape of the tile.
+        sharers: The number of warpgroups that share this work. The caller synchronises them afterwards.
         me: The index of this warpgroup among them.
     """
     corners = [(row, column) for row in range(0, shape[0], _PIECE) for column in range(0, shape[1], _PIECE)]
