@@ -339,7 +339,10 @@ def check_answers(results: dict) -> None:
 
 def test_results_survive_ctrl_c_and_the_next_run_continues(byte_model: Path, tmp_path: Path):
     entries = [{"id": f"r{n}", "prompt": TEXT[: n + 1], "max_new_tokens": 4} for n in range(4)]
-    entries += [{"id": "long", "prompt": TEXT, "max_new_tokens": 230}, {"id": "last", "prompt": TEXT}]
+    entries += [
+        {"id": "long", "prompt": TEXT, "max_new_tokens": 230},
+        {"id": "last", "prompt": TEXT, "max_new_tokens": 4},
+    ]
     file, out = write(tmp_path / "in.jsonl", *entries), tmp_path / "out.jsonl"
     options = ["--out", out, "--model", byte_model, *SMALL]
     arguments = [str(argument) for argument in (*HELIX, "batch", file, *options)]

@@ -70,7 +70,7 @@ def walked(work: Work, lo_BT, hi_BT):
     return [[type(s)(*map(int, s)) for s in segments] for segments in streams], taken
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_every_tile_is_walked_once_by_streams_of_equal_length(data):
     """And every part is where the merge looks for it, and nothing else is; tiles without a mask are seen whole."""

@@ -17,7 +17,7 @@ from tests.reference import BYTES_SHAPE
 from tests.test_cli import ENVIRONMENT, HELIX, assert_bad_input, call, json_of
 
 TRAIN = [*HELIX, "train"]
-MESH = ["--tp", 2, "--cp", 4, "--platform", "cpu"]
+MESH = ["--tp", 2, "--cp", 2, "--platform", "cpu"]  # with few devices, collectives are fast on few cores
 TWO = 2
 COUNTS = [TWO, pytest.param(4, marks=pytest.mark.slow)]
 HEARTBEAT = {"HELIX_JAX_HEARTBEAT_TIMEOUT_S": "10"}  # the default is 30
@@ -73,7 +73,19 @@ def test_a_batch_has_the_results_of_one_process_and_continues(count: int, byte_m
     (tmp_path / "in").write_text("".join(lines) + "nonsense\n")
 
     def options(out: Path) -> list[object]:
-        return ["batch", tmp_path / "in", "--out", out, "--model", byte_model, "--rows", 4, *MESH]
+        return [
+            "batch",
+            tmp_path / "in",
+            "--out",
+            out,
+            "--model",
+            byte_model,
+            "--rows",
+            4,
+            "--prefill-chunk",
+            32,
+            *MESH,
+        ]
 
     def results(out: Path) -> dict[str, object]:
         entries = [json.loads(line) for line in out.read_text().splitlines()]
@@ -113,7 +125,7 @@ def assert_close(losses: list[tuple[int, float]], alone: list[tuple[int, float]]
 
 
 def test_after_a_process_is_killed_the_others_end_and_one_process_continues_training(tmp_path: Path):
-    command = [*TRAIN, "--config", config_of(20, tmp_path), "--cp", 4, "--dp", 2, "--platform", "cpu"]
+    command = [*TRAIN, "--config", config_of(20, tmp_path), "--cp", 2, "--dp", 2, "--platform", "cpu"]
     both, out = start(TWO, [*command, "--out", tmp_path / "both"], tmp_path), tmp_path / "both"
     while not (out / "checkpoints" / "5").exists():  # complete: orbax renames it
         time.sleep(0.05)

@@ -33,8 +33,8 @@ from tests.training_cases import (
     train_plan,
 )
 
-STEPS = {(1, 4, 1): 5, (2, 4, 1): 50, (2, 2, 2): 5}
-SLOW_MESHES = [(1, 2, 1), (1, 8, 1), (2, 1, 1), (2, 2, 1)]
+STEPS = {(2, 4, 1): 50, (2, 2, 2): 5}
+SLOW_MESHES = [(1, 2, 1), (1, 4, 1), (1, 8, 1), (2, 1, 1), (2, 2, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,9 @@ def test_remat_accumulation_and_chunks_of_logits_change_nothing(change, one_devi
     assert np.abs(np.subtract(losses, one_device[0][:3])).max() < 1e-5
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", pytest.param("gemma3_text", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepseek_v3", "gemma3_text"))]
+)
 def test_windows_sinks_latents_experts_and_norms_have_the_same_gradients(family: str):
     model = load(GOLDEN / family, plan_of(), jnp.float32)
     one, eight = (

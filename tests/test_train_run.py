@@ -225,6 +225,7 @@ def test_the_scripts_are_the_subcommands(script: str):
     assert done.stdout.startswith("usage: helix-jax ")
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again(trained: Path, capsys):
     shutil.copytree(trained / "whole", trained / "copy")
     before = losses(trained / "copy")
