@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Times decode steps of a model of random weights, over a cache as long as asked for, on one mesh after the other.
+"""Time decode steps of a model with random weights and a cache of a given length, on one mesh after another.
 
 python scripts/bench_decode.py --config configs/llama-3.1-8b.toml --mesh 4x1 --mesh 2x2 --mesh 1x4
 
-Every combination of mesh, placement and combine is a run of its own. Its ms per token (of every row) are measured in
-three ways: one call per token and a wait for each ("awaited"), one call per token and one wait for all ("queued"; not
-on a CPU, where steps that pile up deadlock), and many tokens in each call. Tokens are not read, and always the same.
-The roofline is the time to read, at the bandwidth found here, a device's weights and an even share of the cache.
+Every combination of mesh, placement and combine is one run. The time per token (of every row) is measured in three
+ways: one call per token and a wait after each ("awaited"), one call per token and a wait after the last ("queued"; not
+on a CPU, where steps that queue up deadlock), and many tokens per call ("many"). Tokens are arbitrary and never read.
+The roofline is the time to read a device's weights and an even share of the cache, at the bandwidth measured here.
 """
 
 import argparse
@@ -22,16 +22,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from random_weights import filled, random_weights
+from random_weights import fill_with_noise, make_random_weights
 from rich.console import Console
 from rich.table import Table
-from roofline import kv_bytes_read, measure_bandwidth, weight_bytes_read
-from shapes import first_layers, read_shape
+from roofline import count_kv_bytes, count_weight_bytes, measure_bandwidth
+from shapes import read_shape, take_first_layers
 
 from helix_jax.arrays import bytes_per_device
 from helix_jax.cache import CacheSpec, KVCache, Rows, make_cache, per_row
 from helix_jax.cli.app import Parser, run_command
 from helix_jax.cli.devices import open_mesh
+from helix_jax.cli.options import DTYPES, add_choice, default_dtype
 from helix_jax.cli.output import new_figure, write_json
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
@@ -42,18 +43,20 @@ from helix_jax.mesh import CP, REPLICATED, TP, make_mesh, sharding
 from helix_jax.models.transformer import Weights
 from helix_jax.plan import Plan
 from helix_jax.step import DecodeInput, MultiStepOutput, StepOutput, many_steps, step
+from helix_jax.validation import check_int
 
 PROGRAM = "bench_decode.py"
 WARM_UP = 2
-LEAST_CALLS = 3  # of many tokens, for a median
-WAYS = {"awaited_ms": "awaited", "queued_ms": "queued", "many_ms": "many"}
+MIN_CALLS = 3  # with many tokens each, for a median
+TIMINGS = {"awaited_ms": "awaited", "queued_ms": "queued", "many_ms": "many"}
+PLATFORMS = ("auto", "cpu", "gpu")
 
-# A step, or many in one call: all is given but the cache and the rows.
+# `step` or `many_steps`, with all arguments but the cache and the rows.
 Program = partial[StepOutput] | partial[MultiStepOutput]
 
 
 class Job(NamedTuple):
-    """What all runs share. bandwidth: bytes per second."""
+    """The settings that all runs share. `bandwidth` is in bytes per second."""
 
     options: argparse.Namespace
     config: ModelConfig
@@ -61,75 +64,93 @@ class Job(NamedTuple):
 
 
 def main() -> int:
-    return run_command(lambda: bench(checked(parse_arguments())), PROGRAM)
+    return run_command(lambda: bench(check_options(parse_arguments())), PROGRAM)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(PROGRAM, __doc__)
     add = parser.add_argument
-    add("--config", type=Path, required=True, metavar="FILE.toml", help="a shape, like those in configs/")
-    add("--mesh", action="append", required=True, metavar="TPxCP", help="like 2x4; may be repeated")
-    add("--layers", type=int, metavar="N", help="only the first N (default: all)")
-    add("--rows", type=int, default=8, metavar="N", help="sequences (default: 8)")
-    add("--context", type=int, default=131072, metavar="TOKENS", help="of each prompt (default: 131072)")
-    add("--decoded", type=int, default=0, metavar="TOKENS", help="decoded already, after it (default: 0)")
-    add("--placement", action="append", metavar="|".join(PLACEMENTS), help="may be repeated (default: helix)")
-    add("--combine", action="append", metavar="|".join(COMBINES), help="may be repeated (default: psum)")
-    add("--kernel", default="auto", metavar="|".join(KERNELS), help="what attends (default: auto)")
-    add("--block", type=int, default=16, metavar="TOKENS", help="length of a decode block (default: 16)")
-    add("--page", type=int, default=DEFAULT_PAGE, metavar="TOKENS", help=f"of a page (default: {DEFAULT_PAGE})")
-    add("--tokens-per-call", type=int, default=16, metavar="N", help="where a call decodes many (default: 16)")
-    add("--steps", type=int, default=20, metavar="N", help="timed, of one token each (default: 20)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of weights and cache (default: bfloat16; float32 on a CPU)")
-    add("--platform", choices=("auto", "cpu", "gpu"), default="auto", help="cpu: tp * cp fake devices")
-    add("--json", type=Path, metavar="FILE", help="write all numbers, after every run")
-    add("--plot", type=Path, metavar="FILE.png", help="draw ms per token")
+    add("--config", type=Path, required=True, metavar="FILE.toml", help="model config, such as those in configs/")
+    add("--mesh", action="append", required=True, metavar="TPxCP", help="mesh, such as 2x4; may be repeated")
+    add("--layers", type=int, metavar="N", help="time only the first N layers (default: all)")
+    add("--rows", type=int, default=8, metavar="N", help="number of sequences (default: 8)")
+    add("--context", type=int, default=131072, metavar="TOKENS", help="length of each prompt (default: 131072)")
+    add("--decoded", type=int, default=0, metavar="TOKENS", help="tokens already decoded after the prompt (default: 0)")
+    text = "rule that assigns blocks to ranks; may be repeated (default: helix)"
+    add_choice(parser, "--placement", PLACEMENTS, text, several=True)
+    text = "collective that combines the ranks' partial results; may be repeated (default: psum)"
+    add_choice(parser, "--combine", COMBINES, text, several=True)
+    add_choice(parser, "--kernel", KERNELS, "attention kernel", default="auto")
+    add("--block", type=int, default=16, metavar="TOKENS", help="length of a block of the sequence (default: 16)")
+    text = "tokens per cache page (default: %(default)s)"
+    add("--page", type=int, default=DEFAULT_PAGE, metavar="TOKENS", help=text)
+    add("--tokens-per-call", type=int, default=16, metavar="N", help='tokens per call of "many" (default: 16)')
+    add("--steps", type=int, default=20, metavar="N", help="timed steps of one token each (default: 20)")
+    add_choice(parser, "--dtype", DTYPES, "type of weights and cache (default: bfloat16; float32 on a CPU)")
+    text = "devices to use; cpu is split into as many fake devices as the largest mesh needs"
+    add_choice(parser, "--platform", PLATFORMS, text, default="auto")
+    add("--json", type=Path, metavar="FILE", help="write all numbers to FILE, after every run")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the ms per token of every run")
     return parser.parse_args()
 
 
-def checked(options: argparse.Namespace) -> argparse.Namespace:
+def check_options(options: argparse.Namespace) -> argparse.Namespace:
     least = {"rows": 1, "context": 0, "decoded": 0, "page": 1, "tokens_per_call": 1, "steps": 1}
-    for name, low in least.items():
-        if getattr(options, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give at least {low}")
+    for name, minimum in least.items():
+        check_int(f"--{name.replace('_', '-')}", getattr(options, name), least=minimum)
     options.placement, options.combine = options.placement or ["helix"], options.combine or ["psum"]
-    options.mesh = [tp_and_cp(text) for text in options.mesh]
+    options.mesh = [parse_mesh(text) for text in options.mesh]
     return options
 
 
-def tp_and_cp(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)x(\d+)", text, re.ASCII)
-    if not found:
-        raise ValueError(f"--mesh '{text}' is not tp x cp: write it like 2x4")
-    return int(found[1]), int(found[2])
+def parse_mesh(text: str) -> tuple[int, int]:
+    """Return tp and cp of a mesh such as "2x4".
+
+    Raises:
+        ValueError: The text has another form, or a size is 0.
+    """
+    match = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", text, re.ASCII)
+    if not match:
+        raise ValueError(f"--mesh is '{text}': give tp x cp, both at least 1, such as 2x4")
+    return int(match[1]), int(match[2])
 
 
 def bench(options: argparse.Namespace) -> None:
+    """Measure every run, write the report after each, and print a table."""
     config = read_shape(options.config)
-    config = config if options.layers is None else first_layers(config, options.layers)
+    config = config if options.layers is None else take_first_layers(config, options.layers)
     figure = new_figure("--plot", options.plot) if options.plot else None
-    devices = list(open_mesh(options.platform, *max(options.mesh, key=math.prod)).devices.flat)
+    largest = open_mesh(options.platform, *max(options.mesh, key=math.prod))
+    devices = list(largest.devices.flat)
     options.platform = devices[0].platform
-    options.dtype = options.dtype or ("float32" if options.platform == "cpu" else "bfloat16")
-    # All plans before any weight: this is where most requests are refused.
-    plans = [(mesh, plans_on(mesh, options, config)) for mesh in (make_mesh(*m, devices=devices) for m in options.mesh)]
+    options.dtype = options.dtype or default_dtype(largest)
+    # Create all plans before any weights, because this reports most mistakes.
+    meshes = [make_mesh(tp, cp, devices=devices) for tp, cp in options.mesh]
+    plans_by_mesh = [(mesh, make_plans(mesh, options, config)) for mesh in meshes]
     job = Job(options, config, measure_bandwidth(devices[0]))
-    found, note = describe(job, devices[0].device_kind), Console(stderr=True, highlight=False, soft_wrap=True)
-    for mesh, plans_of_mesh in plans:
-        weights = random_weights(config, mesh, options.dtype)
-        for plan in plans_of_mesh:
+    report = describe(job, devices[0].device_kind)
+    write_json(options.json, report)  # before anything is measured, in case the file cannot be written
+    progress = Console(stderr=True, highlight=False, soft_wrap=True)
+    for mesh, plans in plans_by_mesh:
+        weights = make_random_weights(config, mesh, options.dtype)
+        for plan in plans:
             run = measure(job, plan, weights)
-            found["runs"].append(run)
-            write_json(options.json, found)
+            report["runs"].append(run)
+            write_json(options.json, report)
             name = f"{run['mesh']} {run['placement']} {run['combine']}"
-            note.print(f"{name}: {run['best_ms']:.4g} ms per token, {run['times_roofline']:.3g} x roofline")
-        del weights  # before there are those of the next mesh
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table_of(found))
+            progress.print(f"{name}: {run['best_ms']:.4g} ms per token, {run['times_roofline']:.3g} x roofline")
+        del weights  # before those of the next mesh are created
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(make_table(report))
     if figure:
-        draw(figure, options.plot, found)
+        draw(figure, options.plot, report)
 
 
-def plans_on(mesh: Mesh, options: argparse.Namespace, config: ModelConfig) -> list[Plan]:
+def make_plans(mesh: Mesh, options: argparse.Namespace, config: ModelConfig) -> list[Plan]:
+    """Return a plan for each combination of placement and combine.
+
+    Raises:
+        ValueError: The mesh does not divide the model's heads, or the kernel does not support them.
+    """
     plans = [
         Plan(mesh, options.block, placement, combine, options.kernel)
         for placement in options.placement
@@ -142,109 +163,113 @@ def plans_on(mesh: Mesh, options: argparse.Namespace, config: ModelConfig) -> li
 
 
 def describe(job: Job, device: str) -> dict[str, Any]:
+    """Return a report of the settings, without runs."""
     names = ("rows", "context", "decoded", "block", "page", "tokens_per_call", "steps", "dtype", "platform")
-    found = {"config": job.options.config.stem, "layers": job.config.layers, "device": device, "jax": jax.__version__}
-    found |= {name: getattr(job.options, name) for name in names}
-    found |= {"bandwidth_bytes_per_s": job.bandwidth, "runs": []}
-    write_json(job.options.json, found)  # a file that cannot be written is better known now
-    return found
+    report = {"config": job.options.config.stem, "layers": job.config.layers, "device": device, "jax": jax.__version__}
+    report |= {name: getattr(job.options, name) for name in names}
+    return report | {"bandwidth_bytes_per_s": job.bandwidth, "runs": []}
 
 
 def measure(job: Job, plan: Plan, weights: Weights) -> dict[str, Any]:
-    """One run, as it stands in the JSON. Bytes are per device."""
+    """Time one plan. Return a run of the report, in which bytes are per device."""
     options = job.options
-    calls = max(LEAST_CALLS, options.steps // options.tokens_per_call)
+    calls = max(MIN_CALLS, options.steps // options.tokens_per_call)
     spare = max(options.steps, WARM_UP, max(WARM_UP, calls) * options.tokens_per_call)
-    cache, rows = cache_after_decoding(job, plan, spare)
+    cache, rows = make_filled_cache(job, plan, spare)
     run: dict[str, Any] = {"mesh": f"{plan.mesh.shape[TP]}x{plan.mesh.shape[CP]}"}
     run |= {"placement": plan.layout.placement, "combine": plan.combine}
     run |= {"kernel": plan.kernel_for_model(job.config, options.page, options.dtype)}
     run |= {"cache_bytes": bytes_per_device(cache), "weight_bytes": bytes_per_device(weights)}
 
-    one, many = programs(job, plan, weights)
+    one, many = make_programs(job, plan, weights)
     run["compile_s"], run["temporary_bytes"] = compile_ahead(one, cache, rows)
     run["many_compile_s"], run["many_temporary_bytes"] = compile_ahead(many, cache, rows)
-    run["awaited_ms"], cache = awaited(one, cache, rows, options.steps)
+    run["awaited_ms"], cache = time_awaited(one, cache, rows, options.steps)
     run["queued_ms"] = None
     if options.platform != "cpu":
-        run["queued_ms"], cache = queued(one, cache, rows, options.steps)
-    call_ms, cache = awaited(many, cache, rows, calls)
+        run["queued_ms"], cache = time_queued(one, cache, rows, options.steps)
+    call_ms, cache = time_awaited(many, cache, rows, calls)
     run["many_ms"] = call_ms / options.tokens_per_call
-    return run | verdict(job, plan, weights, min(run[way] for way in WAYS if run[way] is not None))
+    best_ms = min(run[timing] for timing in TIMINGS if run[timing] is not None)
+    return run | compare_with_roofline(job, plan, weights, best_ms)
 
 
-def verdict(job: Job, plan: Plan, weights: Weights, best_ms: float) -> dict[str, float]:
+def compare_with_roofline(job: Job, plan: Plan, weights: Weights, best_ms: float) -> dict[str, float]:
     """Compare with the rooflines of an evenly sharded cache, as in the paper, and of the fullest rank."""
-    read, kvs = weight_bytes_read(job.config, job.options.rows, weights), kv_bytes_read(job.options, job.config, plan)
-    even_ms, fullest_ms = (1e3 * (kv + read) / job.bandwidth for kv in kvs)
+    weight_bytes = count_weight_bytes(job.config, job.options.rows, weights)
+    kv_bytes = count_kv_bytes(job.options, job.config, plan)
+    even_ms, fullest_ms = (1e3 * (kv + weight_bytes) / job.bandwidth for kv in kv_bytes)
     speed = 1e3 * job.options.rows / best_ms / plan.mesh.size
     rooflines = {"roofline_ms": even_ms, "roofline_of_fullest_ms": fullest_ms, "times_roofline": best_ms / even_ms}
     return {"best_ms": best_ms, "tokens_per_s_per_device": speed, **rooflines}
 
 
-def cache_after_decoding(job: Job, plan: Plan, spare: int) -> tuple[KVCache, Rows]:
+def make_filled_cache(job: Job, plan: Plan, spare: int) -> tuple[KVCache, Rows]:
     """Return a cache of random numbers as long as after prompt and decoding, with pages for `spare` more tokens."""
     options, config, length = job.options, job.config, job.options.context + job.options.decoded
     spec = CacheSpec.from_config(config, options.dtype)
     lens = ([options.context] * options.rows, [length + spare] * options.rows)
     cache, rows = make_cache(plan, spec, *lens, page=options.page)
-    pools, nest = jax.tree.flatten(cache)
-    pools = [filled(pool_AKWH, seed) for seed, pool_AKWH in enumerate(pools)]
-    return jax.tree.unflatten(nest, pools), rows._replace(length_B=per_row(plan, [length] * options.rows))
+    pools, structure = jax.tree.flatten(cache)
+    pools = [fill_with_noise(pool_AKWH, seed) for seed, pool_AKWH in enumerate(pools)]
+    return jax.tree.unflatten(structure, pools), rows._replace(length_B=per_row(plan, [length] * options.rows))
 
 
-def programs(job: Job, plan: Plan, weights: Weights) -> tuple[Program, Program]:
-    """A step, and a call of many that nothing ends."""
+def make_programs(job: Job, plan: Plan, weights: Weights) -> tuple[Program, Program]:
+    """Return the program of one step, and that of many steps, in which no row ends."""
     rows, where = job.options.rows, sharding(plan.mesh, REPLICATED)
     token_B = np.arange(rows) % job.config.vocab
-    new = {"tokens_BT": per_row(plan, token_B[:, None]), "count_B": per_row(plan, np.ones(rows)), "sampling": None}
+    count_B = per_row(plan, np.ones(rows))
+    arguments = {"tokens_BT": per_row(plan, token_B[:, None]), "count_B": count_B, "sampling": None}
     no_stop_ids = jax.device_put(np.zeros(0, np.int32), where)
     inputs = DecodeInput(per_row(plan, token_B), per_row(plan, [2**31 - 1] * rows), no_stop_ids)
-    given = (job.config, plan, job.options.tokens_per_call, weights)
-    return partial(step, job.config, plan, weights, **new), partial(many_steps, *given, inputs=inputs, sampling=None)
+    one = partial(step, job.config, plan, weights, **arguments)
+    tokens = job.options.tokens_per_call
+    return one, partial(many_steps, job.config, plan, tokens, weights, inputs=inputs, sampling=None)
 
 
 def compile_ahead(program: Any, cache: KVCache, rows: Rows) -> tuple[float, int | None]:
-    """Seconds that it took, and bytes that it needs beside its arguments. A call finds it compiled."""
-    began = time.perf_counter()
+    """Compile a program, so that its calls do not. Return the seconds, and the bytes of temporary arrays if known."""
+    start = time.perf_counter()
     compiled = program.func.lower(*program.args, cache, rows, **program.keywords).compile()
-    seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
+    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
     return seconds, memory.temp_size_in_bytes if memory else None
 
 
-def awaited(program: Program, cache: KVCache, rows: Rows, calls: int) -> tuple[float, KVCache]:
-    """The median ms of a call, each waited for; and the cache."""
-    cache, seconds = warmed(program, cache, rows), []
+def time_awaited(program: Program, cache: KVCache, rows: Rows, calls: int) -> tuple[float, KVCache]:
+    """Time calls with a wait after each. Return the median ms, and the cache."""
+    cache, seconds = warm_up(program, cache, rows), []
     for _ in range(calls):
-        began = time.perf_counter()
+        start = time.perf_counter()
         cache, rows = jax.block_until_ready(program(cache, rows))[2:]
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return 1e3 * median(seconds), cache
 
 
-def queued(program: Program, cache: KVCache, rows: Rows, calls: int) -> tuple[float, KVCache]:
-    """The mean ms of a call, all waited for at the end; and the cache."""
-    cache = warmed(program, cache, rows)
-    began = time.perf_counter()
+def time_queued(program: Program, cache: KVCache, rows: Rows, calls: int) -> tuple[float, KVCache]:
+    """Time calls with a wait after the last. Return the mean ms, and the cache."""
+    cache = warm_up(program, cache, rows)
+    start = time.perf_counter()
     for _ in range(calls):
         cache, rows = program(cache, rows)[2:]
     jax.block_until_ready((cache, rows))
-    return 1e3 * (time.perf_counter() - began) / calls, cache
+    return 1e3 * (time.perf_counter() - start) / calls, cache
 
 
-def warmed(program: Program, cache: KVCache, rows: Rows) -> KVCache:
-    """What is written here is written again, as `rows` stay where they are."""
+def warm_up(program: Program, cache: KVCache, rows: Rows) -> KVCache:
+    """Run a program. The timed calls overwrite what it writes to the cache, because `rows` do not advance."""
     for _ in range(WARM_UP):
         cache = jax.block_until_ready(program(cache, rows)).cache
     return cache
 
 
-def table_of(found: dict[str, Any]) -> Table:
-    model = f"{found['config']}, {found['layers']} layers, {found['dtype']}"
-    cached = f"{found['rows']} rows of {found['context']} + {found['decoded']} tokens"
-    title = f"{model}; {cached}; {found['device']}, {found['bandwidth_bytes_per_s'] / 1e9:.4g} GB/s"
-    words = ("mesh", "placement", "combine", "kernel")
-    numbers = {name: (f"{way}\nms", 1) for name, way in WAYS.items()} | {
+def make_table(report: dict[str, Any]) -> Table:
+    """Return the numbers of every run."""
+    model = f"{report['config']}, {report['layers']} layers, {report['dtype']}"
+    cached = f"{report['rows']} rows of {report['context']} + {report['decoded']} tokens"
+    title = f"{model}; {cached}; {report['device']}, {report['bandwidth_bytes_per_s'] / 1e9:.4g} GB/s"
+    settings = ("mesh", "placement", "combine", "kernel")
+    numbers = {name: (f"{timing}\nms", 1) for name, timing in TIMINGS.items()} | {
         "tokens_per_s_per_device": ("tokens/s\n/device", 1),
         "roofline_ms": ("roofline\nms", 1),
         "times_roofline": ("times\nroofline", 1),
@@ -252,24 +277,27 @@ def table_of(found: dict[str, Any]) -> Table:
         "temporary_bytes": ("temporary\nGB", 1e9),
         "compile_s": ("compile\ns", 1),
     }
-    table = Table(*words, *(head for head, _ in numbers.values()), title=title, title_justify="left")
-    for run in found["runs"]:
+    headings = (heading for heading, _ in numbers.values())
+    table = Table(*settings, *headings, title=title, title_justify="left")
+    for run in report["runs"]:
         cells = ("-" if run[name] is None else f"{run[name] / unit:.4g}" for name, (_, unit) in numbers.items())
-        table.add_row(*(run[name] for name in words), *cells)
+        table.add_row(*(run[name] for name in settings), *cells)
     return table
 
 
-def draw(figure: Any, file: Path, found: dict[str, Any]) -> None:
-    """Bars of ms per token of each run, and the roofline across them."""
-    runs = found["runs"]
-    ways = [way for way in WAYS if runs[0][way] is not None]
+def draw(figure: Any, file: Path, report: dict[str, Any]) -> None:
+    """Draw the ms per token of each run as bars, and its roofline as a line."""
+    runs = report["runs"]
+    timings = [timing for timing in TIMINGS if runs[0][timing] is not None]
     figure.set_size_inches(3 + len(runs), 4)
-    axes, at_X, width = figure.subplots(), np.arange(len(runs)), 0.8 / len(ways)
-    for index, way in enumerate(ways):
-        axes.bar(at_X - 0.4 + index * width, [run[way] for run in runs], width, align="edge", label=WAYS[way])
-    axes.hlines([run["roofline_ms"] for run in runs], at_X - 0.4, at_X + 0.4, color="black", label="roofline")
-    axes.set_xticks(at_X, ["\n".join((run["mesh"], run["placement"], run["combine"])) for run in runs])
-    axes.set(ylabel="ms per token", title=f"{found['config']}, {found['layers']} layers, {found['device']}")
+    axes, center_X, width = figure.subplots(), np.arange(len(runs)), 0.8 / len(timings)
+    for index, timing in enumerate(timings):
+        left_X, heights = center_X - 0.4 + index * width, [run[timing] for run in runs]
+        axes.bar(left_X, heights, width, align="edge", label=TIMINGS[timing])
+    rooflines = [run["roofline_ms"] for run in runs]
+    axes.hlines(rooflines, center_X - 0.4, center_X + 0.4, color="black", label="roofline")
+    axes.set_xticks(center_X, ["\n".join((run["mesh"], run["placement"], run["combine"])) for run in runs])
+    axes.set(ylabel="ms per token", title=f"{report['config']}, {report['layers']} layers, {report['device']}")
     axes.legend(fontsize="small")
     figure.savefig(file, dpi=120)
 

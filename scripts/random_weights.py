@@ -1,8 +1,7 @@
-"""Weights and caches of random numbers, made where they lie: a step takes its usual time over them."""
+"""Creates random weights and caches on the devices of a mesh. A step takes as long with them as with real ones."""
 
 from collections.abc import Callable
-from functools import cache as cached
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -20,44 +19,57 @@ from helix_jax.models.transformer import Transformer, Weights
 WEIGHT_SCALE = 0.02
 
 
-def random_weights(config: ModelConfig, mesh: Mesh, dtype: DTypeLike) -> Weights:
-    """Made where they lie, one by one. The padding is random too, which takes no other time."""
+def make_random_weights(config: ModelConfig, mesh: Mesh, dtype: DTypeLike) -> Weights:
+    """Create the weights of a model, one parameter at a time, each with its sharding.
+
+    The padding is random too, which does not change the time of a step.
+
+    Args:
+        config: The model.
+        mesh: The mesh that decodes.
+        dtype: The type of the weights. A few parameters are float32 nevertheless.
+    """
     padded = nnx.to_flat_state(nnx.state(Transformer(config, devices=mesh.size, rngs=None), nnx.Param))
-    made = []
+    weights = []
     for seed, (path, parameter) in enumerate(padded):
-        make = maker(str(path[-1]), parameter.shape, parameter_dtype(path, dtype), weight_sharding(mesh, str(path[-1])))
-        made.append((path, make(seed)))
-    return nnx.to_pure_dict(nnx.from_flat_state(made))
+        name = str(path[-1])
+        draw = compile_draw(name, parameter.shape, parameter_dtype(path, dtype), weight_sharding(mesh, name))
+        weights.append((path, draw(seed)))
+    return nnx.to_pure_dict(nnx.from_flat_state(weights))
 
 
-@cached  # of all layers one compilation
-def maker(name: str, shape: tuple[int, ...], dtype: DTypeLike, where: Sharding) -> Callable[[int], Array]:
-    def make(seed: Array) -> Array:
-        return jnp.ones(shape, dtype) if "norm" in name else noise(shape, dtype, seed, WEIGHT_SCALE)
+@cache  # the layers share one compilation
+def compile_draw(name: str, shape: tuple[int, ...], dtype: DTypeLike, where: Sharding) -> Callable[[int], Array]:
+    """Return a jitted function that creates a parameter from a seed. Norms are ones."""
 
-    return jax.jit(make, out_shardings=where)
+    def draw(seed: Array) -> Array:
+        return jnp.ones(shape, dtype) if "norm" in name else make_noise(shape, dtype, seed, WEIGHT_SCALE)
+
+    return jax.jit(draw, out_shardings=where)
 
 
 @partial(jax.jit, donate_argnums=0)
-def filled(zeros_AKWH: Array, seed: Array | int) -> Array:
-    return zeros_AKWH + noise(zeros_AKWH.shape, zeros_AKWH.dtype, seed)
+def fill_with_noise(zeros_AKWH: Array, seed: Array | int) -> Array:
+    """Replace an array of zeros by random numbers, in place."""
+    return zeros_AKWH + make_noise(zeros_AKWH.shape, zeros_AKWH.dtype, seed)
 
 
-def noise(shape: tuple[int, ...], dtype: DTypeLike, seed: Array | int, scale: float = 1.0) -> Array:
-    """Numbers of mean 0 and standard deviation `scale`, each a hash of where it stands.
+def make_noise(shape: tuple[int, ...], dtype: DTypeLike, seed: Array | int, scale: float = 1.0) -> Array:
+    """Compute numbers of mean 0 and standard deviation `scale`, each a hash of its index.
 
-    It is all one loop: each device writes its part and needs no room beside it. The bits of jax.random are arrays.
+    XLA fuses this into one loop, in which each device writes its shard without temporary memory. The random bits of
+    jax.random would be arrays of their own.
     """
     bits = jnp.asarray(seed, jnp.uint32)
     for axis in range(len(shape)):
-        own = [size if at == axis else 1 for at, size in enumerate(shape)]
-        bits = mixed(bits + lax.broadcasted_iota(jnp.uint32, own, axis) * np.uint32(0x9E3779B9))
+        along_axis = [size if index == axis else 1 for index, size in enumerate(shape)]
+        bits = mix_bits(bits + lax.broadcasted_iota(jnp.uint32, along_axis, axis) * np.uint32(0x9E3779B9))
     uniform = lax.bitcast_convert_type(bits, jnp.int32).astype(jnp.float32) * 2.0**-31
     return (3**0.5 * scale * uniform).astype(dtype)
 
 
-def mixed(bits: Array) -> Array:
-    """The last step of MurmurHash3: each bit comes to depend on all."""
+def mix_bits(bits: Array) -> Array:
+    """Apply the last step of MurmurHash3, after which each bit depends on all bits of the input."""
     bits = (bits ^ (bits >> 16)) * np.uint32(0x85EBCA6B)
     bits = (bits ^ (bits >> 13)) * np.uint32(0xC2B2AE35)
     return bits ^ (bits >> 16)
