@@ -18,7 +18,7 @@ from helix_jax.engine import Engine, FinishedEvent, RequestOutput, SamplingParam
 from tests.conftest import ROOT
 from tests.test_cli import ENVIRONMENT, HELIX, assert_bad_input, call
 
-SMALL = ("--cp", 2, "--platform", "cpu", "--rows", 2, "--max-len", 256, "--prefill-chunk", 32)
+SMALL = ("--cp", 2, "--platform", "cpu", "--rows", 2, "--max-len", 256, "--prefill-chunk", 4)
 TEXT = "And it came to pass"
 
 
