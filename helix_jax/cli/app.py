@@ -10,7 +10,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from functools import partial
+from typing import Any, NoReturn
 
 import jax
 
@@ -110,11 +111,19 @@ def _sigint_handler(handler: Callable[..., NoReturn]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield
         return
-    previous = signal.signal(signal.SIGINT, handler)
+    previous, previous_hook = signal.signal(signal.SIGINT, handler), sys.unraisablehook
+    sys.unraisablehook = partial(_report_unraisable, previous_hook)
     try:
         yield
     finally:
+        sys.unraisablehook = previous_hook
         signal.signal(signal.SIGINT, previous)
+
+
+def _report_unraisable(report: Callable[[Any], None], unraisable: Any) -> None:
+    """Report an exception that Python swallowed, except an interrupt: the end of the command reports that."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        report(unraisable)
 
 
 def _describe(error: Exception) -> str:
