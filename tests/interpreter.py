@@ -1,7 +1,7 @@
-"""Runs Mosaic's kernels on a CPU: JAX's interpreters have threads or cores, barriers and memories, and find races.
+"""Runs the Mosaic kernels on a CPU in JAX's interpreters, which simulate threads, cores and barriers and find races.
 
-Two things that the one for GPUs does not know are put in its words here: a matrix product whose left side lies in
-registers, and an accumulator that starts from a value.
+The GPU interpreter lacks two features, which are emulated here: a matrix product whose left operand is in registers,
+and an accumulator with an initial value.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,11 +20,11 @@ from helix_jax.kernels import mosaic_gpu, tpu
 from helix_jax.kernels.mosaic_gpu import memory
 from helix_jax.kernels.tpu import work
 
-AVAILABLE = jax.__version_info__ >= (0, 12)  # for GPUs: before it, there is none, or one that knows too little
+AVAILABLE = jax.__version_info__ >= (0, 12)  # the GPU interpreter of earlier versions is absent or incomplete
 
 
 class _Sum:
-    """Stands for accumulators that start from a value."""
+    """Emulates an accumulator with an initial value."""
 
     def __init__(self, value: jax.Array) -> None:
         self.value = value
@@ -49,7 +49,7 @@ def _run_state(body: Callable[..., None]) -> Callable[..., Any]:
 def _wgmma(accumulator: Any, a: Any, b: Any) -> None:
     if isinstance(accumulator, _Sum):
         accumulator.value += jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-        plgpu.commit_smem()  # the matrix unit reads as the copies write; an ordinary read does not
+        plgpu.commit_smem()  # an ordinary read is not ordered after asynchronous copies, as wgmma is
     else:
         _REAL_WGMMA(accumulator, a, b)
 
@@ -63,7 +63,7 @@ _REAL_WGMMA = plgpu.wgmma
 
 @contextmanager
 def interpreted(monkeypatch: pytest.MonkeyPatch, processors: int) -> Iterator[None]:
-    """Kernels that are traced in here run on the CPU, as on a GPU of so many processors; a race raises."""
+    """Run GPU kernels traced in this context in the interpreter, with so many processors. A race raises an error."""
     with monkeypatch.context() as patch:
         patch.setattr(plgpu, "wgmma", _wgmma)
         patch.setattr(pl, "run_state", _run_state)
@@ -77,9 +77,9 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, processors: int) -> Iterator[No
 
 @contextmanager
 def interpreted_on_tpu(monkeypatch: pytest.MonkeyPatch, cores: int) -> Iterator[None]:
-    """Kernels that are traced in here run on the CPU, as on a TPU of so many cores, in tiles and blocks that are small.
+    """Run the TPU kernels traced in this context in the interpreter, on `cores` cores, with small tiles and blocks.
 
-    What was not written is NaN, and a race an error. All results must be looked at in here.
+    Uninitialised memory is NaN, and a race is an error. Read all results before the context ends.
     """
     shared = {"detect_races": True, "uninitialized_memory": "nan", "random_seed": 0}
     with monkeypatch.context() as patch:

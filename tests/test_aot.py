@@ -1,4 +1,4 @@
-"""Programs for TPUs that are not there: what libtpu compiles holds what arithmetic says, and no collective more."""
+"""Programs compiled ahead of time for absent TPUs: memory, collectives, and in-place access to the cache."""
 
 import importlib.util
 import json
@@ -40,7 +40,7 @@ def aot(*options: object) -> subprocess.CompletedProcess:
 
 @with_libtpu
 @pytest.mark.timeout(600)
-def test_a_decode_step_for_four_chips_holds_its_shares_and_keeps_its_promises(tmp_path: Path):
+def test_a_decode_step_for_four_chips_has_the_computed_memory_and_the_documented_collectives(tmp_path: Path):
     layers, tokens, rows, chips = 1, 65536, 2, 4
     done = aot(
         "--layers", layers, "--tokens", tokens, "--rows", rows, "--topology", "v5e:2x2", "--json", tmp_path / "a"
@@ -55,7 +55,7 @@ def test_a_decode_step_for_four_chips_holds_its_shares_and_keeps_its_promises(tm
     assert abs(run["weight_bytes"] / weights - 1) < 0.01
     assert run["argument_bytes"] <= 1.01 * (run["cache_bytes"] + run["weight_bytes"])
     assert run["alias_bytes"] >= run["cache_bytes"]
-    # With one rank of cp no partials meet; the embedding, two projections of a layer, and the logits.
+    # One cp rank needs no combine: the embedding, two projections per layer, and the logits remain.
     assert sum(run["collectives"].values()) == 2 * layers + 2
 
 
@@ -69,7 +69,7 @@ def test_a_decode_step_for_four_chips_holds_its_shares_and_keeps_its_promises(tm
         (["--config", "none.toml"], "none.toml"),
     ],
 )
-def test_what_cannot_be_compiled_for_is_one_line_and_exit_2(options, message: str):
+def test_bad_options_are_reported_in_one_line_with_exit_code_2(options, message: str):
     done = aot("--topology", "v5e:2x2", *options)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1, done.stderr
@@ -93,15 +93,15 @@ SHAPES = {  # B, T, N, K, H, W, type
 @cache
 def chips(generation: str) -> list:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")  # else libtpu asks the network for it
+        patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")  # otherwise libtpu queries the network
         patch.setenv("TPU_ACCELERATOR_TYPE", generation)
-        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened: others may compile too
+        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened, so several processes may compile
         return list(topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[generation]).devices)
 
 
 @pytest.fixture
 def uncached() -> Iterator[None]:
-    """What was compiled for chips that are not there is kept by JAX, but cannot be read again."""
+    """Disable the compilation cache: JAX stores programs for absent chips, but cannot load them again."""
     jax.config.update("jax_enable_compilation_cache", False)
     reset_cache()
     yield
@@ -109,8 +109,8 @@ def uncached() -> Iterator[None]:
     reset_cache()
 
 
-def computed(text: str, shape: tuple[int, ...]) -> set[str]:
-    """The operations of a compiled program that give an array of that shape, but for views."""
+def operations_of_shape(text: str, shape: tuple[int, ...]) -> set[str]:
+    """Return the operations of a compiled program, except views, whose result has this shape."""
     found = re.findall(rf"= \w+\[{','.join(map(str, shape))}\]\S* ([\w-]+)\(", text)
     return set(found) - {"parameter", "bitcast", "get-tuple-element"}
 
@@ -122,32 +122,32 @@ def computed(text: str, shape: tuple[int, ...]) -> set[str]:
 def test_the_kernel_compiles_and_reads_the_cache_in_place(name: str, generation: str):
     pool, text = compiled_kernel(generation, *SHAPES[name])
     assert text.count('custom_call_target="tpu_custom_call"') == 1
-    assert not computed(text, pool)
+    assert not operations_of_shape(text, pool)
 
 
 def compiled_kernel(
     generation: str, B: int, T: int, N: int, K: int, H: int, W: int, dtype: str
 ) -> tuple[tuple[int, ...], str]:
-    """The shape of its pools, and the program."""
+    """Compile the kernel for one chip. Return the shape of its pools and the text of the program."""
     M, latent = 2**12 // W, H == 640
     A = B * M + 41
-    like = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(chips(generation)[0]))
-    pool, ints = like((A, K, W, H), dtype), partial(like, dtype=jnp.int32)
+    abstract = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(chips(generation)[0]))
+    pool, ints = abstract((A, K, W, H), dtype), partial(abstract, dtype=jnp.int32)
     run = partial(backend_attend("tpu"), scale=0.1, v_width=512 if latent else None)
-    arguments = like((B, T, N, H), dtype), pool, None if latent else pool, ints((B, M)), ints((B, T)), ints((B, T))
+    arguments = abstract((B, T, N, H), dtype), pool, None if latent else pool, ints((B, M)), ints((B, T)), ints((B, T))
     return pool.shape, jax.jit(run).lower(*arguments).compile().as_text()
 
 
 @with_libtpu
 @pytest.mark.usefixtures("uncached")
-def test_narrow_heads_which_the_kernel_refuses_would_have_their_cache_copied(monkeypatch):
-    """Why it does, and what shows that the test above can fail."""
+def test_narrow_heads_are_rejected_because_their_cache_would_be_copied(monkeypatch):
+    """Negative control of the test above."""
     monkeypatch.setattr(tpu, "check_arrays", lambda *_: None)
     pool, text = compiled_kernel("v5e", 4, 1, 32, 8, 64, 64, "bfloat16")
-    assert "copy" in computed(text, pool)
+    assert "copy" in operations_of_shape(text, pool)
 
 
-def stepping(kind: str) -> ModelConfig:
+def small_config(kind: str) -> ModelConfig:
     shape = {"layers": 2, "width": 256, "heads": 16, "ff_width": 512, "vocab": 512, "max_positions": 4096}
     if kind == "latent":
         latent = Latent(width=512, rope_width=64, nope_width=128, value_width=128)
@@ -161,10 +161,10 @@ def stepping(kind: str) -> ModelConfig:
     ("kind", "T", "generation", "tp", "cp"),
     [("128", 1, "v5e", 2, 2), ("128", 16, "v6e", 2, 4), ("64", 1, "v6e", 4, 2), ("latent", 1, "v6e", 2, 4)],
 )
-def test_a_step_over_a_mesh_has_the_kernel_in_every_layer_and_moves_no_cache(
+def test_a_step_on_a_mesh_calls_the_kernel_in_every_layer_and_copies_no_cache(
     kind: str, T: int, generation: str, tp: int, cp: int
 ):
-    config = stepping(kind)
+    config = small_config(kind)
     plan = Plan(make_mesh(tp, cp, devices=chips(generation)), 16)
     assert plan.kernel_for_model(config, 64, jnp.bfloat16) == "tpu"
     arguments = abstract_arguments(config, plan, rows=2, slots=2**16, T=T, page=64, dtype=jnp.bfloat16)
@@ -174,7 +174,7 @@ def test_a_step_over_a_mesh_has_the_kernel_in_every_layer_and_moves_no_cache(
     assert share[-1] % 128 == 0
     cache_bytes = bytes_per_device(arguments[3])
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == config.layers
-    assert computed(compiled.as_text(), share) <= {"scatter", "fusion"}  # of what is appended
+    assert operations_of_shape(compiled.as_text(), share) <= {"scatter", "fusion"}  # of the append
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes / 50

@@ -1,4 +1,4 @@
-"""The kernels: how work is dealt, that they lower for their machine without one, and there what they compute."""
+"""The attention kernels: scheduling, which kernel is chosen, lowering without the device, and results on it."""
 
 import re
 from functools import partial
@@ -49,14 +49,14 @@ BLACKWELL = SimpleNamespace(platform="gpu", device_kind="NVIDIA B200", compute_c
 TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
 CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
 GROUPED = PageFormat(width=128, page=64, dtype=jnp.bfloat16)
-TWINS = KERNELS[2:]
+DEVICE_KERNELS = KERNELS[2:]
 
 
-# The work
+# Scheduling
 
 
-def walked(work: Work, lo_BT, hi_BT):
-    """What each stream does, its segments in order; and the parts that the merge takes for each segment."""
+def simulate_streams(work: Work, lo_BT, hi_BT):
+    """Return the segments of each stream in order, and for each job and head the parts that the merge reads."""
     plan = make_schedule(work, jnp.asarray(lo_BT, jnp.int32), jnp.asarray(hi_BT, jnp.int32))
     streams = [[] for _ in range(work.streams)]
     with jax.disable_jit():
@@ -72,8 +72,8 @@ def walked(work: Work, lo_BT, hi_BT):
 
 @settings(max_examples=6, deadline=None)
 @given(st.data())
-def test_every_tile_is_walked_once_by_streams_of_equal_length(data):
-    """And every part is where the merge looks for it, and nothing else is; tiles without a mask are seen whole."""
+def test_every_tile_is_visited_once_by_streams_of_equal_length(data):
+    """The merge reads exactly the parts that were written, and tiles that skip the mask are visible completely."""
     B, T = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
     group, heads, members = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
     work = Work(B, heads, T * group, members, tile=8, streams=data.draw(st.integers(1, 9)))
@@ -81,7 +81,7 @@ def test_every_tile_is_walked_once_by_streams_of_equal_length(data):
     lo_BT, hi_BT = np.sort([data.draw(bounds), data.draw(bounds)], axis=0).reshape(2, B, T)
     idle_B = np.array(data.draw(st.lists(st.booleans(), min_size=B, max_size=B)))
     hi_BT = np.where(idle_B[:, None], 0, hi_BT)
-    streams, taken = walked(work, lo_BT, hi_BT)
+    streams, taken = simulate_streams(work, lo_BT, hi_BT)
 
     expected, by_query = {}, []  # job, head -> tiles
     for job in range(work.jobs):
@@ -107,12 +107,12 @@ def test_every_tile_is_walked_once_by_streams_of_equal_length(data):
     assert len(set(numbers)) == len(numbers)
     assert max(numbers, default=0) < work.parts
     lengths = [sum(s.end - s.begin for s in segments) for segments in streams]
-    assert max(lengths) == -(-sum(map(len, expected.values())) // work.streams)  # lanes are of one length
+    assert max(lengths) == -(-sum(map(len, expected.values())) // work.streams)  # an equal share
 
 
 @pytest.mark.parametrize("rows", [1, 9, 80, 600])
 def test_a_stream_finds_its_first_job_among_many(rows: int):
-    """Empty jobs among them, and more than are summed by themselves."""
+    """Some jobs are empty, and the largest count exceeds one segment of the prefix sum."""
     random = np.random.default_rng(rows)
     hi_B1 = random.integers(0, 5, (rows, 1)) * 8 * random.integers(0, 2, (rows, 1))
     work = Work(rows, heads=3, queries=4, members=1, tile=8, streams=7)
@@ -124,10 +124,10 @@ def test_a_stream_finds_its_first_job_among_many(rows: int):
     np.testing.assert_array_equal(plan.starts_SX[:, 2:], plan.jobs_P8[plan.starts_SX[:, 1]])
 
 
-# The choice
+# Which kernel is chosen
 
 
-def test_auto_takes_the_kernel_where_it_runs():
+def test_auto_selects_the_kernel_of_the_device_if_it_supports_the_pages():
     recent = jax.__version_info__ >= (0, 11)
     assert choose_backend("auto", HOPPER, GROUPED) == ("mosaic_gpu" if recent else "xla")
     assert choose_backend("auto", HOPPER, PageFormat(576, 64, jnp.bfloat16, 512)) == ("mosaic_gpu" if recent else "xla")
@@ -148,7 +148,7 @@ def test_auto_takes_the_kernel_where_it_runs():
         (BLACKWELL, r"this is NVIDIA B200 \(10.0\): choose a Hopper GPU, or kernel auto or xla"),
     ],
 )
-def test_a_kernel_asked_for_on_another_device_is_refused(device, message: str, monkeypatch):
+def test_a_kernel_on_the_wrong_device_is_rejected(device, message: str, monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
     with pytest.raises(ValueError, match=message):
         check_device("mosaic_gpu", device)
@@ -181,12 +181,12 @@ def test_a_kernel_asked_for_on_another_device_is_refused(device, message: str, m
         ("tpu", {"width": 384, "v_width": 256}, "supports latents of 640 numbers, 512 of them values, not 384 and 256"),
     ],
 )
-def test_pages_that_the_kernel_cannot_read_are_refused(kernel: str, change, message: str):
+def test_unsupported_page_formats_are_rejected(kernel: str, change, message: str):
     with pytest.raises(ValueError, match=message):
         check_pages(kernel, GROUPED._replace(**change))
 
 
-def test_a_name_that_was_not_chosen_attends_to_nothing():
+def test_backend_attend_requires_a_resolved_kernel_name():
     with pytest.raises(ValueError, match="kernel is 'auto': choose one of xla, mosaic_gpu, tpu"):
         backend_attend("auto")
 
@@ -204,16 +204,16 @@ def test_a_name_that_was_not_chosen_attends_to_nothing():
         ({"k": (5, 2, 48, 128), "v": (5, 2, 48, 128)}, "not 48: choose 64"),
     ],
 )
-def test_arrays_that_do_not_go_together_are_refused(change, message: str):
+def test_inconsistent_arrays_are_rejected(change, message: str):
     shapes = {"q": (2, 1, 4, 128), "k": (5, 2, 64, 128), "v": (5, 2, 64, 128)} | change
     q, k, v = (None if shapes[x] is None else jax.ShapeDtypeStruct(shapes[x], jnp.bfloat16) for x in "qkv")
-    for check_them in (partial(check_arrays, "tpu"), partial(check_arrays, "mosaic_gpu")):
+    for check_shapes in (partial(check_arrays, "tpu"), partial(check_arrays, "mosaic_gpu")):
         with pytest.raises(ValueError, match=message):
-            jax.eval_shape(partial(check_them, v_width=None), q, k, v)
+            jax.eval_shape(partial(check_shapes, v_width=None), q, k, v)
 
 
-@pytest.mark.parametrize("kernel", TWINS)
-def test_a_derivative_is_refused(kernel: str):
+@pytest.mark.parametrize("kernel", DEVICE_KERNELS)
+def test_differentiating_a_kernel_is_rejected(kernel: str):
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     table, ints = jax.ShapeDtypeStruct((2, 2), jnp.int32), jax.ShapeDtypeStruct((2, 1), jnp.int32)
     pool = shape((5, 2, 64, 128))
@@ -225,7 +225,7 @@ def test_a_derivative_is_refused(kernel: str):
         jax.eval_shape(jax.grad(loss), shape((2, 1, 4, 128)), pool, pool, table, ints, ints)
 
 
-# The kernels' code, as far as it goes without their machine: for a GPU down to instructions
+# Lowering for a device that is absent
 
 
 def in_tiers(cases: dict, *slow: str) -> list:
@@ -250,7 +250,7 @@ LOWERED = {  # name: B, T, N, K, H, W, M
 
 
 @pytest.mark.parametrize("name", in_tiers(LOWERED, "groups of 16", "short pages", "one query per head", "wide heads"))
-def test_it_lowers_for_a_gpu_and_reads_the_cache_in_place(name: str):
+def test_the_gpu_kernel_lowers_and_reads_the_cache_in_place(name: str):
     B, T, N, K, H, W, M = LOWERED[name]
     A, latent = B * M + 41, H == 576
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
@@ -260,17 +260,17 @@ def test_it_lowers_for_a_gpu_and_reads_the_cache_in_place(name: str):
     text = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"custom_call @mosaic_gpu\w*\(", text)
     assert len(calls) == 2  # the parts, the merge
-    # Between the argument and the kernel the pool is viewed otherwise, never moved: nothing else gives as many numbers.
-    moved = [
+    # The pool may be reshaped on its way to the kernel, but no operation may copy it.
+    pool_sized = [
         line for line in text.splitlines() if re.search(rf"-> tensor<({A}x{K}x{W}x{H}|{A * K * W}x{H})xbf16>", line)
     ]
-    assert len(moved) == (1 if latent else 2)
-    assert all("stablehlo.reshape" in line for line in moved)
+    assert len(pool_sized) == (1 if latent else 2)
+    assert all("stablehlo.reshape" in line for line in pool_sized)
 
 
 @pytest.mark.parametrize("how", COMBINES)
 @pytest.mark.parametrize(("kernel", "platform"), [("mosaic_gpu", "cuda"), ("tpu", "tpu")])
-def test_the_island_lowers_with_the_kernel_in_it(kernel: str, platform: str, how: str, monkeypatch):
+def test_helix_attention_lowers_with_the_kernel_for_every_combine(kernel: str, platform: str, how: str, monkeypatch):
     monkeypatch.setattr(
         jax, "__version_info__", (0, 11, 0)
     )  # it lowers with earlier ones too; it has not been run there
@@ -290,7 +290,7 @@ def test_the_island_lowers_with_the_kernel_in_it(kernel: str, platform: str, how
     ).as_text()
 
 
-# What they compute: interpreted on a CPU, and on their machine
+# Results, in an interpreter on the CPU and on the device
 
 
 def case(
@@ -303,7 +303,7 @@ def case(
     window: int | None = None,
     dtype: DTypeLike = jnp.bfloat16,
 ):
-    """Return arguments, options and expected results for rows of these lengths. What no query sees is NaN."""
+    """Return arguments, options and expected results for rows of these lengths. Slots that no query sees are NaN."""
     random = np.random.default_rng(0)
     B, M = len(lengths), -(-max(lengths) // W) + 1
     A, latent = B * M + 3, H in (576, 640)
@@ -311,7 +311,7 @@ def case(
     hi_BT = np.maximum(np.array(lengths)[:, None] - T + 1 + np.arange(T), 0) * (np.array(lengths)[:, None] > 0)
     lo_BT = np.maximum(hi_BT - window, 0) if window else np.zeros_like(hi_BT)
     keys_BSKH, values_BSKH = random.normal(size=(2, B, M * W, K, H))
-    keys_BSKH[..., 0] += np.linspace(-3, 3, M * W)[:, None]  # so that it matters what is seen
+    keys_BSKH[..., 0] += np.linspace(-3, 3, M * W)[:, None]  # so that results depend on the visible slots
     slot = np.arange(M * W)
     seen_BTS = (lo_BT[..., None] <= slot) & (slot < hi_BT[..., None])
     pools = np.full((2, A, K, W, H), np.nan)
@@ -331,7 +331,7 @@ def case(
     return [q_BTNH, pools[0], None if latent else pools[1], *ints], options, expected
 
 
-INTERPRETED = {  # the same, for a GPU of three processors: T, N, K, H, W, lengths, window
+INTERPRETED = {  # name: arguments of `case`, for a GPU of three processors
     "grouped": (1, 6, 2, 128, 64, [200, 0, 77]),
     "many tiles": (1, 4, 1, 64, 64, [1500, 130]),
     "many rows": (1, 4, 1, 64, 64, [*range(60, 77), 0, 5]),
@@ -345,7 +345,7 @@ INTERPRETED = {  # the same, for a GPU of three processors: T, N, K, H, W, lengt
 
 @interpretable
 @pytest.mark.parametrize("name", INTERPRETED)
-def test_the_kernel_interpreted_equals_float64_softmax_without_a_race(name: str, monkeypatch):
+def test_the_interpreted_gpu_kernel_equals_float64_softmax_without_a_race(name: str, monkeypatch):
     arguments, options, expected = case(*INTERPRETED[name])
     with interpreter.interpreted(monkeypatch, processors=3):
         check(backend_attend("mosaic_gpu")(*arguments, **options), *expected)
@@ -353,7 +353,7 @@ def test_the_kernel_interpreted_equals_float64_softmax_without_a_race(name: str,
 
 @interpretable
 @pytest.mark.parametrize("name", ["grouped", "latent"])
-def test_rows_that_are_all_idle_give_empty_partials(name: str, monkeypatch):
+def test_idle_rows_give_empty_partials(name: str, monkeypatch):
     (q, k, v, table_BM, _, hi_BT), options, _ = case(*INTERPRETED[name])
     with interpreter.interpreted(monkeypatch, processors=2):
         found = backend_attend("mosaic_gpu")(q, k, v, table_BM, hi_BT, jnp.zeros_like(hi_BT), **options)
@@ -362,8 +362,8 @@ def test_rows_that_are_all_idle_give_empty_partials(name: str, monkeypatch):
 
 
 @interpretable
-def test_a_query_that_sees_nothing_may_be_nan(monkeypatch):
-    """An idle token beside one that asks: its own partial is empty, and the other's is untouched."""
+def test_the_query_of_an_idle_token_may_be_nan(monkeypatch):
+    """Its partial is empty, and that of the other token in the row does not change."""
     (q, *arguments, hi_BT), options, (o_BTNH, lse_BTN) = case(2, 4, 2, 128, 64, [200, 77])
     q, hi_BT = q.at[0, 1].set(jnp.nan), hi_BT.at[0, 1].set(0)
     o_BTNH[0, 1], lse_BTN[0, 1] = 0, -np.inf
@@ -371,7 +371,7 @@ def test_a_query_that_sees_nothing_may_be_nan(monkeypatch):
         check(backend_attend("mosaic_gpu")(q, *arguments, hi_BT, **options), o_BTNH, lse_BTN)
 
 
-ON_TPU = {  # the same, for a TPU of so many cores
+ON_TPU = {  # name: number of cores, then the arguments of `case`
     "grouped": (2, 1, 6, 2, 128, 64, [200, 0, 77]),
     "groups of 16, short pages": (1, 1, 16, 1, 128, 16, [300, 5]),
     "one query per head, many blocks": (1, 1, 4, 4, 128, 64, [700, 0, 0, 130]),
@@ -381,13 +381,13 @@ ON_TPU = {  # the same, for a TPU of so many cores
     "long pages": (1, 3, 2, 1, 128, 256, [300, 1]),
     "float32": (1, 1, 4, 2, 128, 64, [300, 9], None, jnp.float32),
     "latent": (1, 2, 10, 1, 640, 64, [400, 0, 77]),
-    "latent, more queries than a tile takes": (1, 1, 80, 1, 640, 32, [200, 77]),
+    "latent, more queries than a tile holds": (1, 1, 80, 1, 640, 32, [200, 77]),
     "latent, a window": (1, 1, 16, 1, 640, 128, [700, 3], 150),
 }
 
 
 @pytest.mark.parametrize("name", in_tiers(ON_TPU, *list(ON_TPU)[1::3]))
-def test_the_kernel_for_tpus_interpreted_equals_float64_softmax_without_a_race(name: str, monkeypatch):
+def test_the_interpreted_tpu_kernel_equals_float64_softmax_without_a_race(name: str, monkeypatch):
     cores, *shape = ON_TPU[name]
     arguments, options, expected = case(*shape)
     with interpreter.interpreted_on_tpu(monkeypatch, cores):
@@ -397,8 +397,8 @@ def test_the_kernel_for_tpus_interpreted_equals_float64_softmax_without_a_race(n
         assert relative_error(found.o_BTNH, expected[0]) <= 1e-6
 
 
-def test_on_a_tpu_rows_that_are_all_idle_give_empty_partials_and_may_be_nan(monkeypatch):
-    """Entries of the table that lead nowhere are not followed; an idle token beside one that asks leaves it alone."""
+def test_on_a_tpu_idle_rows_give_empty_partials_and_may_be_nan(monkeypatch):
+    """Table entries of idle rows may be invalid, and an idle token does not change the other tokens of its row."""
     (q, *pools, table_BM, lo_BT, hi_BT), options, (o_BTNH, lse_BTN) = case(2, 4, 2, 128, 64, [200, 77])
     idle_BT = np.array([[False, True], [True, True]])
     q, hi_BT = jnp.where(idle_BT[..., None, None], jnp.nan, q), jnp.where(idle_BT, 0, hi_BT)
@@ -408,22 +408,22 @@ def test_on_a_tpu_rows_that_are_all_idle_give_empty_partials_and_may_be_nan(monk
         check(backend_attend("tpu")(q, *pools, table_BM, lo_BT, hi_BT, **options), o_BTNH, lse_BTN)
 
 
-def test_on_a_tpu_a_slot_that_is_seen_may_not_be_nan(monkeypatch):
-    """What shows that the tests above can fail."""
+def test_on_a_tpu_nan_in_a_visible_slot_reaches_the_output(monkeypatch):
+    """Negative control of the tests above."""
     (q, k, *arguments), options, _ = case(1, 2, 1, 128, 64, [140])
     k = k.at[arguments[1][0, 1], :, 7].set(jnp.nan)
     with interpreter.interpreted_on_tpu(monkeypatch, cores=1):
         assert np.isnan(backend_attend("tpu")(q, k, *arguments, **options).o_BTNH).all()
 
 
-def test_a_table_larger_than_a_tpus_scalar_memory_is_taken_in_parts(monkeypatch):
+def test_a_page_table_larger_than_scalar_memory_is_processed_in_parts(monkeypatch):
     arguments, options, expected = case(1, 2, 1, 128, 64, [100, 7, 0])
     monkeypatch.setattr(tpu, "_TABLE", 4)
     with interpreter.interpreted_on_tpu(monkeypatch, cores=1):
         check(backend_attend("tpu")(*arguments, **options), *expected)
 
 
-CASES = {
+CASES = {  # name: arguments of `case`
     "one query per head": (1, 2, 2, 128, 64, [1000, 77]),
     "groups of 3": (1, 6, 2, 128, 64, [2500, 1, 130]),
     "groups of 16": (1, 16, 1, 128, 64, [2500, 130]),
@@ -448,7 +448,7 @@ CASES = {
 
 
 def check(found: Partial, o_BTNH, lse_BTN):
-    """Within bfloat16's rounding of float64; empty queries exactly empty."""
+    """Assert that results are within bfloat16 rounding of float64, and that empty queries are exactly empty."""
     empty = np.isneginf(lse_BTN)
     np.testing.assert_array_equal(np.isneginf(found.lse_BTN), empty)
     assert (np.asarray(found.o_BTNH)[empty] == 0).all()
@@ -456,21 +456,21 @@ def check(found: Partial, o_BTNH, lse_BTN):
     np.testing.assert_allclose(np.asarray(found.lse_BTN)[~empty], lse_BTN[~empty], rtol=0, atol=1e-5)
 
 
-def on_its_machine(names: list[str]) -> list:
-    """Each kernel with the cases that it can read."""
-    there = {"mosaic_gpu": (pytest.mark.gpu, on_hopper), "tpu": on_tpu}
+def on_device(names: list[str]) -> list:
+    """Return each device kernel with the cases that it supports, marked to run on its device."""
+    marks = {"mosaic_gpu": (pytest.mark.gpu, on_hopper), "tpu": on_tpu}
     narrow = [name for name in names if CASES[name][3] == 64]
     return [
-        pytest.param(kernel, name, marks=there[kernel])
-        for kernel in TWINS
+        pytest.param(kernel, name, marks=marks[kernel])
+        for kernel in DEVICE_KERNELS
         for name in names
         if kernel != "tpu" or name not in narrow
     ]
 
 
-@pytest.mark.parametrize(("kernel", "name"), on_its_machine(list(CASES)))
+@pytest.mark.parametrize(("kernel", "name"), on_device(list(CASES)))
 def test_the_kernel_equals_float64_softmax(kernel: str, name: str):
-    """Twice the same bits; NaN wherever nothing is seen."""
+    """A second run returns the same bits. Slots that no query sees are NaN."""
     arguments, options, expected = case(*CASES[name])
     run = jax.jit(partial(backend_attend(kernel), **options))
     found, again = run(*arguments), run(*arguments)
@@ -480,9 +480,9 @@ def test_the_kernel_equals_float64_softmax(kernel: str, name: str):
     assert relative_error(found.o_BTNH, reference.o_BTNH) <= 4e-3
 
 
-@pytest.mark.parametrize(("kernel", "name"), on_its_machine(["groups of 3", "latent"]))
-def test_a_slot_that_is_seen_may_not_be_nan(kernel: str, name: str):
-    """What shows that the test above can fail."""
+@pytest.mark.parametrize(("kernel", "name"), on_device(["groups of 3", "latent"]))
+def test_nan_in_a_visible_slot_reaches_the_output(kernel: str, name: str):
+    """Negative control of the test above."""
     (q, k, v, table_BM, lo_BT, hi_BT), options, _ = case(*CASES[name])
     k = k.at[table_BM[0, 5], :, 7].set(jnp.nan)
     assert np.isnan(backend_attend(kernel)(q, k, v, table_BM, lo_BT, hi_BT, **options).o_BTNH).any()

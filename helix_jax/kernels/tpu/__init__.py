@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from helix_jax.attention import Partial
 from helix_jax.kernels import check_arrays
 from helix_jax.kernels.tpu.tile import attend_to_tile
-from helix_jax.kernels.tpu.work import Shape, shape_of, walk_of
+from helix_jax.kernels.tpu.work import Shape, make_shape, make_walk
 
 _VMEM_BYTES = 2**24  # all that there is before v5
 _TABLE = 2**17  # entries: half of the memory for scalars
@@ -76,7 +76,7 @@ def _attend(
         o, lse = zip(*(_attend(scale, v_width, *arguments) for arguments in rows), strict=True)
         return jnp.concat(o), jnp.concat(lse)
     pools = (k_AKWH,) if v_AKWH is None else (k_AKWH, v_AKWH)
-    shape = shape_of(K, Q, M, pools, v_width, scale)
+    shape = make_shape(K, Q, M, pools, v_width, scale)
     rest = -Q % (shape.tiles * shape.queries)
     q_BKQH = jnp.pad(q_BKQH, ((0, 0), (0, 0), (0, rest), (0, 0)))
     spans_BQ2 = jnp.repeat(jnp.stack([lo_BT, hi_BT], -1), Q // lo_BT.shape[1], axis=1)
@@ -94,7 +94,7 @@ def _call(
     shape: Shape, q_BKQH: Array, spans_BQ2: Array, pools: tuple[Array, ...], table_BM: Array
 ) -> tuple[Array, Array]:
     (B, K, Q, H), tiles, widths = q_BKQH.shape, shape.tiles, (shape.v_width, 1)
-    walk, block = walk_of(shape, spans_BQ2), (shape.heads, shape.queries)
+    walk, block = make_walk(shape, spans_BQ2), (shape.heads, shape.queries)
     # Else XLA copies a pool that fits into the vector memory whole, to have it near.
     pools = tuple(pltpu.with_memory_space_constraint(pool, pltpu.HBM) for pool in pools)
     arguments = table_BM.reshape(-1), *walk, q_BKQH, spans_BQ2, *pools

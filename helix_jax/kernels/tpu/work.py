@@ -69,25 +69,26 @@ class Shape:
         return self.pages * self.page
 
 
-def shape_of(K: int, Q: int, M: int, pools: tuple[Array, ...], v_width: int, scale: float) -> Shape:
+def make_shape(K: int, Q: int, M: int, pools: tuple[Array, ...], v_width: int, scale: float) -> Shape:
     *_, W, H = pools[0].shape
     tiles = -(-Q // _QUERIES)
-    queries = _up(-(-Q // tiles), 8 if tiles == 1 else 16)
-    slot_bytes, least = len(pools) * pools[0].dtype.itemsize * _up(H, _LANES), math.lcm(W, _LANES)
-    fitting = _BLOCK_BYTES // (slot_bytes * _up(_LEAST_SLOTS, least))
+    queries = _round_up(-(-Q // tiles), 8 if tiles == 1 else 16)
+    slot_bytes, least = len(pools) * pools[0].dtype.itemsize * _round_up(H, _LANES), math.lcm(W, _LANES)
+    fitting = _BLOCK_BYTES // (slot_bytes * _round_up(_LEAST_SLOTS, least))
     # Of an even number at most half: the two cores of a v5p share the blocks of heads.
     most = min(K if K % 2 else K // 2, _QUERIES // queries, fitting)
     heads = max(n for n in range(1, max(most, 1) + 1) if K % n == 0)
-    slots = min(_BLOCK_BYTES // (heads * slot_bytes), _SCORES // (heads * queries), _MOST_SLOTS, _up(M * W, least))
+    fitting = min(_BLOCK_BYTES // (heads * slot_bytes), _SCORES // (heads * queries))
+    slots = min(fitting, _MOST_SLOTS, _round_up(M * W, least))
     slots = max(slots // least, 1) * least
     return Shape(tiles, queries, heads, slots // W, W, v_width, M, scale)
 
 
-def _up(number: int, unit: int) -> int:
+def _round_up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
-def walk_of(shape: Shape, spans_BQ2: Array) -> Walk:
+def make_walk(shape: Shape, spans_BQ2: Array) -> Walk:
     """Compute what each tile sees. It is equal in all layers, so XLA computes it once per step."""
     lo_XQ, hi_XQ = jnp.moveaxis(spans_BQ2.reshape(-1, shape.queries, 2), -1, 0)
     live_XQ, far = hi_XQ > lo_XQ, shape.entries * shape.page
