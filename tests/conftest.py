@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = pathlib.Path(os.environ.get("HELIX_GOLDEN", ROOT / "tests" / "golden"))
 COMPILATION_CACHE = ROOT / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 if importlib.util.find_spec("beartype"):
     from jaxtyping import install_import_hook

@@ -29,7 +29,7 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.starts
 ENVIRONMENT |= {"JAX_PLATFORMS": "cpu"}  # on a machine with GPUs too
 ENVIRONMENT |= {
     "JAX_COMPILATION_CACHE_DIR": str(COMPILATION_CACHE),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
 }
 ENVIRONMENT |= FAST_COMPILATION
 HELIX = [sys.executable, "-m", "helix_jax"]

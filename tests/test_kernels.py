@@ -249,7 +249,9 @@ LOWERED = {  # name: B, T, N, K, H, W, M
 }
 
 
-@pytest.mark.parametrize("name", in_tiers(LOWERED, "groups of 16", "short pages", "one query per head", "wide heads"))
+@pytest.mark.parametrize(
+    "name", in_tiers(LOWERED, "groups of 16", "short pages", "long pages", "one query per head", "wide heads")
+)
 def test_the_gpu_kernel_lowers_and_reads_the_cache_in_place(name: str):
     B, T, N, K, H, W, M = LOWERED[name]
     A, latent = B * M + 41, H == 576

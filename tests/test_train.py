@@ -33,8 +33,8 @@ from tests.training_cases import (
     train_plan,
 )
 
-STEPS = {(2, 4, 1): 50, (2, 2, 2): 5}
-SLOW_MESHES = [(1, 2, 1), (1, 4, 1), (1, 8, 1), (2, 1, 1), (2, 2, 1)]
+FAST_CASES = [(2, 4, 1, 10), (2, 2, 2, 5)]  # tp, cp, dp, steps
+SLOW_CASES = [(2, 4, 1, 50), (1, 2, 1, 50), (1, 4, 1, 50), (1, 8, 1, 50), (2, 1, 1, 50), (2, 2, 1, 50)]
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +58,9 @@ def test_the_loss_is_the_cross_entropy_of_each_next_token_in_its_document():
 
 
 @pytest.mark.parametrize(
-    ("tp", "cp", "dp"), [*STEPS, *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in SLOW_MESHES)]
+    ("tp", "cp", "dp", "steps"), [*FAST_CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)]
 )
-def test_gradients_and_losses_equal_those_of_one_device(tp: int, cp: int, dp: int, one_device):
-    steps = STEPS.get((tp, cp, dp), 50)
+def test_gradients_and_losses_equal_those_of_one_device(tp: int, cp: int, dp: int, steps: int, one_device):
     losses, gradients = losses_and_gradients(train_plan(tp, cp, dp), tiny_model().weights(), packed_sequences(), steps)
     expected_losses, expected_gradients = one_device
     assert largest_error(gradients, expected_gradients) < 1e-5
@@ -122,13 +121,15 @@ def test_without_packing_a_gpu_uses_cudnn_and_has_the_same_gradients():
 
 
 def test_dropout_depends_on_seed_step_and_place():
-    def losses(plan):
-        return losses_and_gradients(plan, tiny_model().weights(), packed_sequences(), 2)[0]
+    config = dataclasses.replace(TINY, layers=1)
 
-    plan = train_plan(1, 2, dropout=0.5)
-    first = losses(plan)
-    assert first == losses(plan)
-    assert first != losses(train_plan(1, 2, dropout=0.5, seed=1))
+    def losses(**changes):
+        plan = train_plan(1, 2, model=config, dropout=0.5, **changes)
+        return losses_and_gradients(plan, tiny_model(config).weights(), packed_sequences(), 2)[0]
+
+    first = losses()
+    assert first == losses()
+    assert first != losses(seed=1)
     assert abs(first[0] - first[1]) > 1e-3  # the learning rate is still 0: only the masks differ
 
 
@@ -233,7 +234,8 @@ def test_fit_equals_the_steps_of_a_run_and_continues_from_a_state(one_device):
 
 
 def test_fit_takes_a_config_plain_arrays_another_optimizer_and_another_loss():
-    tokens, seen = np.random.default_rng(0).integers(0, TINY.vocab, (4, 65)), []
+    config, seen = dataclasses.replace(TINY, layers=1), []
+    tokens = np.random.default_rng(0).integers(0, config.vocab, (4, 65))
 
     def loss(logits_BSV, targets_BS, loss_mask_BS):
         nats = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, targets_BS)
@@ -243,11 +245,11 @@ def test_fit_takes_a_config_plain_arrays_another_optimizer_and_another_loss():
         seen.clear()
         optimizer = optax.sgd(0.1)
         fit(
-            TINY,
+            config,
             [tokens] * 3,
             optimizer,
             loss=loss,
-            plan=train_plan(*mesh, packed=False),
+            plan=train_plan(*mesh, model=config, packed=False),
             on_step=lambda step, metrics, state: seen.append(float(metrics.loss)),
         )
         return list(seen)
