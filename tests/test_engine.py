@@ -146,6 +146,7 @@ def test_outputs_of_other_families_do_not_change_when_pages_run_out(family: str,
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("placement", ["helix", "striped"])
 def test_outputs_of_many_long_requests_do_not_change_when_pages_run_out(model, make_engine, placement):
