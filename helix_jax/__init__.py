@@ -30,14 +30,14 @@ from helix_jax.checkpoint import DEMO_MODEL, load, save, shard
 from helix_jax.combine import COMBINES, combine
 from helix_jax.config import ModelConfig
 from helix_jax.engine import Engine, EngineStats, FinishedEvent, RequestOutput, SamplingParams, TokenEvent, transfer
-from helix_jax.generation import Compiled, Decoded, Prefilled, generate, stream
+from helix_jax.generation import generate, stream
 from helix_jax.helix import helix_attention
 from helix_jax.layout import PLACEMENTS, BlockLayout
 from helix_jax.mesh import make_mesh
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.sampling import Sampling, make_sampling
-from helix_jax.step import DecodeInput, MultiStepOutput, StepOutput, many_steps, step
+from helix_jax.step import DecodeOutput, DecodeState, StepOutput, decode, step
 from helix_jax.text import Detokenizer, Tokenizer, open_tokenizer
 from helix_jax.validation import MissingPackageError
 
@@ -49,9 +49,8 @@ __all__ = [
     "PLACEMENTS",
     "BlockLayout",
     "CacheSpec",
-    "Compiled",
-    "DecodeInput",
-    "Decoded",
+    "DecodeOutput",
+    "DecodeState",
     "Detokenizer",
     "Engine",
     "EngineStats",
@@ -59,11 +58,9 @@ __all__ = [
     "KVCache",
     "MissingPackageError",
     "ModelConfig",
-    "MultiStepOutput",
     "Pages",
     "Partial",
     "Plan",
-    "Prefilled",
     "RequestOutput",
     "Rows",
     "Sampling",
@@ -74,13 +71,13 @@ __all__ = [
     "Transformer",
     "attend",
     "combine",
+    "decode",
     "generate",
     "helix_attention",
     "load",
     "make_cache",
     "make_mesh",
     "make_sampling",
-    "many_steps",
     "merge",
     "open_tokenizer",
     "save",

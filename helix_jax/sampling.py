@@ -1,5 +1,6 @@
 """Sampling: from logits to tokens, each row with its own settings."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -189,3 +190,44 @@ def compute_logprobs(logits_BV: Float[Array, "B V"], token_B: Int[Array, "B"]) -
     chosen_B = jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=1)[:, 0]
     top_BC, ids_BC = lax.top_k(logprobs_BV, min(MAX_LOGPROBS, logits_BV.shape[1]))
     return Logprobs(chosen_B, top_BC, ids_BC)
+
+
+class RowSampling(NamedTuple):
+    """How each row chooses its next token.
+
+    Attributes:
+        sampling: The sampling settings.
+        penalty_B: The repetition penalty.
+        logprobs_B: Whether log-probabilities are requested.
+        seen_BV: The tokens that each row contains.
+    """
+
+    sampling: Sampling
+    penalty_B: Float[Array, "B"]
+    logprobs_B: Bool[Array, "B"]
+    seen_BV: Bool[Array, "B V"]
+
+
+def choose(
+    logits_BV: Float[Array, "B V"], rows: RowSampling | None, position_B: Int[Array, "B"], live_B: Bool[Array, "B"]
+) -> tuple[Int[Array, "B"], Logprobs | None]:
+    """Choose the token of each row at its position, with a repetition penalty, and compute log-probabilities.
+
+    Args:
+        logits_BV: The logits of each row.
+        rows: How each row chooses. None is greedy for all rows, without the sampler in the compiled program.
+        position_B: The position of the token that is chosen.
+        live_B: Whether the token of a row is used. The others are undefined.
+
+    Returns:
+        The tokens and their log-probabilities, which are 0 if no live row requests any, and None without `rows`.
+    """
+    if rows is None:
+        return sample(logits_BV, None, position_B), None
+    # The settings of a row outlast its request. Those of an idle row must not make the step slower for all.
+    sampling = rows.sampling._replace(temperature_B=jnp.where(live_B, rows.sampling.temperature_B, 0))
+    penalised_BV = apply_repetition_penalty(logits_BV, rows.seen_BV, rows.penalty_B)
+    token_B = sample(penalised_BV, sampling, position_B)
+    compute = partial(compute_logprobs, logits_BV, token_B)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
+    return token_B, lax.cond((rows.logprobs_B & live_B).any(), compute, lambda: zeros)

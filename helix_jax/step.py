@@ -1,4 +1,4 @@
-"""The jitted device programs: append new tokens to the cache and choose the next token, once or several times."""
+"""The jitted device programs: prefill new tokens of each row, and decode several tokens per row in one call."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from helix_jax.cache import KVCache, Pages, Rows
@@ -17,7 +18,9 @@ from helix_jax.mesh import DP, EXPERT_WEIGHTS, ROWS_B, sharding, weight_sharding
 from helix_jax.models import moe
 from helix_jax.models.transformer import Transformer, Weights, assemble
 from helix_jax.plan import Plan
-from helix_jax.sampling import Sampling, sample
+from helix_jax.sampling import MAX_LOGPROBS, Logprobs, RowSampling, Sampling, choose, sample
+
+DEFAULT_STEPS = 32  # decode steps per call
 
 
 class StepOutput(NamedTuple):
@@ -36,35 +39,39 @@ class StepOutput(NamedTuple):
     rows: Rows
 
 
-class DecodeInput(NamedTuple):
-    """Where `many_steps` starts, and where each row ends.
+class DecodeState(NamedTuple):
+    """Everything that decoding changes.
 
     Attributes:
+        cache: The cache.
+        rows: The page tables and lengths.
         token_B: The last token of each row. It is not in the cache yet.
-        limit_B: The length, prompt included, at which a row ends. It must not exceed the length that the row has pages
-            for. 0 for an idle row.
-        stop_token_ids: A row ends after any of these. May be empty.
+        finished_B: Whether a row has produced a stop token. It then decodes nothing.
+        stop_BV: The stop tokens of each row. None: there are none.
+        sampling: How each row chooses its next token. None: every row takes the most probable one.
     """
 
+    cache: KVCache
+    rows: Rows
     token_B: Int[Array, "B"]
-    limit_B: Int[Array, "B"]
-    stop_token_ids: Int[Array, "X"]
+    finished_B: Bool[Array, "B"]
+    stop_BV: Bool[Array, "B V"] | None = None
+    sampling: RowSampling | None = None
 
 
-class MultiStepOutput(NamedTuple):
-    """The result of `many_steps`.
+class DecodeOutput(NamedTuple):
+    """The tokens that a call chose.
 
     Attributes:
-        tokens_BS: The token that each row chose at each of S steps.
-        live_BS: Whether the row was still running at that step. Where it was not, its token is undefined.
-        cache: The cache, updated in place.
-        rows: The rows, with their new lengths.
+        tokens_BS: The tokens of each row, at most S.
+        count_B: How many of them each row has. The others are undefined.
+        logprobs_BS: Their log-probabilities, each array with the dimensions B and S first, 0 if no row requests any.
+            None from a greedy program.
     """
 
     tokens_BS: Int[Array, "B S"]
-    live_BS: Bool[Array, "B S"]
-    cache: KVCache
-    rows: Rows
+    count_B: Int[Array, "B"]
+    logprobs_BS: Logprobs | None
 
 
 def advance(
@@ -157,45 +164,91 @@ def _step(
     return StepOutput(constrain_rows(plan, sample(logits_BV, sampling, rows.length_B)), logits_BV, cache, rows)
 
 
-def _many_steps(
+def _decode(
     config: ModelConfig,
     plan: Plan,
-    steps: int,
     weights: Weights,
-    cache: KVCache,
-    rows: Rows,
-    inputs: DecodeInput,
-    sampling: Sampling | None = None,
-) -> MultiStepOutput:
-    """Decode up to `steps` tokens per row in one call. The first step appends `inputs.token_B`.
+    state: DecodeState,
+    count_B: Int[Array, "B"],
+    max_steps: int = DEFAULT_STEPS,
+    greedy: bool = True,
+) -> tuple[DecodeOutput, DecodeState]:
+    """Decode up to `count_B` tokens per row in one call. A row ends early after a stop token.
 
-    A row runs while its length is below its limit, and ends after a stop token.
+    The first step appends `state.token_B`. One compiled program serves all counts: it returns as soon as every row has
+    its tokens or has ended.
 
     Args:
         config: `model.config`.
         plan: How the mesh decodes.
-        steps: The number of steps.
         weights: `model.weights()`.
-        cache: The cache. It is donated: continue with the one that is returned.
-        rows: The state of each row.
-        inputs: The last token of each row, and where it ends.
-        sampling: The sampling settings of each row. None is greedy, without the sampler in the compiled program.
+        state: Donated: continue with the one that is returned.
+        count_B: The most tokens of each row, 0 to `max_steps`. The row must have pages for them.
+        max_steps: The most steps of a call.
+        greedy: Whether the rows that decode take the most probable token, without a penalty or log-probabilities. The
+            program then contains no sampler, which shortens its compilation by a third to a half.
     """
 
-    def one_step(carry: tuple[KVCache, Rows, Array, Array], _: None) -> tuple[Any, tuple[Array, Array]]:
-        cache, rows, token_B, limit_B = carry
-        live_B = rows.length_B < limit_B
-        out = _step(config, plan, weights, cache, rows, token_B[:, None], live_B.astype(jnp.int32), sampling)
-        limit_B = jnp.where(jnp.isin(out.token_B, inputs.stop_token_ids), 0, limit_B)
-        return (out.cache, out.rows, out.token_B, limit_B), (out.token_B, live_B)
+    def live_rows(step: Array, state: DecodeState) -> Array:
+        return (step < count_B) & ~state.finished_B
 
-    carry = (cache, rows, inputs.token_B, inputs.limit_B)
-    (cache, rows, _, _), (tokens_SB, live_SB) = lax.scan(one_step, carry, length=steps)
-    return MultiStepOutput(tokens_SB.T, live_SB.T, cache, rows)
+    def has_live_row(carry: tuple[Array, DecodeState, DecodeOutput]) -> Array:
+        step, state, _ = carry
+        return live_rows(step, state).any()
+
+    def one_step(carry: tuple[Array, DecodeState, DecodeOutput]) -> tuple[Array, DecodeState, DecodeOutput]:
+        step, state, output = carry
+        live_B = live_rows(step, state)
+        token_B, logprobs, state = _decode_token(config, plan, weights, state, live_B, greedy)
+        tokens_BS = output.tokens_BS.at[:, step].set(token_B)
+        logprobs_BS = jax.tree.map(lambda all_BS, new_B: all_BS.at[:, step].set(new_B), output.logprobs_BS, logprobs)
+        output = DecodeOutput(constrain_rows(plan, tokens_BS), output.count_B + live_B, logprobs_BS)
+        return step + 1, state, output
+
+    empty = _empty_output(plan, state, max_steps, greedy)
+    _, state, output = lax.while_loop(has_live_row, one_step, (jnp.zeros((), jnp.int32), state, empty))
+    return output, state
+
+
+def _decode_token(
+    config: ModelConfig, plan: Plan, weights: Weights, state: DecodeState, live_B: Array, greedy: bool
+) -> tuple[Array, Logprobs | None, DecodeState]:
+    """Append the last token of each live row, and choose the next."""
+    new = state.token_B[:, None], live_B.astype(jnp.int32)
+    logits_BV, cache, rows = advance(config, plan, weights, state.cache, state.rows, *new)
+    sampling = state.sampling
+    if sampling is not None:
+        appended_BV = live_B[:, None] & (jnp.arange(sampling.seen_BV.shape[1]) == state.token_B[:, None])
+        sampling = sampling._replace(seen_BV=constrain_rows(plan, sampling.seen_BV | appended_BV))
+    token_B, logprobs = choose(logits_BV, None if greedy else sampling, rows.length_B, live_B)
+    token_B = constrain_rows(plan, jnp.where(live_B, token_B, state.token_B))
+    finished_B = constrain_rows(plan, state.finished_B | (live_B & is_stop(state.stop_BV, token_B)))
+    return token_B, logprobs, DecodeState(cache, rows, token_B, finished_B, state.stop_BV, sampling)
+
+
+def is_stop(stop_BV: Array | None, token_B: Array) -> Array:
+    """Return whether each token is a stop token of its row."""
+    if stop_BV is None:
+        return jnp.zeros(token_B.shape, bool)
+    return jnp.take_along_axis(stop_BV, token_B[:, None], axis=1)[:, 0]
+
+
+def _empty_output(plan: Plan, state: DecodeState, max_steps: int, greedy: bool) -> DecodeOutput:
+    """Return an output with space for `max_steps` tokens per row."""
+
+    def zeros(*shape: int, dtype: DTypeLike = jnp.int32) -> Array:
+        return constrain_rows(plan, jnp.zeros((len(state.token_B), *shape), dtype))
+
+    logprobs = None
+    if state.sampling is not None and not greedy:
+        num_top = min(MAX_LOGPROBS, state.sampling.seen_BV.shape[1])
+        floats = partial(zeros, max_steps, dtype=jnp.float32)
+        logprobs = Logprobs(floats(), floats(num_top), zeros(max_steps, num_top))
+    return DecodeOutput(zeros(max_steps), zeros(), logprobs)
 
 
 step = partial(jax.jit, static_argnames=("config", "plan"), donate_argnames="cache")(_step)
-many_steps = partial(jax.jit, static_argnames=("config", "plan", "steps"), donate_argnames="cache")(_many_steps)
+decode = partial(jax.jit, static_argnames=("config", "plan", "max_steps", "greedy"), donate_argnames="state")(_decode)
 
 
 def check_model_placement(model: Transformer, plan: Plan) -> None:

@@ -14,6 +14,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -28,7 +29,7 @@ from rich.table import Table
 from roofline import count_kv_bytes, count_weight_bytes, measure_bandwidth
 from shapes import read_shape, take_first_layers
 
-from helix_jax.arrays import bytes_per_device
+from helix_jax.arrays import bytes_per_device, put
 from helix_jax.cache import CacheSpec, KVCache, Rows, make_cache, per_row
 from helix_jax.cli.app import Parser, run_command
 from helix_jax.cli.devices import open_mesh
@@ -36,13 +37,13 @@ from helix_jax.cli.options import DTYPES, add_choice, default_dtype
 from helix_jax.cli.output import new_figure, write_json
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
-from helix_jax.generation import DEFAULT_PAGE
+from helix_jax.engine.engine import DEFAULT_PAGE
 from helix_jax.kernels import KERNELS
 from helix_jax.layout import PLACEMENTS
-from helix_jax.mesh import CP, REPLICATED, TP, make_mesh, sharding
+from helix_jax.mesh import CP, ROWS_B, TP, make_mesh
 from helix_jax.models.transformer import Weights
 from helix_jax.plan import Plan
-from helix_jax.step import DecodeInput, MultiStepOutput, StepOutput, many_steps, step
+from helix_jax.step import DecodeState, StepOutput, decode, step
 from helix_jax.validation import check_int
 
 PROGRAM = "bench_decode.py"
@@ -51,8 +52,12 @@ MIN_CALLS = 3  # with many tokens each, for a median
 TIMINGS = {"awaited_ms": "awaited", "queued_ms": "queued", "many_ms": "many"}
 PLATFORMS = ("auto", "cpu", "gpu")
 
-# `step` or `many_steps`, with all arguments but the cache and the rows.
-Program = partial[StepOutput] | partial[MultiStepOutput]
+
+class Program(NamedTuple):
+    """A program that takes the cache and the rows, and returns them among its results."""
+
+    run: Callable[[KVCache, Rows], StepOutput | DecodeState]
+    lower: Callable[[KVCache, Rows], Any]
 
 
 class Job(NamedTuple):
@@ -217,21 +222,27 @@ def make_filled_cache(job: Job, plan: Plan, spare: int) -> tuple[KVCache, Rows]:
 
 def make_programs(job: Job, plan: Plan, weights: Weights) -> tuple[Program, Program]:
     """Return the program of one step, and that of many steps, in which no row ends."""
-    rows, where = job.options.rows, sharding(plan.mesh, REPLICATED)
+    rows, tokens = job.options.rows, job.options.tokens_per_call
     token_B = np.arange(rows) % job.config.vocab
-    count_B = per_row(plan, np.ones(rows))
-    arguments = {"tokens_BT": per_row(plan, token_B[:, None]), "count_B": count_B, "sampling": None}
-    no_stop_ids = jax.device_put(np.zeros(0, np.int32), where)
-    inputs = DecodeInput(per_row(plan, token_B), per_row(plan, [2**31 - 1] * rows), no_stop_ids)
-    one = partial(step, job.config, plan, weights, **arguments)
-    tokens = job.options.tokens_per_call
-    return one, partial(many_steps, job.config, plan, tokens, weights, inputs=inputs, sampling=None)
+    new = {"tokens_BT": per_row(plan, token_B[:, None]), "count_B": per_row(plan, np.ones(rows))}
+    count_B = per_row(plan, [tokens] * rows)
+    model = job.config, plan, weights
+
+    def many(program: Any, cache: KVCache, rows: Rows) -> Any:
+        running_B = put(np.zeros(len(token_B), bool), plan.mesh, ROWS_B)
+        state = DecodeState(cache, rows, per_row(plan, token_B), running_B)  # all of it is donated
+        return program(*model, state, count_B, tokens)
+
+    return (
+        Program(partial(step, *model, **new), partial(step.lower, *model, **new)),
+        Program(lambda cache, rows: many(decode, cache, rows)[1], partial(many, decode.lower)),
+    )
 
 
 def compile_ahead(program: Any, cache: KVCache, rows: Rows) -> tuple[float, int | None]:
     """Compile a program, so that its calls do not. Return the seconds, and the bytes of temporary arrays if known."""
     start = time.perf_counter()
-    compiled = program.func.lower(*program.args, cache, rows, **program.keywords).compile()
+    compiled = program.lower(cache, rows).compile()
     seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
     return seconds, memory.temp_size_in_bytes if memory else None
 
@@ -241,7 +252,7 @@ def time_awaited(program: Program, cache: KVCache, rows: Rows, calls: int) -> tu
     cache, seconds = warm_up(program, cache, rows), []
     for _ in range(calls):
         start = time.perf_counter()
-        cache, rows = jax.block_until_ready(program(cache, rows))[2:]
+        cache, rows = cache_and_rows(jax.block_until_ready(program.run(cache, rows)))
         seconds.append(time.perf_counter() - start)
     return 1e3 * median(seconds), cache
 
@@ -251,7 +262,7 @@ def time_queued(program: Program, cache: KVCache, rows: Rows, calls: int) -> tup
     cache = warm_up(program, cache, rows)
     start = time.perf_counter()
     for _ in range(calls):
-        cache, rows = program(cache, rows)[2:]
+        cache, rows = cache_and_rows(program.run(cache, rows))
     jax.block_until_ready((cache, rows))
     return 1e3 * (time.perf_counter() - start) / calls, cache
 
@@ -259,8 +270,12 @@ def time_queued(program: Program, cache: KVCache, rows: Rows, calls: int) -> tup
 def warm_up(program: Program, cache: KVCache, rows: Rows) -> KVCache:
     """Run a program. The timed calls overwrite what it writes to the cache, because `rows` do not advance."""
     for _ in range(WARM_UP):
-        cache = jax.block_until_ready(program(cache, rows)).cache
+        cache = jax.block_until_ready(program.run(cache, rows)).cache
     return cache
+
+
+def cache_and_rows(output: StepOutput | DecodeState) -> tuple[KVCache, Rows]:
+    return output.cache, output.rows
 
 
 def make_table(report: dict[str, Any]) -> Table:

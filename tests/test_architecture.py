@@ -41,17 +41,17 @@ MAY_IMPORT = {
     "checkpoint": {"arrays", "config", "families", "mesh", "models", "plan", "processes", "validation"},
     "abstract": {"cache", "checkpoint", "config", "kernels", "mesh", "models", "plan", "sampling"},
     "step": {"cache", "config", "helix", "mesh", "models", "plan", "sampling"},
-    "generation": {"arrays", "cache", "config", "mesh", "models", "plan", "sampling", "step", "validation"},
     "engine": {
-        *("arrays", "cache", "config", "generation", "layout", "mesh", "models", "plan", "processes", "sampling"),
-        *("step", "text", "validation"),
+        *("arrays", "cache", "config", "layout", "mesh", "models", "plan", "processes", "sampling", "step", "text"),
+        "validation",
     },
+    "generation": {"engine", "mesh", "models", "plan"},
     "training": {
         *("arrays", "attention", "checkpoint", "combine", "config", "layout", "mesh", "models", "numerics", "parsing"),
         *("processes", "text", "validation"),
     },
     "evaluation": {
-        *("arrays", "cache", "config", "generation", "layout", "mesh", "models", "plan", "sampling", "step", "text"),
+        *("arrays", "cache", "config", "engine", "layout", "mesh", "models", "plan", "sampling", "step", "text"),
         *("training", "validation"),
     },
 }

@@ -308,7 +308,7 @@ def test_requests_are_answered_and_each_bad_line_is_an_error(byte_model: Path, t
     assert set(results) == {"a", 2, "null", "stopped", "sampled", "seeded"} | failed
     for id, entry in results.items():
         assert set(entry) == ({"id", "line", "error"} if id in failed else ANSWER_KEYS), id
-    assert "exceed the 256 positions of a row" in results["long"]["error"]
+    assert "exceed the maximum of 256 positions" in results["long"]["error"]
     assert (results["empty"]["line"], results["empty"]["error"][:19]) == (5, "the prompt is empty")
     assert "prompt_ids is [True]: give a list of token ids" in results["true"]["error"]
     assert "token id 300 is outside the vocabulary of 256" in results["outside"]["error"]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ import pytest
 from helix_jax import __version__
 from helix_jax.cli import main
 from helix_jax.cli.app import checked_interrupts
+from helix_jax.engine import Engine
 from helix_jax.layout import PLACEMENTS
 from helix_jax.validation import MissingPackageError
 from tests.conftest import COMPILATION_CACHE, FAST_COMPILATION, GOLDEN, ROOT
@@ -230,7 +232,7 @@ def test_bad_prompts_are_one_line_and_exit_2(tmp_path: Path):
         (["--prompt-ids", tmp_path / "empty.txt"], "is not JSON"),
         (["--prompt-ids", tmp_path / "outside.json", "--cp", 8], "token id 300 is outside the vocabulary of 256"),
         (["--prompt", ""], "--prompt is empty"),
-        (["--prompt", "x" * 8100, "--cp", 8], "8100 tokens and 128 new ones exceed the model's 8192 positions"),
+        (["--prompt", "x" * 8100, "--cp", 8], "8100 tokens and 128 new ones exceed the maximum of 8192 positions"),
         (["--prompt-file", tmp_path], "cannot be read: Is a directory"),
         ([], "one of the arguments --prompt --prompt-file --prompt-ids is required"),
     ]:
@@ -406,20 +408,14 @@ def test_without_any_device_the_error_names_the_cpu(monkeypatch):
 
 
 def test_a_difference_is_exit_1_with_its_index_and_gap(monkeypatch, byte_model: Path):
-    """The unsharded run is changed to return another token."""
-    from helix_jax.cli import generate as command
+    """The unsharded run, the only one that calls `Engine.generate`, is changed to return another token."""
+    real = Engine.generate
 
-    real = command.stream
+    def changed(engine, *arguments):
+        [output] = real(engine, *arguments)
+        return [replace(output, tokens=(*output.tokens[:3], 300, *output.tokens[4:]))]
 
-    def changed(model, prompts, plan, **options):
-        decoded = 0
-        for event in real(model, prompts, plan, **options):
-            if isinstance(event, command.Decoded) and plan.layout.ranks == 1:
-                decoded += 1
-                event = event._replace(tokens=(300,)) if decoded == 4 else event
-            yield event
-
-    monkeypatch.setattr(command, "stream", changed)
+    monkeypatch.setattr(Engine, "generate", changed)
     arguments = ("generate", "--model", byte_model, "--prompt", "In the", "--cp", 2, "--max-new-tokens", 6, "--verify")
     done = call(*arguments)
     assert done.returncode == 1
@@ -427,7 +423,7 @@ def test_a_difference_is_exit_1_with_its_index_and_gap(monkeypatch, byte_model: 
     done = call(*arguments, "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout)["verified"] is False
-    monkeypatch.setattr(command, "stream", real)
+    monkeypatch.setattr(Engine, "generate", real)
     assert call(*arguments).returncode == 0
 
 

@@ -16,13 +16,13 @@ from helix_jax import (
     TokenEvent,
     generate,
     load,
-    make_sampling,
     shard,
     transfer,
 )
 from helix_jax.engine import engine as engine_module
 from helix_jax.engine import programs, sampling_params
 from helix_jax.sampling import apply_repetition_penalty
+from helix_jax.step import decode
 from helix_jax.text import ByteTokenizer
 from tests.conftest import GOLDEN
 from tests.reference import TIE, TINY, gaps_of, naive_logits, plan_of, tiny_model
@@ -47,11 +47,11 @@ def make_engine(model):
     """Return a function that creates engines. It shards the weights once per mesh."""
     sharded = {}
 
-    def make(tp=2, cp=4, placement="helix", **options) -> Engine:
-        if (tp, cp) not in sharded:
-            sharded[tp, cp] = shard(tiny_model(), plan_of(tp, cp))
-        mesh = sharded[tp, cp].embed_VD[...].sharding.mesh
-        return Engine(sharded[tp, cp], Plan(mesh, BLOCK, placement), **(SHAPE | options))
+    def make(tp=2, cp=4, dp=1, placement="helix", **options) -> Engine:
+        if (tp, cp, dp) not in sharded:
+            sharded[tp, cp, dp] = shard(tiny_model(), plan_of(tp, cp, dp))
+        mesh = sharded[tp, cp, dp].embed_VD[...].sharding.mesh
+        return Engine(sharded[tp, cp, dp], Plan(mesh, BLOCK, placement), **(SHAPE | options))
 
     return make
 
@@ -72,9 +72,10 @@ def finished_outputs(events) -> list:
 
 def check_pages(engine: Engine) -> None:
     """Check that no page is lost, that each row has the pages that it needs, and that the ranks differ by the skew."""
-    allocator, layout = engine.scheduler.allocator, engine.plan.layout
-    free_R = np.array([len(free) for free in allocator._free_pages])
-    assert (free_R + allocator.pages_in_use + allocator.pages_cached == allocator.pages).all()
+    allocators, layout = engine.scheduler.allocators, engine.plan.layout
+    for allocator in allocators:
+        free_R = np.array([len(free) for free in allocator._free_pages])
+        assert (free_R + allocator.pages_in_use + allocator.pages_cached == allocator.pages).all()
     for request in engine.scheduler.running:
         pages_R = np.array([len(pages) for pages in engine.scheduler.row_pages[request.id].pages])
         assert (pages_R >= allocator.count_pages(request.num_computed, len(request.prompt))).all()
@@ -106,7 +107,7 @@ def run_random_requests(engine: Engine, requests: int, longest: int, most: int, 
         for output in finished_outputs(engine.step()):
             outputs[output.id] = output
         check_pages(engine)
-    assert engine.stats().pages_in_use == (0,) * engine.plan.layout.ranks
+    assert set(engine.stats().pages_in_use) == {0}
     assert len(outputs) == requests
     return {int(id): (prompts[int(id)], o) for id, o in outputs.items() if o.finish_reason != "cancelled"}
 
@@ -123,11 +124,21 @@ def check_greedy(model, results) -> None:
     assert ties <= max(1, len(results) // 300)
 
 
-@pytest.mark.parametrize("placement", ["helix", "striped"])
-def test_outputs_do_not_change_when_pages_run_out(model, make_engine, placement):
-    engine = make_engine(placement=placement)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"placement": "helix", "steps_per_call": 4},
+        {"placement": "striped"},
+        {"placement": "striped", "dp": 2, "cp": 2, "pages": 20},
+        *(pytest.param({"placement": "helix", "steps_per_call": k}, marks=pytest.mark.slow) for k in (1, 32)),
+        *(pytest.param({"placement": "striped", "steps_per_call": k}, marks=pytest.mark.slow) for k in (1, 4)),
+    ],
+    ids=str,
+)
+def test_outputs_do_not_change_when_pages_run_out(model, make_engine, options):
+    engine = make_engine(**options)
     results = run_random_requests(engine, requests=24, longest=110, most=50, cancelled=4, seed=4)
-    assert engine.stats().preemptions >= 5
+    assert engine.stats().preemptions >= 3
     check_greedy(model, results)
     assert [output.finish_reason for _, output in results.values()] == ["length"] * len(results)
 
@@ -148,21 +159,22 @@ def test_outputs_of_other_families_do_not_change_when_pages_run_out(family: str,
 @pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("placement", ["helix", "striped"])
-def test_outputs_of_many_long_requests_do_not_change_when_pages_run_out(model, make_engine, placement):
-    engine = make_engine(placement=placement, page=16, pages=38, max_len=2400, chunk=256, rows=8)
+@pytest.mark.parametrize(("placement", "steps"), [("helix", 1), ("striped", 4), ("helix", 32), ("striped", 32)])
+def test_outputs_of_many_long_requests_do_not_change_when_pages_run_out(model, make_engine, placement, steps):
+    engine = make_engine(placement=placement, steps_per_call=steps, page=16, pages=38, max_len=2400, chunk=256, rows=8)
     results = run_random_requests(engine, requests=300, longest=2000, most=400, cancelled=30)
     assert engine.stats().preemptions >= 50
     check_greedy(model, results)
 
 
 def test_warm_up_compiles_every_program_of_a_shape_once():
-    """Greedy programs first: one per chunk width (4 and 1) and one for decoding. The sampling programs are as many."""
+    """Without sampling: two prefill programs (one chunk of 4, or two of 2) and one for decoding."""
 
     def count_programs() -> Counter:
-        return Counter({name: getattr(programs, name)._cache_size() for name in names})
+        sizes = {name: getattr(programs, name)._cache_size() for name in names}
+        return Counter(sizes | {"decode": decode._cache_size()})
 
-    names = ("admit", "edit_page_table", "prefill", "decode")
+    names = ("admit", "edit_page_table", "prefill", "choose_first")
     plan = plan_of(1, 2, block=BLOCK, placement="striped")
     model = shard(tiny_model(replace(TINY, layers=1)), plan)
     engine = Engine(model, plan, rows=3, page=4, max_len=64, chunk=4)
@@ -173,7 +185,7 @@ def test_warm_up_compiles_every_program_of_a_shape_once():
     engine.warm_up()
     params = [SamplingParams(max_new_tokens=4 + i, temperature=i % 2, logprobs=3 * (i % 3) or None) for i in range(6)]
     engine.generate(random_prompts(1, 6, 20), params)
-    assert count_programs() - before == {"admit": 1, "edit_page_table": 1, "prefill": 4, "decode": 2}
+    assert count_programs() - before == {"admit": 1, "edit_page_table": 1, "prefill": 2, "choose_first": 2, "decode": 2}
 
 
 def test_a_draw_depends_on_the_seed_and_not_on_the_batch(model, make_engine):
@@ -194,9 +206,8 @@ def test_a_draw_depends_on_the_seed_and_not_on_the_batch(model, make_engine):
     assert [output.seed for output in together] == [7, 8, 9, None, None, None]
     plan = plan_of()
     unsharded = shard(tiny_model(), plan)
-    for row, sampling in ((0, make_sampling(1, 1.0, seed=7)), (1, make_sampling(1, 2.0, 9, seed=8))):
-        tokens = generate(unsharded, [prompts[row]], plan, max_new_tokens=7, sampling=sampling)[0]
-        assert tokens == list(alone[row].tokens)[:7]
+    tokens = generate(unsharded, prompts[:2], plan, [replace(own, max_new_tokens=7) for own in params[:2]])
+    assert tokens == [list(output.tokens)[:7] for output in alone[:2]]
     check_penalised(model, prompts[3], together[3].tokens, 1.3)
     check_greedy(model, {row: (prompts[row], together[row]) for row in (4, 5)})
 
@@ -285,6 +296,38 @@ def test_the_end_tokens_of_the_model_end_a_request_unless_they_are_ignored(make_
     assert [engine.requests[id].stop_token_ids for id in ids] == [{7, 8}, set(), {7, 8, 9}, {9}]
 
 
+def test_the_end_of_a_request_does_not_depend_on_the_steps_per_call(make_engine):
+    """Stop tokens, stop strings and limits, at every offset within a call."""
+    [prompt] = short_prompts(5, 1)
+    outputs = []
+    for steps in (1, 4, 32):
+        engine = make_engine(tokenizer=ByteTokenizer(), steps_per_call=steps)
+        [whole] = engine.generate([prompt], SamplingParams(max_new_tokens=12))
+        params = [SamplingParams(max_new_tokens=limit) for limit in range(1, 12)]
+        params += [SamplingParams(max_new_tokens=12, stop_token_ids=[token]) for token in whole.tokens]
+        params += [SamplingParams(max_new_tokens=12, stop=[chr(token)]) for token in whole.tokens]
+        results = engine.generate([prompt] * len(params), params)
+        outputs.append([(o.tokens, o.text, o.finish_reason) for o in (whole, *results)])
+        assert engine.stats().pages_in_use == (0,) * 4
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert {reason for _, _, reason in outputs[0]} == {"length", "stop"}
+
+
+@pytest.mark.parametrize("steps", [1, 4, 32])
+def test_a_cancelled_request_has_the_first_tokens_of_its_output(make_engine, steps):
+    engine = make_engine(steps_per_call=steps)
+    prompt, other = short_prompts(14, 2)
+    whole, kept = engine.generate([prompt, other], SamplingParams(max_new_tokens=40))
+    for calls in range(1, 5):
+        id, kept_id = engine.submit_all([prompt, other], SamplingParams(max_new_tokens=40))
+        events = [event for _ in range(calls) for event in engine.step()]
+        if id in engine.requests:
+            engine.cancel(id)
+        outputs = {output.id: output for output in finished_outputs([*events, *engine.events()])}
+        assert outputs[id].tokens == whole.tokens[: len(outputs[id].tokens)]
+        assert outputs[kept_id].tokens == kept.tokens
+
+
 def test_invalid_unicode_is_rejected(make_engine):
     with pytest.raises(ValueError, match=r"'\\ud800', half of a character: give valid Unicode"):
         make_engine(tokenizer=ByteTokenizer()).submit("a\ud800b")
@@ -322,8 +365,8 @@ def test_a_shared_prefix_is_prefilled_once(model, make_engine):
 
 def test_a_long_prompt_does_not_delay_other_requests(make_engine):
     """While its 4 chunks are prefilled, the other request gets a token in every step."""
-    engine = make_engine()
-    engine.submit([1, 2, 3], SamplingParams(max_new_tokens=30), "short")
+    engine = make_engine(steps_per_call=4)
+    engine.submit([1, 2, 3], SamplingParams(max_new_tokens=60), "short")
     for _ in range(3):
         engine.step()
     engine.submit(list(range(60)) * 2 + [1, 2], SamplingParams(max_new_tokens=2), "long")
@@ -413,7 +456,12 @@ def small_engine(make_engine):
         ([1, 61], {}, ValueError, "token id 61 is outside the vocabulary of 61"),
         ([1, True], {}, TypeError, "the prompt is not a sequence of token ids"),
         ("words", {}, ValueError, "text needs a tokenizer, and the engine has none"),
-        ([1] * 150, {"max_new_tokens": 11}, ValueError, "150 tokens and 11 new ones exceed the 160 positions"),
+        (
+            [1] * 150,
+            {"max_new_tokens": 11},
+            ValueError,
+            "150 tokens and 11 new ones exceed the maximum of 160",
+        ),
         ([1] * 100, {"max_new_tokens": 50}, ValueError, "need 11 pages of 4 on one rank, and it has 9"),
         ([1], {"temperature": -1}, ValueError, "temperature is -1: give 0"),
         ([1], {"temperature": "hot"}, TypeError, "temperature"),
@@ -461,18 +509,14 @@ def test_none_in_a_mapping_means_the_default():
         ({"pages": 0}, ValueError, "pages is 0"),
         ({"chunk": 0}, ValueError, "chunk is 0"),
         ({"budget": 0}, ValueError, "budget is 0"),
+        ({"steps_per_call": 0}, ValueError, "steps_per_call is 0: give at least 1"),
+        ({"dp": 2, "cp": 2, "rows": 3}, ValueError, "dp 2 does not divide 3 rows: give a multiple of 2"),
         ({"max_len": 5000}, ValueError, "max_len is 5000: give at most the model's 4096 positions"),
     ],
 )
 def test_invalid_options_are_rejected(make_engine, options, error, message):
     with pytest.raises(error, match=message):
         make_engine(**options)
-
-
-def test_a_mesh_with_dp_is_rejected():
-    plan = plan_of(1, 1, 2)
-    with pytest.raises(ValueError, match="the mesh has dp 2: create one engine per replica"):
-        Engine(shard(tiny_model(), plan), plan)
 
 
 def test_misuse_is_an_error_with_a_fix(make_engine):
@@ -530,7 +574,7 @@ def test_a_transferred_request_is_the_newest_in_the_other_engine(make_engine):
 
 def test_invalid_prompts_leave_nothing_behind(make_engine):
     engine = make_engine()
-    with pytest.raises(ValueError, match="the prompt is empty"):
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
         engine.generate([[1], []])
     with pytest.raises(ValueError, match="there are 1 params for 2 prompts"):
         engine.generate([[1], [2]], [SamplingParams()])

@@ -9,6 +9,7 @@ import pytest
 
 from helix_jax.cache import CacheSpec, make_cache, per_row
 from helix_jax.checkpoint import load, read_config
+from helix_jax.engine import SamplingParams
 from helix_jax.families import FAMILIES
 from helix_jax.generation import generate
 from helix_jax.plan import Plan
@@ -86,8 +87,8 @@ def test_sharded_logits_and_greedy_tokens_equal_those_of_transformers(folder: Pa
         positions, logits = zip(*steps, strict=True)
         check_logits(np.stack(logits), golden["logits"][list(positions)])
     prompts = [text[:length] for length in prompt_lens]
-    options = {"max_new_tokens": STEPS, "chunk": CHUNK, "page": PAGE, "stop_token_ids": ()}
-    assert generate(model, prompts, plan, **options)[0] == golden["greedy"].tolist()
+    params = SamplingParams(max_new_tokens=STEPS, ignore_eos=True)
+    assert generate(model, prompts, plan, params, chunk=CHUNK, page=PAGE)[0] == golden["greedy"].tolist()
 
 
 @each_folder

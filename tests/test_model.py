@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from helix_jax.checkpoint import load
-from helix_jax.generation import Decoded, stream
+from helix_jax.engine import SamplingParams
+from helix_jax.generation import make_engine
 from helix_jax.mesh import make_mesh
+from helix_jax.sampling import MAX_LOGPROBS
 from helix_jax.text import ByteTokenizer
 from helix_jax.training import BITS_PER_NAT, TrainPlan, eval_step, shard_batch
 from helix_jax.training.data import held_out_windows, open_corpus, slice_sequences
@@ -32,17 +34,23 @@ def test_logits_equal_those_of_transformers(golden):
 
 @pytest.mark.optimized
 @pytest.mark.parametrize(("tp", "cp"), [(1, 8), pytest.param(2, 4, marks=pytest.mark.slow)])
-def test_sharded_logits_and_greedy_tokens_equal_those_of_transformers(tp: int, cp: int, golden):
+def test_sharded_log_probabilities_and_greedy_tokens_equal_those_of_transformers(tp: int, cp: int, golden):
     plan = plan_of(tp, cp)
     model = load(DEMO, plan, jnp.float32)
     tokens, stride = golden["tokens"].tolist(), int(golden["stride"])
     indices = (1, 40, len(golden["logits"]) - 1)
     prompts = [*(tokens[: index * stride + 1] for index in indices), tokens]
-    events = stream(model, prompts, plan, max_new_tokens=len(golden["greedy"]), chunk=64, stop_token_ids=())
-    decoded = [event for event in events if isinstance(event, Decoded)]
-    logits = np.asarray(decoded[0].logits_BV[: len(indices)])
-    assert np.abs(logits - golden["logits"][list(indices)]).max() <= 2e-4
-    assert [event.tokens[-1] for event in decoded] == golden["greedy"].tolist()
+    first = SamplingParams(max_new_tokens=1, logprobs=MAX_LOGPROBS)
+    greedy = SamplingParams(max_new_tokens=len(golden["greedy"]), ignore_eos=True)
+    engine = make_engine(model, prompts, plan, greedy, chunk=64)
+    *outputs, whole = engine.generate(prompts, [first] * len(indices) + [greedy])
+    for index, output in zip(indices, outputs, strict=True):
+        [(_, top)] = output.logprobs
+        ids, logprobs = zip(*top, strict=True)
+        expected = golden["logits"][index].astype(np.float64)
+        expected -= np.log(np.exp(expected - expected.max()).sum()) + expected.max()
+        assert np.abs(np.array(logprobs) - expected[list(ids)]).max() <= 2e-4
+    assert list(whole.tokens) == golden["greedy"].tolist()
 
 
 def test_the_demo_model_is_small_and_its_log_reaches_the_published_loss():

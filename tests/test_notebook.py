@@ -11,11 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import helix_jax as hx
-from helix_jax.generation import Decoded
 from tests.conftest import FAST_COMPILATION, ROOT
 from tests.test_cli import ENVIRONMENT
 
@@ -98,10 +96,11 @@ def run_cells(monkeypatch: pytest.MonkeyPatch, cached_load) -> Callable[..., Non
     pytest.importorskip("matplotlib")
 
     def run_cells(is_wrong: IsWrong, *cells: str) -> None:
-        def stream(model, prompts, plan, *, max_new_tokens: int, **_) -> Iterator[Decoded]:
-            for remaining in reversed(range(max_new_tokens)):
+        def stream(model, prompts, plan, params: hx.SamplingParams, **_) -> Iterator[hx.TokenEvent]:
+            top = tuple((token, -float(token)) for token in range(20))
+            for remaining in reversed(range(params.max_new_tokens)):
                 token = 66 if remaining == 0 and is_wrong(model, plan) else 65
-                yield Decoded((token,), np.zeros((1, 256)), 0.0)
+                yield hx.TokenEvent("0", token, None, 0.0, top)
 
         monkeypatch.setattr(hx, "stream", stream)
         monkeypatch.setattr(hx, "load", cached_load)

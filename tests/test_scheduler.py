@@ -36,10 +36,12 @@ class FakeDevices:
         for rank, row, entry, page in step.table_edits:
             self.table_RBM[rank, row, entry] = page
         generated = []
-        for request in step.decodes:
-            tokens = self._tokens_with_in_flight(request)
-            self._write(request, tokens, len(tokens) - 1)
-            generated.append((request, next_token(self._read(request, len(tokens)))))
+        for request, count in step.decodes.items():
+            tokens = self._tokens_with_in_flight(request, count)
+            for _ in range(count):
+                self._write(request, tokens, len(tokens) - 1)
+                tokens.append(next_token(self._read(request, len(tokens))))
+                generated.append((request, tokens[-1]))
         for admission in step.admissions:
             row_pages = scheduler.row_pages[admission.request.id]
             self.table_RBM[:, admission.request.row] = make_page_table(row_pages, self.entries)
@@ -51,9 +53,12 @@ class FakeDevices:
                 generated.append((chunk.request, next_token(tokens)))
         return generated
 
-    def _tokens_with_in_flight(self, request: Request) -> list[int]:
-        tokens = request.all_token_ids
-        return tokens + [next_token(tokens)] * (len(tokens) <= request.num_computed - 1)
+    def _tokens_with_in_flight(self, request: Request, count: int) -> list[int]:
+        """Return the tokens of a request before a call that decodes `count` of them."""
+        tokens = list(request.all_token_ids)
+        while len(tokens) <= request.num_computed - count:
+            tokens.append(next_token(tokens))
+        return tokens
 
     def _locate(self, request: Request, position: int) -> tuple[int, int, int]:
         layout, prompt_len = self.allocator.layout, len(request.prompt)
@@ -83,12 +88,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         pages=st.integers(2, 14),
         chunk=st.integers(1, 9),
         budget=st.integers(1, 20),
+        max_steps=st.sampled_from([1, 4, 32]),
     )
-    def start(self, ranks, block, page, placement, pages, chunk, budget):
+    def start(self, ranks, block, page, placement, pages, chunk, budget, max_steps):
         layout = BlockLayout(ranks, block, placement)
         share = prefix_block_len(layout, page) is not None
         self.allocator = PageAllocator(layout, pages, page, share=share)
-        self.scheduler = Scheduler(self.allocator, ROWS, budget, chunk)
+        options = {"rows": ROWS, "budget": budget, "chunk": chunk, "max_steps": max_steps}
+        self.scheduler = Scheduler([self.allocator], **options)
         self.devices = FakeDevices(self.allocator, pages_needed(MAX_LEN, page))
         self.unfinished: dict[str, Request] = {}
         self.in_flight: list[tuple[Request, int]] = []

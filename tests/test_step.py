@@ -4,26 +4,25 @@ import re
 from collections import Counter
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helix_jax import generation
 from helix_jax.abstract import abstract_arguments
 from helix_jax.arrays import bytes_per_device, put
 from helix_jax.cache import CacheSpec, KVCache, Rows, make_cache, per_row
 from helix_jax.checkpoint import shard
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
+from helix_jax.engine import SamplingParams, programs, runner
 from helix_jax.generation import generate
 from helix_jax.layout import PLACEMENTS
 from helix_jax.mesh import ROWS_B, make_mesh
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
-from helix_jax.sampling import make_sampling
-from helix_jax.step import DecodeInput, _step, many_steps, step
+from helix_jax.sampling import RowSampling, make_sampling
+from helix_jax.step import DecodeState, _decode, decode, step
 from tests.reference import TINY, plan_of, tiny_model
 
 # In one layer: the collectives of the combine, and an all-reduce each after the output and the down projection.
@@ -122,6 +121,24 @@ def test_the_cache_is_written_in_place(tp: int, cp: int, how: str):
     assert not re.search(rf"= {pool}[^ ]* (copy|transpose)\(", compiled.as_text())
 
 
+@pytest.mark.optimized
+@pytest.mark.parametrize("how", COMBINES)
+def test_decoding_several_steps_has_the_collectives_and_the_memory_of_one(how: str):
+    config = ModelConfig(layers=2, **(SMALL | {"head_width": 64, "max_positions": 10**6}))
+    plan = plan_of(2, 4, combine=how)
+    arguments = abstract_arguments(config, plan, rows=4, slots=32768, page=64, dtype=jnp.float32)
+    _, _, weights, cache, rows, _, count_B, _ = arguments
+    running_B = jax.ShapeDtypeStruct((4,), bool, sharding=count_B.sharding)
+    compiled = decode.lower(config, plan, weights, DecodeState(cache, rows, count_B, running_B), count_B).compile()
+    expected = Counter(PER_STEP)
+    for kind, count in PER_LAYER[how].items():
+        expected[kind] += 2 * count
+    assert collectives(compiled.as_text()) == expected
+    memory, cache_bytes = compiled.memory_analysis(), bytes_per_device(cache)
+    assert memory.alias_size_in_bytes >= cache_bytes >= 64 * 2**20
+    assert memory.temp_size_in_bytes <= 0.05 * cache_bytes
+
+
 @pytest.mark.parametrize(
     ("tp", "cp", "dp"),
     [
@@ -129,24 +146,27 @@ def test_the_cache_is_written_in_place(tp: int, cp: int, how: str):
         *(pytest.param(tp, cp, 1, marks=pytest.mark.slow) for tp, cp in ((1, 4), (8, 1))),
     ],
 )
-def test_one_trace_of_the_decode_step_serves_a_whole_generation(tp: int, cp: int, dp: int, tiny, monkeypatch):
-    """It serves every length and owner, idle and ended rows. The prefill chunk is traced once more."""
-    traced = []
+def test_one_trace_of_each_program_serves_a_whole_generation(tp: int, cp: int, dp: int, tiny, monkeypatch):
+    """It serves every length, owner and number of steps, and rows that are idle or have ended."""
+    traced, calls = [], []
 
-    def counted(config, plan, weights, cache, rows, tokens_BT, count_B, sampling):
-        traced.append(tokens_BT.shape)
-        return _step(config, plan, weights, cache, rows, tokens_BT, count_B, sampling)
+    def counted(name: str, function, **jit):
+        def trace(*arguments):
+            traced.append(name)
+            return function(*arguments)
 
-    chex.clear_trace_counter()  # it counts by name, also the functions of earlier tests
-    at_most_two = chex.assert_max_traces(counted, n=2)
-    jitted = jax.jit(at_most_two, static_argnums=(0, 1), donate_argnums=3)
-    monkeypatch.setattr(generation, "step", jitted)
+        program = jax.jit(trace, donate_argnums=3, **jit)
+        return lambda *arguments: calls.append(name) or program(*arguments)
+
+    monkeypatch.setattr(runner, "decode", counted("decode", _decode, static_argnums=(0, 1, 5, 6)))
+    monkeypatch.setattr(programs, "prefill", counted("prefill", programs._prefill, static_argnums=(0, 1)))
     plan = Plan(make_mesh(tp, cp, dp), 2)
-    model = shard(tiny, plan)
-    for prompts in ([[1, 2, 3], [4] * 20, None], [[5] * 17, [6], [7] * 3]):
-        generate(model, prompts, plan, max_new_tokens=20, page=64, chunk=8)
-    assert sorted(traced) == [(3, 1), (3, 8)]
-    assert jitted._cache_size() == 2  # and one compilation each: no argument's sharding changes
+    model, options = shard(tiny, plan), {"max_len": 64, "page": 64, "chunk": 8, "rows": 3}
+    for prompts in ([[1, 2, 3], [4] * 20], [[5] * 17, [6], [7] * 3]):
+        generate(model, prompts, plan, SamplingParams(max_new_tokens=41), **options)
+    # A dp group with several rows also prefills two chunks of 4 in place of one of 8.
+    assert Counter(traced) == {"decode": 1, "prefill": 2 if dp == 1 else 1}
+    assert calls.count("decode") <= 2 * 4  # for 40 tokens per row: no program is launched per token
 
 
 @pytest.mark.parametrize(
@@ -156,30 +176,40 @@ def test_one_trace_of_the_decode_step_serves_a_whole_generation(tp: int, cp: int
         *(pytest.param(placement, 0.0, marks=pytest.mark.slow) for placement in PLACEMENTS),
     ],
 )
-def test_many_steps_in_one_call_equal_single_steps(placement: str, temperature: float, tiny):
+def test_several_steps_in_one_call_equal_single_steps(placement: str, temperature: float, tiny):
     plan = Plan(make_mesh(2, 4), 3, placement)
     model = shard(tiny, plan)
+    V = model.embed_VD.shape[0]
     sampling = put(make_sampling(3, temperature), plan.mesh, ROWS_B) if temperature else None
-    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], None]
-    single = generate(model, prompts, plan, max_new_tokens=31, page=4, chunk=1, sampling=sampling)
-    stop = single[1][12]
+    cache, rows = empty_cache(plan, tiny, [3, 5, 0], [40, 40, 0])
+    new = per_row(plan, [[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [0] * 5]), per_row(plan, [3, 5, 0])
+    weights, tokens = model.weights(), []
+    out = step(model.config, plan, weights, cache, rows, *new, sampling)
+    for _ in range(12):
+        tokens.append(np.asarray(out.token_B))
+        new = per_row(plan, tokens[-1][:, None]), per_row(plan, [1, 1, 0])
+        out = step(model.config, plan, weights, out.cache, out.rows, *new, sampling)
+    expected_BS = np.stack(tokens, 1)
 
-    lens_B = np.asarray([3, 5, 0])
-    tokens_BS = np.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [0] * 5])
-    cache, rows = empty_cache(plan, tiny, lens_B.tolist(), [3 + 30, 5 + 30, 0])
-    weights, token_B = model.weights(), np.zeros(3, np.int32)
-    for t in range(5):  # with the program of `generate`
-        new = per_row(plan, tokens_BS[:, t : t + 1]), per_row(plan, t < lens_B)
-        out = step(model.config, plan, weights, cache, rows, *new, sampling)
-        cache, rows, token_B = out.cache, out.rows, np.where(t == lens_B - 1, out.token_B, token_B)
-    inputs = DecodeInput(per_row(plan, token_B), per_row(plan, [3 + 20, 5 + 30, 0]), jnp.asarray([stop]))
-    many = many_steps(TINY, plan, 30, weights, cache, rows, inputs, sampling)
-    for row, most in ((0, 21), (1, 31)):  # the first token comes from the prefill, the others up to the limit
-        tokens = [int(token_B[row]), *np.asarray(many.tokens_BS[row])[np.asarray(many.live_BS[row])].tolist()]
-        end = single[row].index(stop) + 1 if stop in single[row] else most
-        assert tokens == single[row][: min(end, most)]
-    assert not many.live_BS[2].any()
-    np.testing.assert_array_equal(many.rows.length_B, lens_B + np.asarray(many.live_BS).sum(1))
+    count_B, end = [9, 11, 0], int(expected_BS[1, 7])  # row 1 ends where the token `end` first occurs
+    cache, rows = empty_cache(plan, tiny, [3, 5, 0], [40, 40, 0])
+    new = per_row(plan, [[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [0] * 5]), per_row(plan, [3, 5, 0])
+    out = step(model.config, plan, weights, cache, rows, *new, sampling)
+    stop_BV = np.zeros((3, V), bool)
+    stop_BV[1, end] = True
+    no_B, no_BV = np.zeros(3, bool), np.zeros((3, V), bool)
+    row_sampling = sampling and RowSampling(sampling, np.ones(3, np.float32), no_B, no_BV)
+    state = DecodeState(out.cache, out.rows, out.token_B, *put((no_B, stop_BV, row_sampling), plan.mesh, ROWS_B))
+    found, state = decode(
+        model.config, plan, weights, state, per_row(plan, count_B), max_steps=12, greedy=sampling is None
+    )
+    decoded_BS = expected_BS[:, 1:]
+    ends_after = int(np.flatnonzero(decoded_BS[1] == end)[0]) + 1
+    assert found.count_B.tolist() == [9, min(11, ends_after), 0]
+    for row, count in enumerate(found.count_B.tolist()):
+        np.testing.assert_array_equal(found.tokens_BS[row, :count], decoded_BS[row, :count])
+    np.testing.assert_array_equal(state.rows.length_B, np.add([3, 5, 0], found.count_B))
+    assert state.finished_B.tolist() == [False, ends_after <= 11, False]
 
 
 def test_idle_rows_write_nothing(tiny):

@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace, config: ModelConfig) -> None:
     """Check what the engine checks too, before weights are read."""
-    for name in ("rows", "pages", "max_len", "page", "prefill_chunk"):
+    for name in ("rows", "pages", "max_len"):
         value = getattr(options, name)
         if value is not None:
             check_int(f"--{name.replace('_', '-')}", value, least=1)

@@ -2,9 +2,8 @@
 
 import argparse
 import json
-import secrets
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,14 @@ from helix_jax.cli.app import FAILED, OK
 from helix_jax.cli.console import Reporter
 from helix_jax.cli.options import DecodeSetup, add_decode_arguments, make_setup, open_devices
 from helix_jax.cli.prompts import encode, read_ids, read_text
-from helix_jax.generation import Compiled, Decoded, Prefilled, check_request, stream
+from helix_jax.engine import Engine, FinishedEvent, RequestOutput, SamplingParams
+from helix_jax.engine.requests import check_prompt
+from helix_jax.generation import make_engine
 from helix_jax.mesh import CP, TP, make_mesh
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
-from helix_jax.processes import on_first_process, process_index
-from helix_jax.sampling import check_sampling, check_seed, make_sampling
-from helix_jax.text import Detokenizer, Tokenizer, chat_ids, open_tokenizer
+from helix_jax.processes import process_index
+from helix_jax.text import Tokenizer, chat_ids, open_tokenizer
 from helix_jax.validation import check_int
 
 
@@ -57,42 +57,35 @@ class GenerateJob:
         setup: The model, and how it is sharded.
         prompt: The token ids.
         tokenizer: The tokenizer of the model, None if it has none.
-        seed: The seed of the sampler, None for greedy decoding.
-        options: The keyword arguments of `stream`.
+        params: How it continues.
     """
 
     setup: DecodeSetup
     prompt: list[int]
     tokenizer: Tokenizer | None
-    seed: int | None
-    options: dict[str, Any]
+    params: SamplingParams
 
-
-@dataclass(frozen=True)
-class GenerateResult:
-    """The new tokens, and the times of compilation, prefill and decoding. The latter two exclude compilation."""
-
-    tokens: list[int]
-    compile_s: float
-    prefill_s: float
-    decode_s_per_token: float | None
+    def make_engine(self, model: Transformer, plan: Plan) -> Engine:
+        """Create an engine for this prompt alone."""
+        options = {"page": self.setup.page, "chunk": self.setup.chunk, "tokenizer": self.tokenizer}
+        return make_engine(model, [self.prompt], plan, self.params, **options)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run `helix-jax generate` and return its exit code: 1 if --verify found a difference."""
     reporter = Reporter()
     job = _make_job(options)
-    result = _decode(job, job.setup.load(reporter), reporter, quiet=options.json)
-    difference = _find_difference(job, result.tokens, reporter) if options.verify else None
+    output, compile_s = _decode(job, job.setup.load(reporter), reporter, quiet=options.json)
+    difference = _find_difference(job, output, reporter) if options.verify else None
     if options.json:
-        print(json.dumps(_report(job, result, None if not options.verify else difference is None)))
+        print(json.dumps(_report(job, output, compile_s, None if not options.verify else difference is None)))
     else:
-        reporter.console.print(_table(job, result))
+        reporter.console.print(_table(job, output, compile_s))
     if difference is not None:
         reporter.info(difference)
         return FAILED
     if options.verify:
-        reporter.info(f"verified: the {len(result.tokens)} tokens equal those of one device")
+        reporter.info(f"verified: the {len(output.tokens)} tokens equal those of one device")
     return OK
 
 
@@ -101,16 +94,18 @@ def _make_job(options: argparse.Namespace) -> GenerateJob:
     config = read_config(options.model)
     tokenizer = open_tokenizer(options.model, config)
     prompt = _read_prompt(options, tokenizer)
-    request = {"max_new_tokens": options.max_new_tokens, "chunk": options.prefill_chunk, "page": options.page}
-    check_request(config, [prompt], **request)
-    _check_sampling(options)
-    setup = make_setup(options, config, open_devices(options))
-    seed = _choose_seed(options)
-    sampling = make_sampling(1, options.temperature, options.top_k or 0, options.top_p, seed or 0)
-    stop_token_ids = () if options.ignore_eos else None
-    return GenerateJob(
-        setup, prompt, tokenizer, seed, {**request, "sampling": sampling, "stop_token_ids": stop_token_ids}
+    if options.top_k is not None:
+        check_int("--top-k", options.top_k, least=1)
+    params = SamplingParams(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k or 0,
+        top_p=options.top_p,
+        seed=options.seed,
+        ignore_eos=options.ignore_eos,
     )
+    check_prompt("the prompt", prompt, params.max_new_tokens, vocab=config.vocab, max_len=config.max_positions)
+    return GenerateJob(make_setup(options, config, open_devices(options)), prompt, tokenizer, params)
 
 
 def _read_prompt(options: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:
@@ -125,50 +120,25 @@ def _read_prompt(options: argparse.Namespace, tokenizer: Tokenizer | None) -> li
     return chat_ids(options.model, text) if options.chat else ids
 
 
-def _check_sampling(options: argparse.Namespace) -> None:
-    if options.top_k is not None:
-        check_int("--top-k", options.top_k, least=1)
-    check_sampling(options.temperature, options.top_k or 0, options.top_p, 0)
-    if options.seed is not None:
-        check_seed(options.seed)
-
-
-def _choose_seed(options: argparse.Namespace) -> int | None:
-    """Return the seed of the options, or a new one, the same on all processes. None for greedy decoding."""
-    if options.temperature == 0:
-        return None
-    if options.seed is not None:
-        return options.seed
-    return on_first_process(lambda: secrets.randbits(64))
-
-
-def _decode(job: GenerateJob, model: Transformer, reporter: Reporter, *, quiet: bool) -> GenerateResult:
-    """Decode, and unless `quiet`, write the text to stdout as it arrives."""
-    text = None if quiet or job.tokenizer is None else Detokenizer(job.tokenizer)
-    tokens: list[int] = []
-    compile_s, prefill_s, decode_s = 0.0, 0.0, 0.0
-    events = stream(model, [job.prompt], job.setup.plan, **job.options)
+def _decode(job: GenerateJob, model: Transformer, reporter: Reporter, *, quiet: bool) -> tuple[RequestOutput, float]:
+    """Decode, and unless `quiet`, write the text to stdout as it arrives. Return the output and the compile time."""
+    engine = job.make_engine(model, job.setup.plan)
     job.setup.report_devices(reporter)  # not before all input is known to be valid
-    if job.seed is not None:
-        reporter.info(f"seed {job.seed}: --seed {job.seed} repeats this output")
+    compile_s = engine.warm_up(greedy=job.params.is_greedy, sampling=not job.params.is_greedy)
+    seed = engine.requests[engine.submit(job.prompt, job.params)].params.seed
+    if seed is not None:
+        reporter.info(f"seed {seed}: --seed {seed} repeats this output")
     with reporter.counting() as bar:
         task = bar.add_task("prefill", total=len(job.prompt))
-        for event in events:
-            if isinstance(event, Compiled):
-                compile_s = event.seconds
-            elif isinstance(event, Prefilled):
-                prefill_s += event.seconds
-                bar.update(task, completed=event.done)
-            elif isinstance(event, Decoded) and event.tokens[0] is not None:
+        while True:
+            for event in engine.step():
                 bar.stop()
-                decode_s += event.seconds
-                tokens.append(event.tokens[0])
-                _write(text.append(event.tokens[0]) if text else "")
-    if text:
-        _write(text.flush() + "\n")
-    elif not quiet:  # without a tokenizer there are only ids to show
-        _write(json.dumps(tokens) + "\n")
-    return GenerateResult(tokens, compile_s, prefill_s, decode_s / (len(tokens) - 1) if len(tokens) > 1 else None)
+                if isinstance(event, FinishedEvent):
+                    # Without a tokenizer there are only ids to show.
+                    _write("" if quiet else "\n" if job.tokenizer else f"{json.dumps(event.result.tokens)}\n")
+                    return event.result, compile_s
+                _write("" if quiet else event.text or "")
+            bar.update(task, completed=engine.stats().prefilled_tokens)
 
 
 def _write(text: str) -> None:
@@ -177,54 +147,54 @@ def _write(text: str) -> None:
         sys.stdout.flush()
 
 
-def _find_difference(job: GenerateJob, tokens: list[int], reporter: Reporter) -> str | None:
+def _find_difference(job: GenerateJob, output: RequestOutput, reporter: Reporter) -> str | None:
     """Decode again on one device, and return a message about the first token that differs, if any does."""
     devices = [device for device in job.setup.mesh.devices.flat if device.process_index == process_index()]
     plan = Plan(make_mesh(1, 1, devices=devices), job.setup.plan.block)
-    events = stream(job.setup.load(reporter, plan), [job.prompt], plan, **job.options)
-    decoded = (event for event in events if isinstance(event, Decoded))
-    for index, (token, event) in enumerate(zip_longest(tokens, decoded)):
-        expected = event.tokens[0] if event else None
+    engine = job.make_engine(job.setup.load(reporter, plan), plan)
+    [alone] = engine.generate([job.prompt], replace(job.params, seed=output.seed, logprobs=2))
+    assert alone.logprobs is not None
+    for index, (token, expected) in enumerate(zip_longest(output.tokens, alone.tokens)):
         if token != expected:
-            best = np.sort(np.asarray(event.logits_BV[0]))[-2:] if event else (np.nan, np.nan)
+            best = alone.logprobs[index][1] if expected is not None else ((0, np.nan),) * 2
             return (
                 f"not verified: new token {index} is {token}, but {expected} on one device, "
-                f"where its two best logits are {best[1] - best[0]:.3g} apart"
+                f"where its two best logits are {best[0][1] - best[1][1]:.3g} apart"
             )
     return None
 
 
-def _report(job: GenerateJob, result: GenerateResult, verified: bool | None) -> dict[str, Any]:
+def _report(job: GenerateJob, output: RequestOutput, compile_s: float, verified: bool | None) -> dict[str, Any]:
     mesh = job.setup.plan.mesh
     return {
-        "text": None if job.tokenizer is None else job.tokenizer.decode(result.tokens),
-        "tokens": result.tokens,
+        "text": output.text,
+        "tokens": output.tokens,
         "prompt_tokens": len(job.prompt),
-        "ranks": [{"rank": rank, "tokens": count} for rank, count in enumerate(_cached_tokens(job, result))],
+        "ranks": [{"rank": rank, "tokens": count} for rank, count in enumerate(_cached_tokens(job, output))],
         "mesh": {"tp": mesh.shape[TP], "cp": mesh.shape[CP]},
         "platform": job.setup.platform,
         "kernel": job.setup.kernel,
-        "seed": job.seed,
-        "compile_s": result.compile_s,
-        "prefill_s": result.prefill_s,
-        "decode_s_per_token": result.decode_s_per_token,
+        "seed": output.seed,
+        "compile_s": compile_s,
+        "prefill_s": output.ttft_s,
+        "decode_s_per_token": output.s_per_token,
         "verified": verified,
     }
 
 
-def _table(job: GenerateJob, result: GenerateResult) -> Table:
+def _table(job: GenerateJob, output: RequestOutput, compile_s: float) -> Table:
     plan = job.setup.plan
     tp, cp = plan.mesh.shape[TP], plan.mesh.shape[CP]
     title = f"tp {tp} x cp {cp}, {plan.layout.placement}, block {plan.layout.block}, kernel {job.setup.kernel}"
     prompt = tokens_per_rank(plan, len(job.prompt), len(job.prompt))
-    speed = "-" if result.decode_s_per_token is None else f"{result.decode_s_per_token:.4f}"
-    caption = f"{speed} s per token, prefill {result.prefill_s:.2f} s, compilation {result.compile_s:.1f} s"
+    speed = "-" if output.s_per_token is None else f"{output.s_per_token:.4f}"
+    caption = f"{speed} s per token, prefill {output.ttft_s:.2f} s, compilation {compile_s:.1f} s"
     table = Table("rank", "prompt", "decoded", "tokens", title=title, caption=caption)
-    for rank, (before, after) in enumerate(zip(prompt, _cached_tokens(job, result), strict=True)):
+    for rank, (before, after) in enumerate(zip(prompt, _cached_tokens(job, output), strict=True)):
         table.add_row(str(rank), str(before), f"+{after - before}", str(after))
     return table
 
 
-def _cached_tokens(job: GenerateJob, result: GenerateResult) -> list[int]:
+def _cached_tokens(job: GenerateJob, output: RequestOutput) -> list[int]:
     """Return the tokens in the cache of each rank. The last new token is not cached."""
-    return tokens_per_rank(job.setup.plan, len(job.prompt) + len(result.tokens) - 1, len(job.prompt))
+    return tokens_per_rank(job.setup.plan, len(job.prompt) + len(output.tokens) - 1, len(job.prompt))

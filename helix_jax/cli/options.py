@@ -15,14 +15,14 @@ from helix_jax.cli.console import Reporter
 from helix_jax.cli.devices import open_mesh
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
-from helix_jax.generation import DEFAULT_CHUNK, DEFAULT_PAGE
+from helix_jax.engine.engine import DEFAULT_CHUNK, DEFAULT_PAGE
 from helix_jax.kernels import KERNELS
 from helix_jax.layout import PLACEMENTS
 from helix_jax.mesh import TP
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import EXPERTS, Plan
 from helix_jax.processes import Processes
-from helix_jax.validation import check_choice
+from helix_jax.validation import check_choice, check_int
 
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 DTYPES = ("float32", "bfloat16")
@@ -194,9 +194,11 @@ def make_setup(options: argparse.Namespace, config: ModelConfig, mesh: Mesh) -> 
         mesh: A mesh of `open_mesh`.
 
     Raises:
-        ValueError: The mesh does not divide the heads, an option has an unknown value, or the kernel does not run on
+        ValueError: The mesh does not divide the heads, an option has an invalid value, or the kernel does not run on
             these devices.
     """
+    check_int("--page", options.page, least=1)
+    check_int("--prefill-chunk", options.prefill_chunk, least=1)
     plan = Plan(mesh, options.block, options.placement, options.combine, options.kernel, options.experts)
     plan.check_model(config)
     platform = mesh.devices.flat[0].platform

@@ -10,10 +10,10 @@ from itertools import count
 import jax
 import numpy as np
 
+from helix_jax.arrays import fetch
 from helix_jax.engine.output_text import OutputText
 from helix_jax.engine.page_allocator import PageAllocator, describe_prefix_caching
 from helix_jax.engine.params import SamplingParams
-from helix_jax.engine.programs import SampleOutput
 from helix_jax.engine.requests import (
     CANCELLED,
     EngineStats,
@@ -22,17 +22,20 @@ from helix_jax.engine.requests import (
     Request,
     RequestOutput,
     TokenLogprobs,
+    check_length,
 )
 from helix_jax.engine.runner import PendingStep, Runner
 from helix_jax.engine.scheduler import Admission, ScheduledStep, Scheduler
-from helix_jax.generation import DEFAULT_CHUNK, DEFAULT_PAGE
 from helix_jax.mesh import DP
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.processes import on_first_process
-from helix_jax.step import check_model_placement
+from helix_jax.step import DEFAULT_STEPS, DecodeOutput, check_model_placement
 from helix_jax.text import Tokenizer
 from helix_jax.validation import check_int, check_token_ids
+
+DEFAULT_PAGE = 64
+DEFAULT_CHUNK = 512
 
 # Text, or token ids.
 Prompt = str | Sequence[int] | np.ndarray
@@ -42,30 +45,32 @@ Prompt = str | Sequence[int] | np.ndarray
 class Engine:
     """Prefills and decodes many requests together, over one cache of pages that all of them share.
 
-    Each step is dispatched before the tokens of the previous one are read, because their places are known without them.
-    A request that turns out to have ended therefore costs one token, which is discarded. If no page is free, the newest
-    request is preempted and recomputed later; its output does not change.
+    A step prefills chunks of prompts and decodes several tokens per row. Each step is dispatched before the tokens of
+    the previous one are read, because their places are known without them. Tokens after the end of a request are
+    discarded. If no page is free, the newest request is preempted and recomputed later; its output does not change.
 
     With several processes (`helix_jax.processes`), each has an engine over the same mesh. Creating it, `submit`,
     `cancel` and `step` are collective calls: all processes make the same calls in the same order.
 
     Args:
         model: A model of `load` or `shard`.
-        plan: How the mesh decodes: the plan that the model was loaded with. Its mesh has dp 1.
-        rows: Requests that run at once.
+        plan: How the mesh decodes: the plan that the model was loaded with.
+        rows: Requests that run at once. Each dp group of the mesh has an equal share of them.
         pages: Pages per rank. None: as many as all rows can fill, or as the free memory of a device allows.
         page: Tokens per page.
         max_len: The most positions of a request, prompt and output. None: those of the model.
-        chunk: Tokens to prefill per call.
-        budget: Tokens to prefill per step, which bounds the time between decoded tokens. None: one chunk.
+        chunk: Tokens to prefill per call in each dp group: of one prompt, or of several short ones.
+        budget: Tokens to prefill per step, which bounds the time between decoded tokens. None: one call.
+        steps_per_call: The most tokens per row that one call decodes. While a prompt is prefilled it is 1. A request
+            that is submitted, cancelled or ended by a stop string waits for the call in progress.
         tokenizer: Converts text prompts to tokens, and tokens to text. None: requests have token ids only.
         prefix_caching: Whether requests that start with the same tokens share their pages. Only the placement striped
             can do this, see `prefix_caching_status`.
 
     Raises:
         TypeError: A number is not an int.
-        ValueError: The model was not loaded with this plan, the mesh has dp above 1 or does not divide the heads, a
-            number is below 1, or `max_len` exceeds the positions of the model.
+        ValueError: The model was not loaded with this plan, the mesh does not divide the heads or dp the rows, a number
+            is below 1, or `max_len` exceeds the positions of the model.
     """
 
     model: Transformer
@@ -77,6 +82,7 @@ class Engine:
     max_len: int | None = None
     chunk: int = DEFAULT_CHUNK
     budget: int | None = None
+    steps_per_call: int = DEFAULT_STEPS
     tokenizer: Tokenizer | None = None
     prefix_caching: bool = True
 
@@ -96,11 +102,18 @@ class Engine:
             page=self.page,
             max_len=self._max_len,
             chunk=self.chunk,
+            max_steps=self.steps_per_call,
         )
         self.prefix_caching_status = describe_prefix_caching(plan.layout, self.page, enabled=self.prefix_caching)
         share = self.prefix_caching_status == "on"
-        allocator = PageAllocator(plan.layout, self.runner.pages, self.page, share=share)
-        self.scheduler = Scheduler(allocator, self.rows, self.budget or self.chunk, self.chunk)
+        groups = range(plan.mesh.shape[DP])
+        self.scheduler = Scheduler(
+            [PageAllocator(plan.layout, self.runner.pages, self.page, share=share) for _ in groups],
+            rows=self.rows,
+            budget=self.budget or len(groups) * self.chunk,
+            chunk=self.chunk,
+            max_steps=self.steps_per_call,
+        )
         self.requests: dict[str, Request] = {}  # those that have not finished
         self._pending: deque[PendingStep] = deque()  # dispatched, not yet read
         self._events: deque[Event] = deque()  # not yet returned
@@ -131,12 +144,49 @@ class Engine:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"params is {params!r}: give SamplingParams(...)")
+        return self._submit("the prompt", prompt, params, id)
+
+    def submit_all(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        ids: Sequence[str] | None = None,
+    ) -> list[str]:
+        """Submit several requests, or none if one is invalid.
+
+        Args:
+            prompts: Text or token ids, one per request.
+            params: How they continue: one for all, or one each.
+            ids: Their names. None: the engine chooses them.
+
+        Returns:
+            The ids, in the order of the prompts.
+
+        Raises:
+            TypeError: As `submit`, or `prompts` is a string.
+            ValueError: As `submit`, or the number of params or ids differs from that of prompts.
+        """
+        submitted: list[str] = []
+        all_params = params_of_each(params, prompts)
+        all_ids = [None] * len(prompts) if ids is None else ids
+        if len(all_ids) != len(prompts):
+            raise ValueError(f"there are {len(all_ids)} ids for {len(prompts)} prompts: give one each")
+        try:
+            for index, (prompt, own, id) in enumerate(zip(prompts, all_params, all_ids, strict=True)):
+                submitted.append(self._submit(f"prompt {index}", prompt, own, id))
+        except (TypeError, ValueError):
+            for id in submitted:
+                self.discard(self.requests[id])
+            raise
+        return submitted
+
+    def _submit(self, name: str, prompt: Prompt, params: SamplingParams, id: str | None) -> str:
         id = self._new_id() if id is None else id
         if not isinstance(id, str):
             raise TypeError(f"id is {id!r}: give a string, or none")
         if id in self.requests:
             raise ValueError(f"a request '{id}' has not finished yet: give another id")
-        ids = self._encode(prompt, params)
+        ids = check_token_ids(name, self._encode(name, prompt, params), self.config.vocab)
         eos = () if params.ignore_eos else self.config.eos_token_ids
         request = Request(
             id=id,
@@ -147,7 +197,7 @@ class Engine:
             text=OutputText(self.tokenizer, params.stop),
             submitted_s=time.perf_counter(),
         )
-        self.check_fits(request)
+        self.check_fits(request, name)
         self._submitted += 1
         self.requests[id] = request
         self.scheduler.waiting.append(request)
@@ -187,8 +237,8 @@ class Engine:
         while len(self._pending) > leave:
             output, requests = self._pending[0]
             if all(request.params.logprobs is None for _, request in requests):
-                output = output._replace(logprobs=None)  # saves copying them to the host
-            output = jax.tree.map(np.asarray, output)
+                output = output._replace(logprobs_BS=None)  # saves copying them to the host
+            output = jax.tree.map(fetch, output)
             self._pending.popleft()
             self._events.extend(self._append_tokens(output, requests))
 
@@ -215,10 +265,10 @@ class Engine:
             The outputs, in the order of the prompts. Later calls of `step` return the events of other requests.
 
         Raises:
-            TypeError: As `submit`, or `prompts` is a string.
-            ValueError: As `submit`, or the number of params differs from that of prompts. Then nothing runs.
+            TypeError: As `submit_all`.
+            ValueError: As `submit_all`. Then nothing runs.
         """
-        own_ids = self._submit_all(prompts, params)
+        own_ids = self.submit_all(prompts, params)
         outputs: dict[str, RequestOutput] = {}
         others: list[Event] = []
         try:
@@ -232,11 +282,12 @@ class Engine:
             self._events.extendleft(reversed(others))
         return [outputs[id] for id in own_ids]
 
-    def warm_up(self, sampling: bool = True) -> float:
+    def warm_up(self, *, greedy: bool = True, sampling: bool = True) -> float:
         """Compile the programs of a step. Without this, each is compiled when it is first needed.
 
         Args:
-            sampling: Whether to compile also the programs for requests with a temperature, a repetition penalty or
+            greedy: Whether to compile the decode program for greedy requests.
+            sampling: Whether to compile the programs for requests with a temperature, a repetition penalty or
                 log-probabilities. They contain a sampler, and take longer to compile.
 
         Returns:
@@ -248,18 +299,18 @@ class Engine:
         running = len(self.scheduler.running)
         if running:
             raise ValueError(f"{running} requests are running: call warm_up before them, or when they have finished")
-        return self.runner.warm_up(sampling=sampling)
+        return self.runner.warm_up(greedy=greedy, sampling=sampling)
 
     def stats(self) -> EngineStats:
         """Return statistics since the start of the engine."""
-        scheduler, allocator = self.scheduler, self.scheduler.allocator
+        scheduler, allocators = self.scheduler, self.scheduler.allocators
         return EngineStats(
             waiting=len(scheduler.waiting),
             running=len(scheduler.running),
             finished=self._finished,
-            pages=allocator.pages,
-            pages_in_use=allocator.pages_in_use,
-            pages_cached=allocator.pages_cached,
+            pages=allocators[0].pages,
+            pages_in_use=tuple(count for allocator in allocators for count in allocator.pages_in_use),
+            pages_cached=sum(allocator.pages_cached for allocator in allocators),
             steps=self._steps,
             prefilled_tokens=self._prefilled,
             shared_tokens=self._shared,
@@ -278,23 +329,20 @@ class Engine:
             raise ValueError(f"no request '{id}' is waiting or running: it has finished, or was never submitted")
         return self.requests[id]
 
-    def check_fits(self, request: Request) -> None:
+    def check_fits(self, request: Request, name: str = "the prompt") -> None:
         """Check that a request fits if it runs alone.
 
         Raises:
             ValueError: It has more positions than a row, or needs more pages than a rank has.
         """
-        allocator, length, new = self.scheduler.allocator, len(request.prompt), request.params.max_new_tokens
-        if length + new > self._max_len:
-            raise ValueError(
-                f"{length} tokens and {new} new ones exceed the {self._max_len} positions of a row: "
-                "shorten the prompt, reduce max_new_tokens, or create the engine with a larger max_len"
-            )
+        check_length(name, len(request.prompt), request.params.max_new_tokens, self._max_len)
+        allocator, length = self.scheduler.allocators[0], len(request.prompt)
         needed = int(allocator.count_pages(request.max_computed, length).max())
         if needed > allocator.pages:
             raise ValueError(
-                f"{length} tokens and {new} new ones need {needed} pages of {allocator.page} on one rank, "
-                f"and it has {allocator.pages}: reduce max_new_tokens, or create the engine with more pages"
+                f"{length} tokens and {request.params.max_new_tokens} new ones need {needed} pages of {allocator.page} "
+                f"on one rank, and it has {allocator.pages}: "
+                f"reduce max_new_tokens, or create the engine with more pages"
             )
 
     def discard(self, request: Request) -> None:
@@ -313,30 +361,33 @@ class Engine:
             self.runner.admit(Admission(request, request.num_computed), self.scheduler.row_pages[request.id])
 
     def _check_options(self) -> None:
-        options = {"rows": self.rows, "page": self.page, "max_len": self._max_len, "chunk": self.chunk}
+        options = {name: getattr(self, name) for name in ("rows", "page", "chunk", "steps_per_call")}
+        options["max_len"] = self._max_len
         optional = {"pages": self.pages, "budget": self.budget}
         for name, value in (options | {name: value for name, value in optional.items() if value is not None}).items():
             check_int(name, value, least=1)
         positions = self.model.config.max_positions
         if self._max_len > positions:
             raise ValueError(f"max_len is {self._max_len}: give at most the model's {positions} positions")
-        if self.plan.mesh.shape[DP] != 1:
-            raise ValueError(f"the mesh has dp {self.plan.mesh.shape[DP]}: create one engine per replica, each of dp 1")
+        dp = self.plan.mesh.shape[DP]
+        if self.rows % dp:
+            raise ValueError(f"dp {dp} does not divide {self.rows} rows: give a multiple of {dp}")
 
     def _new_id(self) -> str:
         names = (f"request-{number}" for number in count(self._submitted))
         return next(name for name in names if name not in self.requests)
 
-    def _encode(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+    def _encode(self, name: str, prompt: Prompt, params: SamplingParams) -> Sequence[int] | np.ndarray:
         if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
             raise ValueError("text needs a tokenizer, and the engine has none: give token ids, and no stop strings")
-        if self.tokenizer is None or not isinstance(prompt, str):
-            return check_token_ids("the prompt", prompt, self.config.vocab)
+        if not isinstance(prompt, str):
+            return prompt
+        assert self.tokenizer is not None
         try:
-            return check_token_ids("the prompt", self.tokenizer.encode(prompt), self.config.vocab)
+            return self.tokenizer.encode(prompt)
         except UnicodeEncodeError as error:
             invalid = prompt[error.start : error.end]
-            raise ValueError(f"the prompt contains {invalid!a}, half of a character: give valid Unicode") from None
+            raise ValueError(f"{name} contains {invalid!a}, half of a character: give valid Unicode") from None
 
     def _with_seed(self, params: SamplingParams) -> SamplingParams:
         """Draw a seed for a request that samples and has none."""
@@ -344,25 +395,6 @@ class Engine:
             return params
         sequence = np.random.SeedSequence(self._entropy, spawn_key=(self._submitted,))
         return replace(params, seed=int(sequence.generate_state(1, np.uint64)[0]))
-
-    def _submit_all(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> dict[str, None]:
-        """Submit all requests, or none if one is invalid. Return their ids, in order."""
-        if isinstance(prompts, str):
-            raise TypeError("prompts is a string: give a list of prompts")
-        each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise ValueError(f"there are {len(each)} params for {len(prompts)} prompts: give one for all, or one each")
-        ids: dict[str, None] = {}
-        try:
-            for prompt, own_params in zip(prompts, each, strict=True):
-                ids[self.submit(prompt, own_params)] = None
-        except (TypeError, ValueError):
-            for id in ids:
-                self.discard(self.requests[id])
-            raise
-        return ids
 
     def _postprocess(self, step: ScheduledStep, pending: list[PendingStep]) -> None:
         """Count what was dispatched, and read what was dispatched before it."""
@@ -372,16 +404,19 @@ class Engine:
         self._shared += sum(admission.num_cached for admission in step.admissions)
         self.drain(leave=len(pending))
 
-    def _append_tokens(self, output: SampleOutput, requests: list[tuple[int, Request]]) -> Iterator[Event]:
-        for index, request in requests:
-            if self.requests.get(request.id) is not request:
-                continue  # it had finished when this step was dispatched
-            logprobs = _logprobs_of(output, index, request.params.logprobs)
-            event, finish_reason = request.append_token(int(output.token_B[index]), logprobs, time.perf_counter())
-            self._decoded += 1
-            yield event
-            if finish_reason:
-                yield self._finish(request, finish_reason)
+    def _append_tokens(self, output: DecodeOutput, requests: list[tuple[int, Request]]) -> Iterator[Event]:
+        """Append the tokens of a call to their requests, in the order in which they were decoded."""
+        now_s = time.perf_counter()
+        for step in range(output.tokens_BS.shape[1]):
+            for index, request in requests:
+                if step >= output.count_B[index] or self.requests.get(request.id) is not request:
+                    continue  # it had finished before this step
+                logprobs = _logprobs_of(output, (index, step), request.params.logprobs)
+                event, finish_reason = request.append_token(int(output.tokens_BS[index, step]), logprobs, now_s)
+                self._decoded += 1
+                yield event
+                if finish_reason:
+                    yield self._finish(request, finish_reason)
 
     def _finish(self, request: Request, finish_reason: str) -> FinishedEvent:
         self.discard(request)
@@ -389,9 +424,29 @@ class Engine:
         return FinishedEvent(request.id, request.make_output(finish_reason))
 
 
-def _logprobs_of(output: SampleOutput, index: int, num_top: int | None) -> TokenLogprobs | None:
-    if num_top is None or output.logprobs is None:
+def params_of_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, prompts: Sequence[Prompt]
+) -> list[SamplingParams]:
+    """Return how each prompt continues.
+
+    Raises:
+        TypeError: `prompts` is a string, or `params` has the wrong type.
+        ValueError: The number of params differs from that of prompts.
+    """
+    if isinstance(prompts, str):
+        raise TypeError("prompts is a string: give a list of prompts")
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * len(prompts)
+    if not isinstance(params, Sequence) or not all(isinstance(own, SamplingParams) for own in params):
+        raise TypeError(f"params is {params!r}: give SamplingParams(...), or a list of them")
+    if len(params) != len(prompts):
+        raise ValueError(f"there are {len(params)} params for {len(prompts)} prompts: give one for all, or one each")
+    return list(params)
+
+
+def _logprobs_of(output: DecodeOutput, index: tuple[int, int], num_top: int | None) -> TokenLogprobs | None:
+    if num_top is None or output.logprobs_BS is None:
         return None
-    chosen_B, top_BC, ids_BC = output.logprobs
-    top = zip(ids_BC[index].tolist(), top_BC[index].tolist(), strict=True)
-    return float(chosen_B[index]), tuple(top)[:num_top]
+    chosen_BS, top_BSC, ids_BSC = output.logprobs_BS
+    top = zip(ids_BSC[index].tolist(), top_BSC[index].tolist(), strict=True)
+    return float(chosen_BS[index]), tuple(top)[:num_top]

@@ -1,10 +1,14 @@
 """Requests, and the events and outputs that they produce."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from helix_jax.engine.output_text import OutputText
 from helix_jax.engine.params import SamplingParams
+from helix_jax.validation import check_token_ids
 
 STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
 
@@ -167,6 +171,11 @@ class Request:
         return len(self.token_ids) + self.in_flight
 
     @property
+    def num_remaining(self) -> int:
+        """The most tokens that it can still generate, besides those in flight."""
+        return self.params.max_new_tokens - self.num_generated
+
+    @property
     def max_computed(self) -> int:
         """The most positions that it can write. The last generated token is not written."""
         return len(self.prompt) + self.params.max_new_tokens - 1
@@ -205,4 +214,38 @@ class Request:
             preemptions=self.preemptions,
             logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
             seed=self.params.seed,
+        )
+
+
+def check_prompt(
+    name: str, prompt: Sequence[int] | np.ndarray, max_new_tokens: int, *, vocab: int, max_len: int
+) -> list[int]:
+    """Return the token ids of a prompt, checked.
+
+    Args:
+        name: The prompt, as error messages name it.
+        prompt: The token ids.
+        max_new_tokens: The most tokens to generate.
+        vocab: The size of the vocabulary.
+        max_len: The most positions of a request, prompt and output.
+
+    Raises:
+        TypeError: The prompt is not a sequence of token ids.
+        ValueError: The prompt is empty or too long, or a token id is not in the vocabulary.
+    """
+    ids = check_token_ids(name, prompt, vocab)
+    check_length(name, len(ids), max_new_tokens, max_len)
+    return ids
+
+
+def check_length(name: str, length: int, max_new_tokens: int, max_len: int) -> None:
+    """Check that a prompt and its output do not exceed `max_len` positions.
+
+    Raises:
+        ValueError: They do.
+    """
+    if length + max_new_tokens > max_len:
+        raise ValueError(
+            f"{name}: {length} tokens and {max_new_tokens} new ones exceed the maximum of {max_len} positions: "
+            f"shorten the prompt or reduce max_new_tokens"
         )

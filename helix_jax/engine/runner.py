@@ -1,7 +1,9 @@
 """Runs scheduled steps: keeps the arrays on the devices, and calls the jitted programs."""
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,18 +16,19 @@ from helix_jax.engine import programs
 from helix_jax.engine.output_text import OutputText
 from helix_jax.engine.page_allocator import RowPages
 from helix_jax.engine.params import SamplingParams
-from helix_jax.engine.programs import DeviceState, RowSampling, SampleOutput
+from helix_jax.engine.programs import Chunks, RowUpdate
 from helix_jax.engine.requests import Request
 from helix_jax.engine.scheduler import Admission, Chunk, ScheduledStep, make_page_table
-from helix_jax.mesh import REPLICATED, ROWS_B, TABLE_RBM
+from helix_jax.mesh import DP, REPLICATED, ROWS_B, TABLE_RBM
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.processes import min_over_processes
-from helix_jax.sampling import make_sampling
+from helix_jax.sampling import RowSampling, make_sampling
+from helix_jax.step import DecodeOutput, DecodeState, decode
 
 _MEMORY_FRACTION = 0.9  # of a device's free memory, for pages
 _EDITS_PER_CALL = 64
-_CHUNK_DIVISORS = (4, 16)  # a chunk that is shorter by this factor has a program of its own
+_CHUNKS_PER_CALL = (1, 4, 16)  # a call prefills one chunk, or several that are shorter by this factor
 
 
 class PendingStep(NamedTuple):
@@ -33,11 +36,18 @@ class PendingStep(NamedTuple):
 
     Attributes:
         output: The chosen tokens.
-        requests: The requests that get one, each with its index in the output.
+        requests: The requests that get them, each with its index in the output.
     """
 
-    output: SampleOutput
+    output: DecodeOutput
     requests: list[tuple[int, Request]]
+
+
+class PrefillShape(NamedTuple):
+    """The shape of a prefill program: chunks per dp group, and tokens per chunk."""
+
+    chunks: int
+    width: int
 
 
 class Runner:
@@ -50,39 +60,53 @@ class Runner:
         pages: Pages per rank. None: as many as all rows can fill, or as the free memory of a device allows.
         page: Tokens per page.
         max_len: The most positions of a request.
-        chunk: Tokens to prefill per call.
+        chunk: Tokens to prefill per call, in each dp group.
+        max_steps: The most decode steps per call.
     """
 
     def __init__(
-        self, model: Transformer, plan: Plan, *, rows: int, pages: int | None, page: int, max_len: int, chunk: int
+        self,
+        model: Transformer,
+        plan: Plan,
+        *,
+        rows: int,
+        pages: int | None,
+        page: int,
+        max_len: int,
+        chunk: int,
+        max_steps: int,
     ):
-        self.config, self.plan = model.config, plan
+        self.config, self.plan, self.rows, self.max_steps = model.config, plan, rows, max_steps
         self.spec, self.page = CacheSpec.from_config(model.config, model.dtype), page
         self._weights = model.weights()
         self._device = min(model.embed_VD[...].sharding.addressable_devices, key=lambda device: device.id)
         self._pages_per_row = max_pages_per_row(plan.layout, max_len, page)
-        self._widths = sorted({chunk, *(max(1, chunk // divisor) for divisor in _CHUNK_DIVISORS)})
+        self._groups = plan.mesh.shape[DP]
+        self._shapes = _prefill_shapes(chunk, rows // self._groups)
         self._last_output: Any = None  # on a CPU, the output of the latest program
-        self.pages = self._pages_that_fit(rows) if pages is None else pages
-        self.state = self._empty_state(rows, model.embed_VD.shape[0])
+        self.pages = self._pages_that_fit(rows // self._groups) if pages is None else pages
+        self._vocab = model.embed_VD.shape[0]  # padding included
+        self.state = self._empty_state()
 
-    def warm_up(self, *, sampling: bool) -> float:
-        """Compile the programs.
+    def warm_up(self, *, greedy: bool, sampling: bool) -> float:
+        """Compile the programs, with calls that change no row.
 
         Args:
-            sampling: Whether to compile the sampling programs besides the greedy ones.
+            greedy: Whether to compile the greedy decode program.
+            sampling: Whether to compile the programs with a sampler.
 
         Returns:
             The seconds that it took.
         """
         start = time.perf_counter()
-        request = Request("", [0], SamplingParams(), frozenset(), -1, OutputText(None, ()), row=0)
         self._edit_page_table([])
-        self.admit(Admission(request, 0), RowPages.empty(self.plan.layout.ranks))
-        for greedy in (True, False) if sampling else (True,):
-            for width in self._widths:
-                self._prefill(Chunk(request, 0, 0, False), width, greedy)
-            self._decode([], greedy)
+        idle = Request("", [0], SamplingParams(), frozenset(), -1, OutputText(None, ()))
+        self._set_row(self.rows, RowPages.empty(self.plan.layout.ranks), idle, 0)  # a row that does not exist
+        for shape in self._shapes:
+            self._prefill(shape, {}, uses_sampler=sampling)
+        for needed, is_greedy in ((greedy, True), (sampling, False)):
+            if needed:
+                self._decode({}, is_greedy)
         jax.block_until_ready(self.state)
         return time.perf_counter() - start
 
@@ -104,27 +128,16 @@ class Runner:
             pending.append(PendingStep(output, [(request.assigned_row, request) for request in step.decodes]))
         for admission in step.admissions:
             self.admit(admission, row_pages[admission.request.id])
-        for chunk in step.chunks:
-            width = next(width for width in self._widths if chunk.count <= width)
-            output = self._prefill(chunk, width, not chunk.request.uses_sampler)
-            if chunk.is_last:
-                pending.append(PendingStep(output, [(0, chunk.request)]))
+        for shape, chunks in self._divide_chunks(step.chunks):
+            first = [(index, chunk.request) for index, chunk in chunks.items() if chunk.is_last]
+            output = self._prefill(shape, chunks, uses_sampler=any(request.uses_sampler for _, request in first))
+            if first:
+                pending.append(PendingStep(output, first))
         return pending
 
     def admit(self, admission: Admission, row_pages: RowPages) -> None:
         """Write the state of a request's row."""
-        request, params = admission.request, admission.request.params
-        seen_V = np.zeros(self.state.seen_BV.shape[1], bool)
-        seen_V[request.all_token_ids] = True
-        row_sampling = RowSampling(
-            make_sampling(1, params.temperature, params.top_k, params.top_p, params.seed or 0, params.min_p),
-            jnp.full(1, params.repetition_penalty, jnp.float32),
-            jnp.full(1, params.logprobs is not None),
-        )
-        table_RM = make_page_table(row_pages, self._pages_per_row)
-        row, num_cached, prompt_len = map(np.int32, (request.assigned_row, admission.num_cached, len(request.prompt)))
-        values = (row, table_RM, num_cached, prompt_len, seen_V, row_sampling)
-        self.state = self.call(programs.admit, self.plan, self.state, *map(self.put, values))
+        self._set_row(admission.request.assigned_row, row_pages, admission.request, admission.num_cached)
 
     def put(self, value: Any) -> Any:
         """Copy small arrays to all devices."""
@@ -141,6 +154,23 @@ class Runner:
         self._last_output = output if self._device.platform == "cpu" else None
         return output
 
+    def _set_row(self, row: int, row_pages: RowPages, request: Request, num_cached: int) -> None:
+        params = request.params
+        sampling = RowSampling(
+            make_sampling(1, params.temperature, params.top_k, params.top_p, params.seed or 0, params.min_p),
+            jnp.full(1, params.repetition_penalty, jnp.float32),
+            jnp.full(1, params.logprobs is not None),
+            self.put(_mask(request.all_token_ids, self._vocab)[None]),
+        )
+        update = RowUpdate(
+            self.put(make_page_table(row_pages, self._pages_per_row)),
+            self.put(np.int32(num_cached)),
+            self.put(np.int32(len(request.prompt))),
+            self.put(_mask(request.stop_token_ids, self._vocab)),
+            self.put(sampling),
+        )
+        self.state = self.call(programs.admit, self.plan, self.state, self.put(np.int32(row)), update)
+
     def _edit_page_table(self, edits: list[tuple[int, int, int, int]]) -> None:
         no_edit = (self.plan.layout.ranks, 0, 0, 0)  # a rank that does not exist
         for first in range(0, max(len(edits), 1), _EDITS_PER_CALL):
@@ -148,38 +178,100 @@ class Runner:
             edits_X4 = self.put(np.asarray(batch + [no_edit] * (_EDITS_PER_CALL - len(batch)), np.int32))
             self.state = self.call(programs.edit_page_table, self.plan, self.state, edits_X4)
 
-    def _prefill(self, chunk: Chunk, width: int, greedy: bool) -> SampleOutput:
-        tokens = chunk.request.all_token_ids[chunk.first : chunk.first + chunk.count]
-        tokens_1T = np.zeros((1, width), np.int32)
-        tokens_1T[0, : len(tokens)] = tokens
-        arrays = (np.int32(chunk.request.assigned_row), tokens_1T, np.asarray([chunk.count], np.int32))
-        return self._run_model(programs.prefill, *map(self.put, arrays), greedy)
-
-    def _decode(self, requests: list[Request], greedy: bool) -> SampleOutput:
-        count_B = np.zeros(len(self.state.token_B), np.int32)
-        count_B[[request.assigned_row for request in requests]] = 1
-        return self._run_model(programs.decode, self.put(count_B), greedy)
-
-    def _run_model(self, program: Callable[..., Any], *arguments: Any) -> SampleOutput:
-        output, self.state = self.call(program, self.config, self.plan, self._weights, self.state, *arguments)
+    def _decode(self, counts: Mapping[Request, int], greedy: bool) -> DecodeOutput:
+        count_B = np.zeros(self.rows, np.int32)
+        for request, count in counts.items():
+            count_B[request.assigned_row] = count
+        arguments = self.config, self.plan, self._weights, self.state, per_row(self.plan, count_B)
+        output, self.state = self.call(decode, *arguments, self.max_steps, greedy)
         return output
 
+    def _prefill(self, shape: PrefillShape, chunks: Mapping[int, Chunk], *, uses_sampler: bool) -> DecodeOutput:
+        """Prefill chunks, given by their index among those of the call."""
+        number = self._groups * shape.chunks
+        row_X, count_X = np.full(number, self.rows), np.zeros(number)  # a row that does not exist
+        tokens_XT, is_last_X = np.zeros((number, shape.width)), np.zeros(number, bool)
+        for index, chunk in chunks.items():
+            row_X[index], count_X[index] = chunk.request.assigned_row, chunk.count
+            tokens_XT[index, : chunk.count] = chunk.request.all_token_ids[chunk.first : chunk.first + chunk.count]
+            is_last_X[index] = chunk.is_last
+        where = partial(per_row, self.plan)
+        is_last = put(is_last_X, self.plan.mesh, ROWS_B)
+        arrays = Chunks(where(row_X), where(tokens_XT), where(count_X), is_last)
+        arguments = self.config, self.plan, self._weights, self.state, arrays
+        output, logits_XV, self.state = self.call(programs.prefill, *arguments)
+        if uses_sampler:
+            output, self.state = self.call(programs.choose_first, self.plan, self.state, arrays, logits_XV)
+        return output
+
+    def _divide_chunks(self, chunks: Sequence[Chunk]) -> Iterator[tuple[PrefillShape, dict[int, Chunk]]]:
+        """Divide the chunks of a step into calls, in order within each dp group. Each has its index in the call."""
+        rows_per_group = self.rows // self._groups
+        queues = [
+            [chunk for chunk in chunks if chunk.request.assigned_row // rows_per_group == group]
+            for group in range(self._groups)
+        ]
+        while any(queues):
+            # Take the most tokens, and of shapes that take the same, the one with the least padding.
+            options = [(shape, [_fitting(queue, shape) for queue in queues]) for shape in self._shapes]
+            shape, taken = max(options, key=lambda option: (_count_tokens(option[1]), -math.prod(option[0])))
+            yield (
+                shape,
+                {
+                    group * shape.chunks + index: chunk
+                    for group, part in enumerate(taken)
+                    for index, chunk in enumerate(part)
+                },
+            )
+            queues = [queue[len(part) :] for queue, part in zip(queues, taken, strict=True)]
+
     def _pages_that_fit(self, rows: int) -> int:
-        """Return the pages per rank that all rows can fill, or fewer if the free memory of a device is too small."""
+        """Return the pages per rank that all rows of a dp group can fill, or as many as fit the free device memory."""
         wanted = rows * self._pages_per_row
         stats = None if self._device.platform == "cpu" else self._device.memory_stats()
         if not stats:
             return wanted
         free_bytes = stats["bytes_limit"] - stats["bytes_in_use"]
-        page_bytes = bytes_per_device(make_pools(self.plan, self.spec, self.plan.layout.ranks, self.page))
+        one_page_each = make_pools(self.plan, self.spec, self._groups * self.plan.layout.ranks, self.page)
+        page_bytes = bytes_per_device(one_page_each)
         return min_over_processes(max(1, min(wanted, int(_MEMORY_FRACTION * free_bytes) // page_bytes)))
 
-    def _empty_state(self, rows: int, vocab: int) -> DeviceState:
-        plan, ranks = self.plan, self.plan.layout.ranks
-        cache = make_pools(plan, self.spec, ranks * self.pages, self.page)
+    def _empty_state(self) -> DecodeState:
+        plan, ranks, rows = self.plan, self.plan.layout.ranks, self.rows
+        cache = make_pools(plan, self.spec, self._groups * ranks * self.pages, self.page)
         table_RBM = np.full((ranks, rows, self._pages_per_row), -1, np.int32)
         zeros_B = np.zeros(rows)
         device_rows = Rows(put(table_RBM, plan.mesh, TABLE_RBM), per_row(plan, zeros_B), per_row(plan, zeros_B))
-        row_sampling = RowSampling(make_sampling(rows), jnp.ones(rows, jnp.float32), jnp.zeros(rows, bool))
-        seen_BV = jnp.zeros((rows, vocab), bool)
-        return DeviceState(cache, device_rows, per_row(plan, zeros_B), *put((seen_BV, row_sampling), plan.mesh, ROWS_B))
+        put_rows = partial(put, mesh=plan.mesh, spec=ROWS_B)
+        no_B, no_BV = np.zeros(rows, bool), np.zeros((rows, self._vocab), bool)
+        sampling = RowSampling(
+            put_rows(make_sampling(rows)), put_rows(np.ones(rows, np.float32)), put_rows(no_B), put_rows(no_BV)
+        )
+        return DecodeState(cache, device_rows, per_row(plan, zeros_B), put_rows(no_B), put_rows(no_BV), sampling)
+
+
+def _prefill_shapes(chunk: int, rows: int) -> list[PrefillShape]:
+    """Return shapes of equal work for a dp group of `rows` rows."""
+    most = 1 << (rows.bit_length() - 1)
+    numbers = {min(number, most) for number in _CHUNKS_PER_CALL}
+    return [PrefillShape(number, max(1, chunk // number)) for number in sorted(numbers)]
+
+
+def _fitting(queue: Sequence[Chunk], shape: PrefillShape) -> list[Chunk]:
+    """Return the first chunks of a queue that one call of a shape can prefill: at most one per request."""
+    taken: list[Chunk] = []
+    for chunk in queue[: shape.chunks]:
+        if chunk.count > shape.width or any(chunk.request is other.request for other in taken):
+            break
+        taken.append(chunk)
+    return taken
+
+
+def _count_tokens(taken: Sequence[Sequence[Chunk]]) -> int:
+    return sum(chunk.count for chunks in taken for chunk in chunks)
+
+
+def _mask(tokens: Iterable[int], vocab: int) -> np.ndarray:
+    mask_V = np.zeros(vocab, bool)
+    mask_V[[token for token in tokens if 0 <= token < vocab]] = True
+    return mask_V

@@ -4,8 +4,8 @@ Decisions depend on submitted requests and on token counts, never on a clock or 
 With several processes, all of them therefore decide the same.
 """
 
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,35 +52,38 @@ class ScheduledStep:
         table_edits: Updates of the page tables of rows that decode, as (rank, row, entry, page).
         admissions: Requests that get a row.
         chunks: Tokens to prefill.
-        decodes: Requests that decode a token.
+        decodes: Requests that decode, each with the most tokens that it decodes.
     """
 
     table_edits: list[tuple[int, int, int, int]] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
-    decodes: list[Request] = field(default_factory=list)
+    decodes: dict[Request, int] = field(default_factory=dict)
 
 
 class Scheduler:
     """Assigns rows and pages to requests: first come, first served. If no page is free, it preempts the newest request.
 
+    The rows are divided evenly among the dp groups of the mesh, in order. Each group has its own pages.
+
     Args:
-        allocator: The pages of all ranks.
-        rows: The most requests that run at once.
+        allocators: The pages of all ranks of each dp group.
+        rows: The most requests that run at once, a multiple of the number of groups.
         budget: The most tokens to prefill per step. Decoded tokens do not count.
         chunk: The most tokens of one request to prefill per call.
+        max_steps: The most tokens of one request to decode per call.
     """
 
-    def __init__(self, allocator: PageAllocator, rows: int, budget: int, chunk: int):
-        self.allocator, self._budget, self._chunk = allocator, budget, chunk
+    def __init__(self, allocators: Sequence[PageAllocator], *, rows: int, budget: int, chunk: int, max_steps: int):
+        self.allocators, self._rows = allocators, rows
+        self._budget, self._chunk, self._max_steps = budget, chunk, max_steps
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in the order of admission
         self.row_pages: dict[str, RowPages] = {}  # of each running request
         self.preemptions = 0
-        self._free_rows = list(range(rows - 1, -1, -1))
-        self._prefill_len: dict[
-            str, int
-        ] = {}  # tokens to cache before a request decodes, those that are cached already included
+        self._free_rows = set(range(rows))
+        # Tokens to cache before a request decodes, those that are cached already included.
+        self._prefill_len: dict[str, int] = {}
         # The request that was last refused for lack of pages, and the number of releases then: retried after another.
         self._refused: tuple[Request, int] | None = None
 
@@ -90,19 +93,13 @@ class Scheduler:
         preemptions = self.preemptions
         for request in [r for r in self.running if r.num_generated == r.params.max_new_tokens]:
             self._free(request)  # its last token is in flight, so it needs neither row nor pages
-        for request in [r for r in self.running if self._is_prefilled(r)]:
-            if request.row is not None and self._allocate_next_block(request, step):
-                step.decodes.append(request)
-        # A request may have been preempted after it was added.
-        step.decodes[:] = [request for request in step.decodes if request.row is not None]
-        rows = {request.row for request in step.decodes}
-        step.table_edits[:] = [edit for edit in step.table_edits if edit[1] in rows]
+        self._schedule_decodes(step)
         # No request is admitted in a step that preempts one: the preempted request is the next to be admitted, but one
         # of its tokens may be in flight, so its prefill has to wait for one step.
         self._schedule_prefills(step, may_admit=self.preemptions == preemptions)
-        for request in step.decodes:
-            request.num_computed += 1
-            request.in_flight += 1
+        for request, count in step.decodes.items():
+            request.num_computed += count
+            request.in_flight += count
         return step
 
     def admit_transferred(self, request: Request) -> bool:
@@ -111,11 +108,13 @@ class Scheduler:
         Returns:
             True if they were assigned. False if no row or too few pages are free; then nothing has changed.
         """
-        row_pages = RowPages.empty(self.allocator.layout.ranks)
-        length = self._block_end(request, len(request.all_token_ids))
-        if not self._free_rows or self.allocator.grow(row_pages, length, len(request.prompt)) is None:
+        row, length = self._free_row(), self._block_end(request, len(request.all_token_ids))
+        if row is None:
             return False
-        self._assign_row(request, row_pages)
+        row_pages = RowPages.empty(self.allocators[0].layout.ranks)
+        if self._allocator(row).grow(row_pages, length, len(request.prompt)) is None:
+            return False
+        self._assign_row(request, row, row_pages)
         return True
 
     def remove(self, request: Request) -> None:
@@ -125,33 +124,92 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
 
+    def group_of(self, row: int) -> int:
+        """Return the dp group of a row."""
+        return row // (self._rows // len(self.allocators))
+
     def _free(self, request: Request) -> None:
         self.running.remove(request)
-        self._free_rows.append(request.assigned_row)
-        self.allocator.release(self.row_pages.pop(request.id))
+        self._free_rows.add(request.assigned_row)
+        self._allocator(request.assigned_row).release(self.row_pages.pop(request.id))
         del self._prefill_len[request.id]
         request.row = None
 
     def _is_prefilled(self, request: Request) -> bool:
         return request.num_computed >= self._prefill_len[request.id]
 
-    def _allocate_next_block(self, request: Request, step: ScheduledStep) -> bool:
-        """Allocate pages for the block of the next token, preempting the newest requests if necessary.
+    def _schedule_decodes(self, step: ScheduledStep) -> None:
+        """Schedule the requests that decode, and allocate the pages that their tokens need."""
+        decoding = [request for request in self.running if self._is_prefilled(request)]
+        steps = self._count_steps(decoding)
+        for request in decoding:
+            if request.row is not None and (count := self._allocate_tokens(request, steps, step)):
+                step.decodes[request] = count
+        # A request may have been preempted after it was added.
+        for request in [request for request in step.decodes if request.row is None]:
+            del step.decodes[request]
+        rows = {request.row for request in step.decodes}
+        step.table_edits[:] = [edit for edit in step.table_edits if edit[1] in rows]
 
-        Returns False if the request itself was preempted.
+    def _count_steps(self, decoding: list[Request]) -> int:
+        """Return the number of steps of the next decode call.
+
+        It is 1 while a prompt can be prefilled, so that decoding does not delay it. While requests wait for a row or
+        for pages, the call ends with the request that ends first. This depends on counts alone.
         """
-        length, prompt_len = self._block_end(request, request.num_computed), len(request.prompt)
-        while (new_pages := self.allocator.grow(self.row_pages[request.id], length, prompt_len)) is None:
-            newest = max(self.running, key=lambda r: r.order)
+        remaining = [request.num_remaining for request in decoding]
+        if len(decoding) < len(self.running) or self._can_try_to_admit():
+            return 1
+        return min(self._max_steps, (min if self.waiting else max)(remaining, default=1))
+
+    def _can_try_to_admit(self) -> bool:
+        """Return whether a request waits, a row is free, and pages were released since a request was refused."""
+        if not self.waiting or not self._free_rows:
+            return False
+        return self._refused != (self.waiting[0], self._num_releases())
+
+    def _allocate_tokens(self, request: Request, steps: int, step: ScheduledStep) -> int:
+        """Allocate pages for the next tokens of a request, at most `steps`.
+
+        If there are too few pages for all of them, allocate those of one token, preempting the newest requests of the
+        same dp group if necessary.
+
+        Returns:
+            The number of tokens that have pages, 0 if the request itself was preempted.
+        """
+        count = min(steps, request.num_remaining)
+        if self._grow(request, count, step):
+            return count
+        while not self._grow(request, 1, step):
+            group = self.group_of(request.assigned_row)
+            newest = max((r for r in self.running if self.group_of(r.assigned_row) == group), key=lambda r: r.order)
             self._preempt(newest)
             if newest is request:
-                return False
-        step.table_edits.extend((rank, request.assigned_row, entry, page) for rank, entry, page in new_pages)
+                return 0
+        return 1
+
+    def _grow(self, request: Request, count: int, step: ScheduledStep) -> bool:
+        """Allocate pages for the blocks of the next `count` tokens of a request. Return False if there are too few."""
+        length, row = self._block_end(request, request.num_computed + count - 1), request.assigned_row
+        new_pages = self._allocator(row).grow(self.row_pages[request.id], length, len(request.prompt))
+        if new_pages is None:
+            return False
+        step.table_edits.extend((rank, row, entry, page) for rank, entry, page in new_pages)
         return True
+
+    def _allocator(self, row: int) -> PageAllocator:
+        return self.allocators[self.group_of(row)]
+
+    def _free_row(self) -> int | None:
+        """Return a free row of the dp group that has most of them, None if all rows are in use."""
+        if not self._free_rows:
+            return None
+        free = Counter(map(self.group_of, self._free_rows))
+        return max(self._free_rows, key=lambda row: (free[self.group_of(row)], -row))
 
     def _block_end(self, request: Request, position: int) -> int:
         """Return the end of the block that contains `position`, capped at what the request can cache."""
-        layout = self.allocator.layout
+        layout = self.allocators[0].layout
         start = layout.decode_start(len(request.prompt))
         blocks = max(position - start, 0) // layout.block + 1
         return min(start + blocks * layout.block, request.max_computed)
@@ -180,27 +238,30 @@ class Scheduler:
 
     def _admit_next(self, step: ScheduledStep) -> Request | None:
         """Admit and return the first waiting request; None if there is none, or too few rows or pages are free."""
-        if not self.waiting or not self._free_rows:
+        row = self._free_row()
+        if row is None or not self._can_try_to_admit():
             return None
-        request = self.waiting[0]
-        if self._refused == (request, self.allocator.num_releases):
-            return None  # no page has been released since
-        row_pages, num_cached = self.allocator.match_prefix(request.all_token_ids)
+        request, allocator = self.waiting[0], self._allocator(row)
+        row_pages, num_cached = allocator.match_prefix(request.all_token_ids)
         length = self._block_end(request, len(request.all_token_ids))
-        if self.allocator.grow(row_pages, length, len(request.prompt)) is None:
-            self.allocator.release(row_pages)
-            self._refused = request, self.allocator.num_releases
+        if allocator.grow(row_pages, length, len(request.prompt)) is None:
+            allocator.release(row_pages)
+            self._refused = request, self._num_releases()
             return None
         self.waiting.popleft()
-        self._assign_row(request, row_pages)
+        self._assign_row(request, row, row_pages)
         request.num_computed = num_cached
         if not request.preemptions:  # after a preemption, the cached prefix may be what this request wrote itself
             request.shared_tokens = num_cached
         step.admissions.append(Admission(request, num_cached))
         return request
 
-    def _assign_row(self, request: Request, row_pages: RowPages) -> None:
-        request.row = self._free_rows.pop()
+    def _num_releases(self) -> int:
+        return sum(allocator.num_releases for allocator in self.allocators)
+
+    def _assign_row(self, request: Request, row: int, row_pages: RowPages) -> None:
+        self._free_rows.remove(row)
+        request.row = row
         self.row_pages[request.id] = row_pages
         self._prefill_len[request.id] = len(request.all_token_ids)
         self.running.append(request)
@@ -213,7 +274,8 @@ class Scheduler:
             request.num_computed += count
             request.in_flight += chunk.is_last
             budget -= count
-            self.allocator.register_prefix(self.row_pages[request.id], request.all_token_ids, request.num_computed)
+            allocator = self._allocator(request.assigned_row)
+            allocator.register_prefix(self.row_pages[request.id], request.all_token_ids, request.num_computed)
             yield chunk
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from helix_jax.cache import KVCache, split_slot
 from helix_jax.engine.engine import Engine
-from helix_jax.engine.page_allocator import RowPages
+from helix_jax.engine.requests import Request
 from helix_jax.mesh import REPLICATED, sharding
 
 _POSITIONS_PER_CALL = 256  # bounds the memory that both meshes need besides their caches
@@ -46,33 +46,37 @@ def transfer(id: str, source: Engine, target: Engine) -> None:
     if has_row:
         for first in range(0, request.num_computed, _POSITIONS_PER_CALL):
             position_X = np.arange(first, min(first + _POSITIONS_PER_CALL, request.num_computed))
-            _copy(source, target, id, position_X, len(request.prompt))
+            _copy((source, request), (target, moved), position_X)
     source.discard(request)
     target.adopt(moved)
 
 
-def _copy(source: Engine, target: Engine, id: str, position_X: np.ndarray, prompt_len: int) -> None:
-    reader, writer = source.runner, target.runner
-    places = _locate(source, source.scheduler.row_pages[id], position_X, prompt_len)
-    values = reader.call(_read, reader.state.cache, *reader.put(places))
+def _copy(source: tuple[Engine, Request], target: tuple[Engine, Request], position_X: np.ndarray) -> None:
+    """Copy positions of a request from the pages of its row in one engine to those in another."""
+    reader, writer = source[0].runner, target[0].runner
+    values = reader.call(_read, reader.state.cache, *reader.put(_locate(*source, position_X)))
     # Wait, so that no programs of both meshes, which may share devices, run at once.
-    values = jax.device_put(jax.block_until_ready(values), sharding(target.plan.mesh, REPLICATED))
-    places = writer.put(_locate(target, target.scheduler.row_pages[id], position_X, prompt_len))
+    values = jax.device_put(jax.block_until_ready(values), sharding(writer.plan.mesh, REPLICATED))
+    places = writer.put(_locate(*target, position_X))
     writer.state = writer.state._replace(cache=writer.call(_write, writer.state.cache, values, *places))
     jax.block_until_ready(writer.state.cache)
 
 
-def _locate(
-    engine: Engine, row_pages: RowPages, position_X: np.ndarray, prompt_len: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the page, counted over all ranks, and the offset in it of each position. Padding is out of bounds."""
-    layout, allocator = engine.plan.layout, engine.scheduler.allocator
+def _locate(engine: Engine, request: Request, position_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the page, counted over all ranks of all dp groups, and the offset in it of each position.
+
+    Padding is out of bounds.
+    """
+    layout, scheduler, prompt_len = engine.plan.layout, engine.scheduler, len(request.prompt)
+    pages = scheduler.allocators[0].pages
+    first_rank = scheduler.group_of(request.assigned_row) * layout.ranks
     owner_X, slot_X = layout.owner(position_X, prompt_len), layout.slot(position_X, prompt_len)
-    page_X = np.full(_POSITIONS_PER_CALL, layout.ranks * allocator.pages, np.int32)
+    page_X = np.full(_POSITIONS_PER_CALL, len(scheduler.allocators) * layout.ranks * pages, np.int32)
     offset_X = np.zeros(_POSITIONS_PER_CALL, np.int32)
-    entry_X, offset_X[: len(position_X)] = split_slot(slot_X, allocator.page)
+    entry_X, offset_X[: len(position_X)] = split_slot(slot_X, engine.page)
+    row_pages = scheduler.row_pages[request.id].pages
     places = zip(owner_X, entry_X, strict=True)
-    page_X[: len(position_X)] = [rank * allocator.pages + row_pages.pages[rank][entry] for rank, entry in places]
+    page_X[: len(position_X)] = [(first_rank + rank) * pages + row_pages[rank][entry] for rank, entry in places]
     return page_X, offset_X
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from helix_jax.engine.engine import DEFAULT_CHUNK
 from helix_jax.evaluation.placements import ONE_DEVICE, LoadModel, OnProgress, ignore_progress
 from helix_jax.evaluation.scoring import score_span
 from helix_jax.evaluation.texts import spaced_windows
-from helix_jax.generation import DEFAULT_CHUNK
 from helix_jax.plan import Plan
 from helix_jax.training import BITS_PER_NAT
 from helix_jax.validation import check_int

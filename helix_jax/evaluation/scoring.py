@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from helix_jax.engine.engine import DEFAULT_CHUNK
 from helix_jax.evaluation.session import CacheSession
-from helix_jax.generation import DEFAULT_CHUNK
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 

@@ -8,14 +8,13 @@ import numpy as np
 
 from helix_jax.arrays import put
 from helix_jax.cache import CacheSpec, KVCache, make_cache, per_row
-from helix_jax.generation import DEFAULT_CHUNK, DEFAULT_PAGE
-from helix_jax.mesh import CP, REPLICATED
+from helix_jax.engine.engine import DEFAULT_CHUNK, DEFAULT_PAGE
+from helix_jax.mesh import CP, ROWS_B
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
-from helix_jax.step import DecodeInput, StepOutput, check_model_placement, many_steps, step
+from helix_jax.step import DEFAULT_STEPS, DecodeState, StepOutput, check_model_placement, decode, step
 
 APPEND_CHUNK = 64  # tokens per step of texts that are appended to a prompt, such as questions
-_NO_LIMIT = 2**31 - 1
 
 
 class CacheSession:
@@ -89,20 +88,13 @@ class CacheSession:
         Raises:
             ValueError: A row would exceed `max_len`.
         """
-        first_B = self._next_B
         self._check_fits(np.full_like(self._length_B, count))
-        inputs = DecodeInput(
-            per_row(self.plan, first_B),
-            per_row(self.plan, np.full(len(first_B), _NO_LIMIT)),
-            put(np.zeros(0, np.int32), self.plan.mesh, REPLICATED),
-        )
-        out = many_steps(self.model.config, self.plan, count, self._weights, self.cache, self.rows, inputs)
-        out = jax.block_until_ready(out)
-        self.cache, self.rows = out.cache, out.rows
-        self._length_B = self._length_B + count
-        tokens_BS = np.asarray(out.tokens_BS)
+        tokens = [self._next_B[:, None]]
+        for first in range(0, count, DEFAULT_STEPS):
+            tokens.append(self._decode(min(DEFAULT_STEPS, count - first)))
+        tokens_BS = np.concatenate(tokens, 1)
         self._next_B = tokens_BS[:, -1]
-        return np.concatenate([first_B[:, None], tokens_BS[:, :-1]], 1)
+        return tokens_BS[:, :-1]
 
     def answer(self, questions: Sequence[Sequence[int]], count: int) -> np.ndarray:
         """Return `count` greedy tokens after a question to each row, [B, count], and leave the rows as they were.
@@ -129,6 +121,19 @@ class CacheSession:
         if not 0 <= rank < ranks:
             raise ValueError(f"rank is {rank}, but there are {ranks} cp ranks: choose one from 0 to {ranks - 1}")
         self.cache = _zero_rank(self.cache, rank, ranks)
+
+    def _decode(self, count: int) -> np.ndarray:
+        """Append `count` tokens to each row. Returns those that follow."""
+        rows = len(self._length_B)
+        running_B = put(np.zeros(rows, bool), self.plan.mesh, ROWS_B)
+        state = DecodeState(self.cache, self.rows, per_row(self.plan, self._next_B), running_B)
+        arguments = self.model.config, self.plan, self._weights, state, per_row(self.plan, np.full(rows, count))
+        out, state = jax.block_until_ready(decode(*arguments))
+        self.cache, self.rows = state.cache, state.rows
+        self._length_B = self._length_B + count
+        tokens_BS = np.asarray(out.tokens_BS)[:, :count]
+        self._next_B = tokens_BS[:, -1]
+        return tokens_BS
 
     def _step(self, tokens_BT: np.ndarray, count_B: np.ndarray) -> StepOutput:
         new = per_row(self.plan, tokens_BT), per_row(self.plan, count_B)
