@@ -138,17 +138,19 @@ def check_greedy(model, results) -> None:
 def test_outputs_do_not_change_when_pages_run_out(model, make_engine, options):
     engine = make_engine(**options)
     results = run_random_requests(engine, requests=24, longest=110, most=50, cancelled=4, seed=4)
-    assert engine.stats().preemptions >= 3
+    assert engine.stats().preemptions >= 2
     check_greedy(model, results)
     assert [output.finish_reason for _, output in results.values()] == ["length"] * len(results)
 
 
 @pytest.mark.parametrize(
-    ("family", "tp", "cp"), [pytest.param("gpt_oss", 2, 2, marks=pytest.mark.slow), ("deepseek_v3", 1, 4)]
+    ("family", "tp", "cp", "steps"),
+    [pytest.param("gpt_oss", 2, 2, 1, marks=pytest.mark.slow), ("deepseek_v3", 1, 4, 32)],
 )
-def test_outputs_of_other_families_do_not_change_when_pages_run_out(family: str, tp: int, cp: int):
+def test_outputs_of_other_families_do_not_change_when_pages_run_out(family: str, tp: int, cp: int, steps: int):
     plan = plan_of(tp, cp, block=BLOCK, placement="striped")
     options = {"rows": 3, "pages": 5 * 4 // cp, "page": 4, "max_len": 100, "chunk": 3, "budget": 16}
+    options["steps_per_call"] = steps
     engine = Engine(load(GOLDEN / family, plan, jnp.float32), plan, **options)
     results = run_random_requests(engine, requests=10, longest=60, most=30, cancelled=2)
     assert engine.stats().preemptions >= 1
