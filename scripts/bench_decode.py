@@ -179,7 +179,7 @@ def measure(job: Job, plan: Plan, weights: Weights) -> dict[str, Any]:
     """Time one plan. Return a run of the report, in which bytes are per device."""
     options = job.options
     calls = max(MIN_CALLS, options.steps // options.tokens_per_call)
-    spare = max(options.steps, WARM_UP, max(WARM_UP, calls) * options.tokens_per_call)
+    spare = max(WARM_UP + options.steps, (WARM_UP + calls) * options.tokens_per_call)
     cache, rows = make_filled_cache(job, plan, spare)
     run: dict[str, Any] = {"mesh": f"{plan.mesh.shape[TP]}x{plan.mesh.shape[CP]}"}
     run |= {"placement": plan.layout.placement, "combine": plan.combine}
@@ -249,7 +249,7 @@ def compile_ahead(program: Any, cache: KVCache, rows: Rows) -> tuple[float, int 
 
 def time_awaited(program: Program, cache: KVCache, rows: Rows, calls: int) -> tuple[float, KVCache]:
     """Time calls with a wait after each. Return the median ms, and the cache."""
-    cache, seconds = warm_up(program, cache, rows), []
+    (cache, rows), seconds = warm_up(program, cache, rows), []
     for _ in range(calls):
         start = time.perf_counter()
         cache, rows = cache_and_rows(jax.block_until_ready(program.run(cache, rows)))
@@ -259,7 +259,7 @@ def time_awaited(program: Program, cache: KVCache, rows: Rows, calls: int) -> tu
 
 def time_queued(program: Program, cache: KVCache, rows: Rows, calls: int) -> tuple[float, KVCache]:
     """Time calls with a wait after the last. Return the mean ms, and the cache."""
-    cache = warm_up(program, cache, rows)
+    cache, rows = warm_up(program, cache, rows)
     start = time.perf_counter()
     for _ in range(calls):
         cache, rows = cache_and_rows(program.run(cache, rows))
@@ -267,11 +267,11 @@ def time_queued(program: Program, cache: KVCache, rows: Rows, calls: int) -> tup
     return 1e3 * (time.perf_counter() - start) / calls, cache
 
 
-def warm_up(program: Program, cache: KVCache, rows: Rows) -> KVCache:
-    """Run a program. The timed calls overwrite what it writes to the cache, because `rows` do not advance."""
+def warm_up(program: Program, cache: KVCache, rows: Rows) -> tuple[KVCache, Rows]:
+    """Run a program."""
     for _ in range(WARM_UP):
-        cache = jax.block_until_ready(program.run(cache, rows)).cache
-    return cache
+        cache, rows = cache_and_rows(jax.block_until_ready(program.run(cache, rows)))
+    return cache, rows
 
 
 def cache_and_rows(output: StepOutput | DecodeState) -> tuple[KVCache, Rows]:
