@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from helix_jax.engine import Engine, Event, SamplingParams
-from helix_jax.engine.engine import DEFAULT_CHUNK, params_of_each
+from helix_jax.engine.engine import DEFAULT_CHUNK
+from helix_jax.engine.params import params_of_each
 from helix_jax.engine.requests import check_prompt
 from helix_jax.mesh import DP
 from helix_jax.models.transformer import Transformer

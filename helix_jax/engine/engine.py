@@ -13,7 +13,7 @@ import numpy as np
 from helix_jax.arrays import fetch
 from helix_jax.engine.output_text import OutputText
 from helix_jax.engine.page_allocator import PageAllocator, describe_prefix_caching
-from helix_jax.engine.params import SamplingParams
+from helix_jax.engine.params import SamplingParams, params_of_each
 from helix_jax.engine.requests import (
     CANCELLED,
     EngineStats,
@@ -422,26 +422,6 @@ class Engine:
         self.discard(request)
         self._finished += 1
         return FinishedEvent(request.id, request.make_output(finish_reason))
-
-
-def params_of_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, prompts: Sequence[Prompt]
-) -> list[SamplingParams]:
-    """Return how each prompt continues.
-
-    Raises:
-        TypeError: `prompts` is a string, or `params` has the wrong type.
-        ValueError: The number of params differs from that of prompts.
-    """
-    if isinstance(prompts, str):
-        raise TypeError("prompts is a string: give a list of prompts")
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * len(prompts)
-    if not isinstance(params, Sequence) or not all(isinstance(own, SamplingParams) for own in params):
-        raise TypeError(f"params is {params!r}: give SamplingParams(...), or a list of them")
-    if len(params) != len(prompts):
-        raise ValueError(f"there are {len(params)} params for {len(prompts)} prompts: give one for all, or one each")
-    return list(params)
 
 
 def _logprobs_of(output: DecodeOutput, index: tuple[int, int], num_top: int | None) -> TokenLogprobs | None:

@@ -103,3 +103,23 @@ def sampling_params(mapping: Mapping[str, Any]) -> SamplingParams:
     """
     check_keys("request", mapping, [field.name for field in fields(SamplingParams)])
     return SamplingParams(**{name: value for name, value in mapping.items() if value is not None})
+
+
+def params_of_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, prompts: Sequence[object]
+) -> list[SamplingParams]:
+    """Return how each prompt continues.
+
+    Raises:
+        TypeError: `prompts` is a string, or `params` has the wrong type.
+        ValueError: The number of params differs from that of prompts.
+    """
+    if isinstance(prompts, str):
+        raise TypeError("prompts is a string: give a list of prompts")
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * len(prompts)
+    if not isinstance(params, Sequence) or not all(isinstance(own, SamplingParams) for own in params):
+        raise TypeError(f"params is {params!r}: give SamplingParams(...), or a list of them")
+    if len(params) != len(prompts):
+        raise ValueError(f"there are {len(params)} params for {len(prompts)} prompts: give one for all, or one each")
+    return list(params)

@@ -206,11 +206,7 @@ class Runner:
 
     def _divide_chunks(self, chunks: Sequence[Chunk]) -> Iterator[tuple[PrefillShape, dict[int, Chunk]]]:
         """Divide the chunks of a step into calls, in order within each dp group. Each has its index in the call."""
-        rows_per_group = self.rows // self._groups
-        queues = [
-            [chunk for chunk in chunks if chunk.request.assigned_row // rows_per_group == group]
-            for group in range(self._groups)
-        ]
+        queues = [[chunk for chunk in chunks if chunk.group == group] for group in range(self._groups)]
         while any(queues):
             # Take the most tokens, and of shapes that take the same, the one with the least padding.
             options = [(shape, [_fitting(queue, shape) for queue in queues]) for shape in self._shapes]

@@ -36,12 +36,14 @@ class Chunk:
         first: The position of the first token.
         count: The number of tokens.
         is_last: Whether they are the last ones, so that the step also generates a token.
+        group: The dp group of the row.
     """
 
     request: Request
     first: int
     count: int
     is_last: bool
+    group: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Scheduler:
         for request in [r for r in self.running if r.num_generated == r.params.max_new_tokens]:
             self._free(request)  # its last token is in flight, so it needs neither row nor pages
         self._schedule_decodes(step)
-        # No request is admitted in a step that preempts one: the preempted request is the next to be admitted, but one
+        # No request is admitted in a step that preempts one: the preempted request is the next to be admitted, but some
         # of its tokens may be in flight, so its prefill has to wait for one step.
         self._schedule_prefills(step, may_admit=self.preemptions == preemptions)
         for request, count in step.decodes.items():
@@ -270,7 +272,8 @@ class Scheduler:
         prefill_len = self._prefill_len[request.id]
         while request.num_computed < prefill_len and budget > 0:
             count = min(prefill_len - request.num_computed, self._chunk, budget)
-            chunk = Chunk(request, request.num_computed, count, request.num_computed + count == prefill_len)
+            is_last = request.num_computed + count == prefill_len
+            chunk = Chunk(request, request.num_computed, count, is_last, self.group_of(request.assigned_row))
             request.num_computed += count
             request.in_flight += chunk.is_last
             budget -= count
