@@ -25,7 +25,7 @@ attention over a subset of the slots, and the logarithm of its denominator.
 """
 
 from helix_jax.attention import Partial, attend, merge
-from helix_jax.cache import CacheSpec, KVCache, Pages, Rows, make_cache
+from helix_jax.cache import CacheSpec, KVCache, Rows, make_cache
 from helix_jax.checkpoint import DEMO_MODEL, load, save, shard
 from helix_jax.combine import COMBINES, combine
 from helix_jax.config import ModelConfig
@@ -58,7 +58,6 @@ __all__ = [
     "KVCache",
     "MissingPackageError",
     "ModelConfig",
-    "Pages",
     "Partial",
     "Plan",
     "RequestOutput",

@@ -7,19 +7,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from helix_jax.cache import KVCache, Pages, Rows, pages_needed
+from helix_jax.cache import CacheSpec, KVCache, Rows, pages_needed, pool_shape, pool_sharding
 from helix_jax.checkpoint.parameters import parameter_dtype
 from helix_jax.config import ModelConfig
-from helix_jax.kernels.page_format import stored_width
 from helix_jax.mesh import (
     CP,
-    PAGES_AKWH,
-    PAGES_LATENT_AKWH,
     ROWS_B,
     TABLE_RBM,
     AnyMesh,
     Spec,
-    first_device,
     flat_size,
     sharding,
     weight_sharding,
@@ -69,10 +65,10 @@ def abstract_arguments(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(plan.mesh, spec))
 
     ranks, M = plan.mesh.shape[CP], pages_needed(slots, page)
-    spec = PAGES_LATENT_AKWH if config.latent else PAGES_AKWH
-    width = stored_width(config.cache_width, first_device(plan.mesh))
-    pool = like((ranks * rows * M, config.kv_heads, page, width), dtype, spec)
-    cache = KVCache((Pages(pool, None if config.latent else pool),) * config.layers)
+    spec = CacheSpec.from_config(config, dtype)
+    shape = pool_shape(plan, spec, ranks * rows * M, page)
+    pool: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=pool_sharding(plan, spec))
+    cache = KVCache(pool, spec)
     int_B = like((rows,), jnp.int32, ROWS_B)
     state = Rows(like((ranks, rows, M), jnp.int32, TABLE_RBM), int_B, int_B)
     sampling = jax.tree.map(lambda x: like(x.shape, x.dtype, ROWS_B), jax.eval_shape(lambda: make_sampling(rows)))

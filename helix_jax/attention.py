@@ -16,11 +16,11 @@ from jaxtyping import Float, Int
 from helix_jax.numerics import einsum
 
 # Bounds on what one pass over the pages reads at once: slots, over all rows, and scores. On a CPU a pass is cheap and
-# memory is short. It gathers at most a share of the pool, so that a decode step needs a few percent of its cache as
+# memory is short. It gathers at most a share of the slots, so that a decode step needs a few percent of its cache as
 # temporary memory, but at least as many slots as make a pass worthwhile; and 16 MB of scores. On an accelerator a pass
 # costs launches (about 30 us on a GPU, whatever its size). It gathers 128 MB of pages and 128 MB of scores, which is
 # little compared with the caches there.
-_CPU_POOL_SHARE = 32
+_CPU_SHARE = 32
 _CPU_MIN_SLOTS = 2**10
 _CPU_SCORES = 2**22
 _PAGES_BYTES = 2**27
@@ -37,6 +37,24 @@ class Partial(NamedTuple):
 
     o_BTNH: Float[Array, "*B T N H"]
     lse_BTN: Float[Array, "*B T N"]
+
+
+class PageTable(NamedTuple):
+    """The places of the slots: slot s of row b is word `s % W` of page `first_C[c] + entries_BM[b, s // W]`.
+
+    Attributes:
+        entries_BM: The pages of each row.
+        first_C: The pages from which they count, for keys (c = 0) and for values (c = 1): one pool can have the pages
+            of several layers.
+    """
+
+    entries_BM: Int[Array, "B M"]
+    first_C: Int[Array, "C"]
+
+    @classmethod
+    def of(cls, table: "Int[Array, 'B M'] | PageTable") -> "PageTable":
+        """Return a table whose pages count from 0, if it is an array."""
+        return table if isinstance(table, PageTable) else cls(table, jnp.zeros(2, jnp.int32))
 
 
 class PassOptions(NamedTuple):
@@ -92,7 +110,7 @@ def attend(
     q_BTNH: Float[Array, "B T N H"],
     k_AKWH: Float[Array, "A K W H"],
     v_AKWH: Float[Array, "A K W Hv"] | None,
-    table_BM: Int[Array, "B M"],
+    table_BM: Int[Array, "B M"] | PageTable,
     lo_BT: Int[Array, "B T"],
     hi_BT: Int[Array, "B T"],
     *,
@@ -109,15 +127,15 @@ def attend(
         q_BTNH: The queries.
         k_AKWH: The pages of keys.
         v_AKWH: The pages of values. None: the values are the first `v_width` numbers of the keys.
-        table_BM: Slot s of row b is word `s % W` of page `table_BM[b, s // W]`. Keys, values and table entries outside
-            of every `[lo, hi)` of a row may be anything, NaN included.
+        table_BM: Slot s of row b is word `s % W` of page `table_BM[b, s // W]`; or a `PageTable`. Keys, values and
+            entries outside of every `[lo, hi)` of a row may be anything, NaN included.
         lo_BT: The first slot that each query sees.
         hi_BT: The end of the slots that each query sees. It need not rise by one per token. A query with `lo >= hi`
             gives the empty partial.
         scale: The factor on the logits.
         v_width: The width of the values if `v_AKWH` is None.
     """
-    (B, T, N, H), (A, K, W, _) = q_BTNH.shape, k_AKWH.shape
+    (B, T, N, H), (_, K, W, _), table = q_BTNH.shape, k_AKWH.shape, PageTable.of(table_BM)
     bytes_per_slot = k_AKWH.dtype.itemsize * K * (H + (v_width or H))
 
     def limited_to(slots: int, scores: int, *, by_page: bool) -> Callable[..., Partial]:
@@ -126,8 +144,8 @@ def attend(
 
     few = T * (N // K) <= W  # queries per page: the outputs of each page by itself are fewer than its values
     return lax.platform_dependent(
-        *(q_BTNH, k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT),
-        cpu=limited_to(max(_CPU_MIN_SLOTS, A * W // _CPU_POOL_SHARE), _CPU_SCORES, by_page=False),
+        *(q_BTNH, k_AKWH, v_AKWH, table, lo_BT, hi_BT),
+        cpu=limited_to(max(_CPU_MIN_SLOTS, table.entries_BM.size * W // _CPU_SHARE), _CPU_SCORES, by_page=False),
         default=limited_to(_PAGES_BYTES // bytes_per_slot, _SCORES, by_page=few and K > 1),
     )
 
@@ -137,14 +155,14 @@ def attend_in_passes(
     q_BTNH: Array,
     k_AKWH: Array,
     v_AKWH: Array | None,
-    table_BM: Array,
+    table: PageTable,
     lo_BT: Array,
     hi_BT: Array,
 ) -> Partial:
     """Compute `attend` over `options.pages` pages of each row at a time."""
     B, T, N, H = q_BTNH.shape
     K, W = k_AKWH.shape[1:3]
-    M = table_BM.shape[1]
+    M = table.entries_BM.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     hi_BT = jnp.minimum(hi_BT, M * W)
     first_page_B, slots = visible_span(lo_BT, hi_BT, W, M * W)
@@ -152,9 +170,10 @@ def attend_in_passes(
     def run_pass(first: Array | int, pages: int) -> Partial:
         page_BC = first_page_B[:, None] + first + jnp.arange(pages)
         # Entries past the table are clipped, and their slots masked below, because hi is at most M W.
-        entry_BC = jnp.take_along_axis(table_BM, page_BC, axis=1, mode="clip")
+        entry_BC = jnp.take_along_axis(table.entries_BM, page_BC, axis=1, mode="clip")
         visible_BCTW = _visible_slots(page_BC[..., None] * W + jnp.arange(W), lo_BT, hi_BT)
-        k_BCKWH, v_BCKWH = _gather_pages(k_AKWH, v_AKWH, entry_BC, visible_BCTW)
+        used_BC1W1 = visible_BCTW.any(2)[:, :, None, :, None]
+        k_BCKWH, v_BCKWH = _gather_pages(k_AKWH, v_AKWH, entry_BC, table.first_C, used_BC1W1)
         if not options.by_page:
             k_BCKWH, v_BCKWH, visible_BCTW = map(_concatenate_pages, (k_BCKWH, v_BCKWH, visible_BCTW))
         partial = _attend_slots(q_BTKGH, k_BCKWH, v_BCKWH, visible_BCTW, options.scale)
@@ -194,11 +213,12 @@ def _visible_slots(slot_BCW: Array, lo_BT: Array, hi_BT: Array) -> Array:
     return (lo_B1T1 <= slot_BC1W) & (slot_BC1W < hi_B1T1)
 
 
-def _gather_pages(k_AKWH: Array, v_AKWH: Array | None, entry_BC: Array, visible_BCTW: Array) -> tuple[Array, Array]:
+def _gather_pages(
+    k_AKWH: Array, v_AKWH: Array | None, entry_BC: Array, first_C: Array, used_BC1W1: Array
+) -> tuple[Array, Array]:
     """Return the keys and values of some pages. Values that no query sees are zeroed, because 0 * NaN is NaN."""
-    k_BCKWH = jnp.take(k_AKWH, entry_BC, axis=0, mode="clip")
-    v_BCKWH = k_BCKWH if v_AKWH is None else jnp.take(v_AKWH, entry_BC, axis=0, mode="clip")
-    used_BC1W1 = visible_BCTW.any(2)[:, :, None, :, None]
+    k_BCKWH = jnp.take(k_AKWH, first_C[0] + entry_BC, axis=0, mode="clip")
+    v_BCKWH = k_BCKWH if v_AKWH is None else jnp.take(v_AKWH, first_C[1] + entry_BC, axis=0, mode="clip")
     v_BCKWH = jnp.where(used_BC1W1, v_BCKWH, 0)
     return (v_BCKWH if v_AKWH is None else k_BCKWH), v_BCKWH
 

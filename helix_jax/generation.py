@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from helix_jax.engine import Engine, Event, SamplingParams
-from helix_jax.engine.engine import DEFAULT_CHUNK
 from helix_jax.engine.params import params_of_each
 from helix_jax.engine.requests import check_prompt
+from helix_jax.engine.runner import default_chunk
 from helix_jax.mesh import DP
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
@@ -86,6 +86,8 @@ def make_engine(
     defaults = {
         "rows": -(-len(prompts) // dp) * dp,
         "max_len": max(length + own.max_new_tokens for length, own in zip(lens, each, strict=True)),
-        "chunk": min(DEFAULT_CHUNK, 1 << (sum(lens) - 1).bit_length()),  # short prompts need no larger program
     }
-    return Engine(model, plan, **(defaults | options))
+    engine_options = defaults | options
+    if engine_options.get("chunk") is None:  # short prompts need no larger program
+        engine_options["chunk"] = min(default_chunk(plan.mesh), 1 << (sum(lens) - 1).bit_length())
+    return Engine(model, plan, **engine_options)

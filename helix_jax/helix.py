@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from helix_jax.attention import Partial, merge_sink
-from helix_jax.cache import Pages, Rows, append, pad_width
+from helix_jax.attention import PageTable, Partial, merge_sink
+from helix_jax.cache import KVCache, Rows, append, pad_width
 from helix_jax.combine import combine
 from helix_jax.kernels import backend_attend
 from helix_jax.kernels.page_format import PageFormat
@@ -22,9 +22,10 @@ from helix_jax.mesh import (
     CP,
     NEW_KEYS_BTKH,
     NEW_LATENT_BTKH,
-    PAGES_AKWH,
-    PAGES_LATENT_AKWH,
+    POOL_LATENT_XKWH,
+    POOL_XKWH,
     QUERIES_BTNH,
+    REPLICATED,
     ROWS_B,
     SINK_N,
     TABLE_RBM,
@@ -46,21 +47,22 @@ class _Options(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("plan", "scale", "window", "v_width"), inline=True)
 def helix_attention(
     plan: Plan,
-    pages: Pages,
+    cache: KVCache,
     q_BTNH: Float[Array, "B T N H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"] | None,
     rows: Rows,
     count_B: Int[Array, "B"],
     *,
+    layer: Int[Array, ""] | int = 0,
     scale: float,
     window: int | None = None,
     sink_N: Float[Array, "N"] | None = None,
     v_width: int | None = None,
-) -> tuple[Float[Array, "B T N Hv"], Pages]:
+) -> tuple[Float[Array, "B T N Hv"], KVCache]:
     """Append new tokens to the cache, and compute causal attention of these tokens over the cache of their rows.
 
-    The result is exact: meshes, placements and combines differ only by rounding. `pages` is updated in place if
+    The result is exact: meshes, placements and combines differ only by rounding. `cache` is updated in place if
     donated. The caller adds `count_B` to `rows.length_B` after the last layer. The caller also ensures that
     `length_B + count_B` fits the pages of `rows`: lengths are traced, so this cannot be checked, and a token without a
     page is not cached. On a CPU that is split into devices, wait for a result before the next call, because queued
@@ -68,6 +70,7 @@ def helix_attention(
 
     Args:
         count_B: How many of the T new tokens each row appends. The others write nothing, and their output is 0.
+        layer: The layer whose pages are used. It may be traced, but it must exist.
         scale: The scale of the attention scores, usually `head_width**-0.5`.
         window: How many positions a query sees, its own included. None: all.
         sink_N: A score per head that is added to the softmax denominator and has no value (an attention sink).
@@ -75,7 +78,7 @@ def helix_attention(
             the keys, and the pages come from a `CacheSpec` with `latent=True`.
 
     Returns:
-        The output in the type of `q_BTNH`, its heads sharded over the flat axis (tp, cp); and the pages.
+        The output in the type of `q_BTNH`, its heads sharded over the flat axis (tp, cp); and the cache.
 
     Raises:
         ValueError: tp does not divide the key/value heads, or tp * cp the query heads; the kernel cannot read the
@@ -87,29 +90,29 @@ def helix_attention(
     plan.check_heads(q_BTNH.shape[2], None if latent else k_BTKH.shape[2])
     if window is not None:
         check_int("window", window, least=1)
-    pages_spec, new_spec = (PAGES_LATENT_AKWH, NEW_LATENT_BTKH) if latent else (PAGES_AKWH, NEW_KEYS_BTKH)
+    pool_spec, new_spec = (POOL_LATENT_XKWH, NEW_LATENT_BTKH) if latent else (POOL_XKWH, NEW_KEYS_BTKH)
     rows_specs = Rows._make((TABLE_RBM, ROWS_B, ROWS_B))
     sharded = jax.shard_map(
         functools.partial(_attention_shard, _Options(plan, scale, window, v_width)),
         mesh=plan.mesh,
-        in_specs=(pages_spec, QUERIES_BTNH, new_spec, new_spec, rows_specs, ROWS_B, SINK_N),
-        out_specs=(ATTENTION_OUT_BTNH, pages_spec),
+        in_specs=(pool_spec, REPLICATED, (QUERIES_BTNH, new_spec, new_spec), rows_specs, ROWS_B, SINK_N),
+        out_specs=(ATTENTION_OUT_BTNH, pool_spec),
     )
-    return sharded(pages, q_BTNH, k_BTKH, v_BTKH, rows, count_B, sink_N)
+    return sharded(cache, jnp.asarray(layer, jnp.int32), (q_BTNH, k_BTKH, v_BTKH), rows, count_B, sink_N)
 
 
 def _attention_shard(
     options: _Options,
-    pages: Pages,
-    q_BTNH: Array,
-    k_BTKH: Array,
-    v_BTKH: Array | None,
+    cache: KVCache,
+    layer: Array,
+    new: tuple[Array, Array, Array | None],
     rows: Rows,
     count_B: Array,
     sink_n: Array | None,
-) -> tuple[Array, Pages]:
+) -> tuple[Array, KVCache]:
     """Run `helix_attention` on one device. All arrays are the share of this device."""
     plan, table_BM = options.plan, rows.table_RBM[0]
+    q_BTNH, k_BTKH, v_BTKH = new
     token_T = jnp.arange(q_BTNH.shape[1])
     position_BT = rows.length_B[:, None] + token_T
     is_new_BT = token_T < count_B[:, None]
@@ -120,24 +123,29 @@ def _attention_shard(
     # Append: the owner of a position stores its key and value in the next free slot.
     slot_BT, end_BT = filled(position_BT), filled(position_BT + 1)
     owned_BT = is_new_BT & (end_BT > slot_BT)
-    pages = append(pages, k_BTKH, v_BTKH, table_BM, slot_BT, owned_BT)
+    cache = append(cache, layer, k_BTKH, v_BTKH, table_BM, slot_BT, owned_BT)
 
     # Attend: a query sees the slots [lo, hi) of this rank.
     hi_BT = jnp.where(is_new_BT, end_BT, 0)
     lo_BT = filled(position_BT + 1 - options.window) if options.window else jnp.zeros_like(hi_BT)
-    partial = _attend(options, q_BTNH, pages, table_BM, lo_BT, hi_BT)
+    partial = _attend(options, q_BTNH, cache, layer, table_BM, lo_BT, hi_BT)
 
     # Combine: exchange partial results with the other ranks. Each rank keeps 1 / cp of the heads.
     result = combine(partial, plan.combine)
     if sink_n is not None:
         result = merge_sink(result, sink_n)
-    return result.o_BTNH.astype(q_BTNH.dtype), pages
+    return result.o_BTNH.astype(q_BTNH.dtype), cache
 
 
-def _attend(options: _Options, q_BTNH: Array, pages: Pages, table_BM: Array, lo_BT: Array, hi_BT: Array) -> Partial:
+def _attend(
+    options: _Options, q_BTNH: Array, cache: KVCache, layer: Array, table_BM: Array, lo_BT: Array, hi_BT: Array
+) -> Partial:
     """Attend with the kernel of the plan. Pages may store heads padded with zeros (on TPUs)."""
-    _, _, page, width = pages.k_AKWH.shape
-    attend = backend_attend(options.plan.kernel_for(PageFormat(width, page, pages.k_AKWH.dtype, options.v_width)))
-    q_wide_BTNH = pad_width(q_BTNH, pages.k_AKWH)
-    partial = attend(q_wide_BTNH, *pages, table_BM, lo_BT, hi_BT, scale=options.scale, v_width=options.v_width)
+    pool_XKWH, pages, parts = cache.pool_XKWH, cache.pages, cache.spec.parts
+    _, _, W, H = pool_XKWH.shape
+    attend = backend_attend(options.plan.kernel_for(PageFormat(H, W, pool_XKWH.dtype, options.v_width)))
+    # Not added to the table here, because that would be a kernel per layer.
+    table = PageTable(table_BM, (layer * parts + jnp.arange(parts)) * pages)
+    arguments = pad_width(q_BTNH, H), pool_XKWH, None if cache.spec.latent else pool_XKWH, table, lo_BT, hi_BT
+    partial = attend(*arguments, scale=options.scale, v_width=options.v_width)
     return partial._replace(o_BTNH=partial.o_BTNH[..., : options.v_width or q_BTNH.shape[-1]])

@@ -33,8 +33,8 @@ ATTENTION_OUT_BTNH = P(DP, None, FLAT, None)
 
 # The cache: pages over cp (and over dp, like the rows), heads over tp. There is one page table per rank. A latent
 # serves all heads, so every device of tp holds a copy of it.
-PAGES_AKWH = P((DP, CP), TP, None, None)
-PAGES_LATENT_AKWH = P((DP, CP), None, None, None)
+POOL_XKWH = P((DP, CP), TP, None, None)
+POOL_LATENT_XKWH = P((DP, CP), None, None, None)
 NEW_LATENT_BTKH = P(DP, None, None, None)
 TABLE_RBM = P(CP, DP, None)
 ROWS_B = P(DP)

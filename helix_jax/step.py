@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from helix_jax.cache import KVCache, Pages, Rows
+from helix_jax.cache import KVCache, Rows
 from helix_jax.config import ModelConfig
 from helix_jax.helix import helix_attention
 from helix_jax.mesh import DP, EXPERT_WEIGHTS, ROWS_B, sharding, weight_sharding
@@ -21,6 +21,11 @@ from helix_jax.plan import Plan
 from helix_jax.sampling import MAX_LOGPROBS, Logprobs, RowSampling, Sampling, choose, sample
 
 DEFAULT_STEPS = 32  # decode steps per call
+
+# What XLA may record as CUDA graphs: its defaults, and loops and branches. If a graph contains the loop of `decode`,
+# the host does not read its condition in each step, and a call returns before the devices have begun. Other platforms
+# ignore this option.
+_CUDA_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"
 
 
 class StepOutput(NamedTuple):
@@ -104,22 +109,27 @@ def advance(
         The logits that follow the last token of each row, the cache, and the rows.
     """
     model = assemble(config, weights)
-    tokens_BT = _pad_single_token(plan, tokens_BT)
+    T = tokens_BT.shape[1]
+    padded_BT = _pad_single_token(plan, tokens_BT)
 
     def attention(
-        q_BTNH: Array, k_BTKH: Array, v_BTKH: Array | None, state: Pages, **options: Any
-    ) -> tuple[Array, Pages]:
-        return helix_attention(plan, state, q_BTNH, k_BTKH, v_BTKH, rows, count_B, **options)
+        q_BTNH: Array, k_BTKH: Array, v_BTKH: Array | None, state: tuple[KVCache, int], **options: Any
+    ) -> tuple[Array, tuple[KVCache, int]]:
+        cache, layer = state
+        q_BTNH, k_BTKH, v_BTKH = jax.tree.map(lambda x: x[:, :T], (q_BTNH, k_BTKH, v_BTKH))  # without the padding
+        new = q_BTNH, k_BTKH, v_BTKH, rows, count_B
+        o_BTNH, cache = helix_attention(plan, cache, *new, layer=layer, **options)
+        return _pad_tokens(o_BTNH, padded_BT.shape[1]), (cache, layer + 1)
 
-    step_T = jnp.arange(tokens_BT.shape[1])
+    step_T = jnp.arange(padded_BT.shape[1])
     position_BT = rows.length_B[:, None] + step_T
     run_experts = moe.make_run_experts(plan.mesh, plan.experts, step_T < count_B[:, None])
-    x_BTD, layers = model(tokens_BT, position_BT, attention, cache.layers, run_experts)
+    x_BTD, (cache, _) = model(padded_BT, position_BT, attention, (cache, 0), run_experts)
     last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
     logits_BV = model.logits(jnp.take_along_axis(x_BTD, last_B11, axis=1)[:, 0])
     # This is the one gather of the logits in a step: every device then has all of them, and samples the same token.
     logits_BV = constrain_rows(plan, logits_BV)
-    return logits_BV, KVCache(layers), rows._replace(length_B=constrain_rows(plan, rows.length_B + count_B))
+    return logits_BV, cache, rows._replace(length_B=constrain_rows(plan, rows.length_B + count_B))
 
 
 def _pad_single_token(plan: Plan, tokens_BT: Array) -> Array:
@@ -129,8 +139,13 @@ def _pad_single_token(plan: Plan, tokens_BT: Array) -> Array:
     the token up, and multiplies a layer's weights by a vector in a loop, which took 2.9 times as long as a matrix
     product.
     """
-    rows, T = tokens_BT.shape
-    return jnp.pad(tokens_BT, ((0, 0), (0, 1))) if rows * T == plan.mesh.shape[DP] else tokens_BT
+    return _pad_tokens(tokens_BT, 2) if tokens_BT.size == plan.mesh.shape[DP] else tokens_BT
+
+
+def _pad_tokens(x_BT: Array, tokens: int) -> Array:
+    """Pad with zeros to `tokens` new tokens per row."""
+    missing = tokens - x_BT.shape[1]
+    return jnp.pad(x_BT, ((0, 0), (0, missing), *((0, 0),) * (x_BT.ndim - 2))) if missing else x_BT
 
 
 def constrain_rows(plan: Plan, x_B: Array) -> Array:
@@ -248,7 +263,12 @@ def _empty_output(plan: Plan, state: DecodeState, max_steps: int, greedy: bool) 
 
 
 step = partial(jax.jit, static_argnames=("config", "plan"), donate_argnames="cache")(_step)
-decode = partial(jax.jit, static_argnames=("config", "plan", "max_steps", "greedy"), donate_argnames="state")(_decode)
+decode = partial(
+    jax.jit,
+    static_argnames=("config", "plan", "max_steps", "greedy"),
+    donate_argnames="state",
+    compiler_options={"xla_gpu_enable_command_buffer": _CUDA_GRAPHS},
+)(_decode)
 
 
 def check_model_placement(model: Transformer, plan: Plan) -> None:

@@ -1,20 +1,22 @@
 #!/usr/bin/env python3
-"""Time decode steps of a model with random weights and a cache of a given length, on one mesh after another.
+"""Time decoding and prefill of a model with random weights, as users call them, on one mesh after another.
 
-python scripts/bench_decode.py --config configs/llama-3.1-8b.toml --mesh 4x1 --mesh 2x2 --mesh 1x4
+python scripts/bench_decode.py --config configs/llama-3.1-8b.toml --mesh 2x1 --mesh 1x2 --case 1x8192 --case 32x8192
 
-Every combination of mesh, placement and combine is one run. The time per token (of every row) is measured in three
-ways: one call per token and a wait after each ("awaited"), one call per token and a wait after the last ("queued"; not
-on a CPU, where steps that queue up deadlock), and many tokens per call ("many"). Tokens are arbitrary and never read.
-The roofline is the time to read a device's weights and an even share of the cache, at the bandwidth measured here.
+Every combination of mesh, placement, combine and case is one run. The time per token (of every row) is measured for
+`Engine` while all rows decode, for `generate`, and for the program `decode` over a cache of random numbers. The
+roofline is the time to read a device's weights and an even share of the cache, at the bandwidth measured here. With
+--baseline, PyTorch and FlashInfer run the same cases, tensor parallel over as many devices (baseline_torch.py).
 """
 
 import argparse
+import importlib.util
+import json
 import math
 import re
+import subprocess
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -23,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from public_apis import time_engine, time_generate, time_prefill
 from random_weights import fill_with_noise, make_random_weights
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +33,7 @@ from roofline import count_kv_bytes, count_weight_bytes, measure_bandwidth
 from shapes import read_shape, take_first_layers
 
 from helix_jax.arrays import bytes_per_device, put
-from helix_jax.cache import CacheSpec, KVCache, Rows, make_cache, per_row
+from helix_jax.cache import CacheSpec, make_cache, per_row
 from helix_jax.cli.app import Parser, run_command
 from helix_jax.cli.devices import open_mesh
 from helix_jax.cli.options import DTYPES, add_choice, default_dtype
@@ -41,23 +44,25 @@ from helix_jax.engine.engine import DEFAULT_PAGE
 from helix_jax.kernels import KERNELS
 from helix_jax.layout import PLACEMENTS
 from helix_jax.mesh import CP, ROWS_B, TP, make_mesh
-from helix_jax.models.transformer import Weights
+from helix_jax.models.transformer import Transformer, Weights, assemble
 from helix_jax.plan import Plan
-from helix_jax.step import DecodeState, StepOutput, decode, step
+from helix_jax.step import DEFAULT_STEPS, DecodeState, decode
 from helix_jax.validation import check_int
 
 PROGRAM = "bench_decode.py"
-WARM_UP = 2
-MIN_CALLS = 3  # with many tokens each, for a median
-TIMINGS = {"awaited_ms": "awaited", "queued_ms": "queued", "many_ms": "many"}
+CALLS = 4  # timed calls of `decode`, after one that is not
 PLATFORMS = ("auto", "cpu", "gpu")
+TIMINGS = {"engine_ms": "Engine", "generate_ms": "generate", "decode_ms": "decode", "baseline_ms": "baseline"}
 
 
-class Program(NamedTuple):
-    """A program that takes the cache and the rows, and returns them among its results."""
+class Case(NamedTuple):
+    """How many rows there are, and how many tokens each has at first."""
 
-    run: Callable[[KVCache, Rows], StepOutput | DecodeState]
-    lower: Callable[[KVCache, Rows], Any]
+    rows: int
+    context: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.context}"
 
 
 class Job(NamedTuple):
@@ -78,9 +83,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--config", type=Path, required=True, metavar="FILE.toml", help="model config, such as those in configs/")
     add("--mesh", action="append", required=True, metavar="TPxCP", help="mesh, such as 2x4; may be repeated")
     add("--layers", type=int, metavar="N", help="time only the first N layers (default: all)")
-    add("--rows", type=int, default=8, metavar="N", help="number of sequences (default: 8)")
-    add("--context", type=int, default=131072, metavar="TOKENS", help="length of each prompt (default: 131072)")
-    add("--decoded", type=int, default=0, metavar="TOKENS", help="tokens already decoded after the prompt (default: 0)")
+    text = "sequences and the length of each when decoding begins; may be repeated (default: 8x8192)"
+    add("--case", action="append", metavar="ROWSxTOKENS", help=text)
+    text = "prompts to prefill and the length of each; may be repeated (default: none)"
+    add("--prefill", action="append", metavar="ROWSxTOKENS", help=text)
+    text = "tokens decoded before, in the cache of `decode`: the ranks store them as the placement says (default: 0)"
+    add("--decoded", type=int, default=0, metavar="TOKENS", help=text)
     text = "rule that assigns blocks to ranks; may be repeated (default: helix)"
     add_choice(parser, "--placement", PLACEMENTS, text, several=True)
     text = "collective that combines the ranks' partial results; may be repeated (default: psum)"
@@ -89,42 +97,48 @@ def parse_arguments() -> argparse.Namespace:
     add("--block", type=int, default=16, metavar="TOKENS", help="length of a block of the sequence (default: 16)")
     text = "tokens per cache page (default: %(default)s)"
     add("--page", type=int, default=DEFAULT_PAGE, metavar="TOKENS", help=text)
-    add("--tokens-per-call", type=int, default=16, metavar="N", help='tokens per call of "many" (default: 16)')
-    add("--steps", type=int, default=20, metavar="N", help="timed steps of one token each (default: 20)")
+    add("--steps-per-call", type=int, default=DEFAULT_STEPS, metavar="N", help="decode steps (default: %(default)s)")
     add_choice(parser, "--dtype", DTYPES, "type of weights and cache (default: bfloat16; float32 on a CPU)")
     text = "devices to use; cpu is split into as many fake devices as the largest mesh needs"
     add_choice(parser, "--platform", PLATFORMS, text, default="auto")
+    add("--baseline", action="store_true", help="run the cases with PyTorch and FlashInfer too")
     add("--json", type=Path, metavar="FILE", help="write all numbers to FILE, after every run")
     add("--plot", type=Path, metavar="FILE.png", help="draw the ms per token of every run")
     return parser.parse_args()
 
 
 def check_options(options: argparse.Namespace) -> argparse.Namespace:
-    least = {"rows": 1, "context": 0, "decoded": 0, "page": 1, "tokens_per_call": 1, "steps": 1}
+    least = {"decoded": 0, "page": 1, "steps_per_call": 1}
     for name, minimum in least.items():
         check_int(f"--{name.replace('_', '-')}", getattr(options, name), least=minimum)
     options.placement, options.combine = options.placement or ["helix"], options.combine or ["psum"]
-    options.mesh = [parse_mesh(text) for text in options.mesh]
+    options.mesh = [parse_sizes("--mesh", text, "tp x cp") for text in options.mesh]
+    options.case = [Case(*parse_sizes("--case", text, "rows x tokens")) for text in options.case or ["8x8192"]]
+    options.prefill = [Case(*parse_sizes("--prefill", text, "rows x tokens")) for text in options.prefill or []]
+    missing = [name for name in ("torch", "flashinfer") if importlib.util.find_spec(name) is None]
+    if options.baseline and missing:
+        raise ValueError(f"--baseline needs {' and '.join(missing)}: install them, or leave it out")
     return options
 
 
-def parse_mesh(text: str) -> tuple[int, int]:
-    """Return tp and cp of a mesh such as "2x4".
+def parse_sizes(option: str, text: str, meaning: str) -> tuple[int, int]:
+    """Return two sizes such as "2x4".
 
     Raises:
         ValueError: The text has another form, or a size is 0.
     """
     match = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", text, re.ASCII)
     if not match:
-        raise ValueError(f"--mesh is '{text}': give tp x cp, both at least 1, such as 2x4")
+        raise ValueError(f"{option} is '{text}': give {meaning}, both at least 1, such as 2x4")
     return int(match[1]), int(match[2])
 
 
 def bench(options: argparse.Namespace) -> None:
-    """Measure every run, write the report after each, and print a table."""
+    """Measure every run, write the report after each, and print tables."""
     config = read_shape(options.config)
     config = config if options.layers is None else take_first_layers(config, options.layers)
     figure = new_figure("--plot", options.plot) if options.plot else None
+    baselines = run_baselines(options)  # before JAX takes the memory of the devices
     largest = open_mesh(options.platform, *max(options.mesh, key=math.prod))
     devices = list(largest.devices.flat)
     options.platform = devices[0].platform
@@ -137,17 +151,42 @@ def bench(options: argparse.Namespace) -> None:
     write_json(options.json, report)  # before anything is measured, in case the file cannot be written
     progress = Console(stderr=True, highlight=False, soft_wrap=True)
     for mesh, plans in plans_by_mesh:
-        weights = make_random_weights(config, mesh, options.dtype)
+        model = assemble(config, make_random_weights(config, mesh, options.dtype))
+        baseline = baselines.get(mesh.size, {})
         for plan in plans:
-            run = measure(job, plan, weights)
-            report["runs"].append(run)
-            write_json(options.json, report)
-            name = f"{run['mesh']} {run['placement']} {run['combine']}"
-            progress.print(f"{name}: {run['best_ms']:.4g} ms per token, {run['times_roofline']:.3g} x roofline")
-        del weights  # before those of the next mesh are created
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(make_table(report))
+            for kind, cases, measure in (
+                ("runs", options.case, measure_decoding),
+                ("prefills", options.prefill, measure_prefill),
+            ):
+                for case in cases:
+                    report[kind].append(describe_plan(plan, case) | measure(job, plan, model, case, baseline))
+                    write_json(options.json, report)
+                    progress.print(json.dumps(report[kind][-1]))
+        del model  # before that of the next mesh is created
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print(make_table(report))
+    if report["prefills"]:
+        console.print(make_prefill_table(report))
     if figure:
         draw(figure, options.plot, report)
+
+
+def run_baselines(options: argparse.Namespace) -> dict[int, dict[str, Any]]:
+    """Return the report of baseline_torch.py by number of devices."""
+    if not options.baseline:
+        return {}
+    reports = {}
+    for devices in sorted({math.prod(mesh) for mesh in options.mesh}):
+        command = [sys.executable, str(Path(__file__).with_name("baseline_torch.py")), "--config", str(options.config)]
+        command += ["--devices", str(devices), "--decode", *map(str, options.case)]
+        command += [] if options.layers is None else ["--layers", str(options.layers)]
+        # A prompt is one chunk there, and several short ones are as fast as one that is as long as a chunk of ours.
+        command += ["--prefill", *(str(max(case.context, 2048)) for case in options.prefill)] if options.prefill else []
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise ValueError(f"the baseline exited with {done.returncode}: see its message above")
+        reports[devices] = json.loads(done.stdout.splitlines()[-1])
+    return reports
 
 
 def make_plans(mesh: Mesh, options: argparse.Namespace, config: ModelConfig) -> list[Plan]:
@@ -159,7 +198,7 @@ def make_plans(mesh: Mesh, options: argparse.Namespace, config: ModelConfig) -> 
     plans = [
         Plan(mesh, options.block, placement, combine, options.kernel)
         for placement in options.placement
-        for combine in options.combine
+        for combine in (options.combine if mesh.shape[CP] > 1 else options.combine[:1])
     ]
     for plan in plans:
         plan.check_model(config)
@@ -169,135 +208,105 @@ def make_plans(mesh: Mesh, options: argparse.Namespace, config: ModelConfig) -> 
 
 def describe(job: Job, device: str) -> dict[str, Any]:
     """Return a report of the settings, without runs."""
-    names = ("rows", "context", "decoded", "block", "page", "tokens_per_call", "steps", "dtype", "platform")
+    names = ("decoded", "block", "page", "steps_per_call", "dtype", "platform")
     report = {"config": job.options.config.stem, "layers": job.config.layers, "device": device, "jax": jax.__version__}
     report |= {name: getattr(job.options, name) for name in names}
-    return report | {"bandwidth_bytes_per_s": job.bandwidth, "runs": []}
+    return report | {"bandwidth_bytes_per_s": job.bandwidth, "runs": [], "prefills": []}
 
 
-def measure(job: Job, plan: Plan, weights: Weights) -> dict[str, Any]:
-    """Time one plan. Return a run of the report, in which bytes are per device."""
-    options = job.options
-    calls = max(MIN_CALLS, options.steps // options.tokens_per_call)
-    spare = max(WARM_UP + options.steps, (WARM_UP + calls) * options.tokens_per_call)
-    cache, rows = make_filled_cache(job, plan, spare)
-    run: dict[str, Any] = {"mesh": f"{plan.mesh.shape[TP]}x{plan.mesh.shape[CP]}"}
-    run |= {"placement": plan.layout.placement, "combine": plan.combine}
-    run |= {"kernel": plan.kernel_for_model(job.config, options.page, options.dtype)}
-    run |= {"cache_bytes": bytes_per_device(cache), "weight_bytes": bytes_per_device(weights)}
-
-    one, many = make_programs(job, plan, weights)
-    run["compile_s"], run["temporary_bytes"] = compile_ahead(one, cache, rows)
-    run["many_compile_s"], run["many_temporary_bytes"] = compile_ahead(many, cache, rows)
-    run["awaited_ms"], cache = time_awaited(one, cache, rows, options.steps)
-    run["queued_ms"] = None
-    if options.platform != "cpu":
-        run["queued_ms"], cache = time_queued(one, cache, rows, options.steps)
-    call_ms, cache = time_awaited(many, cache, rows, calls)
-    run["many_ms"] = call_ms / options.tokens_per_call
-    best_ms = min(run[timing] for timing in TIMINGS if run[timing] is not None)
-    return run | compare_with_roofline(job, plan, weights, best_ms)
+def describe_plan(plan: Plan, case: Case) -> dict[str, Any]:
+    mesh = f"{plan.mesh.shape[TP]}x{plan.mesh.shape[CP]}"
+    return {"mesh": mesh, "placement": plan.layout.placement, "combine": plan.combine, "case": str(case)}
 
 
-def compare_with_roofline(job: Job, plan: Plan, weights: Weights, best_ms: float) -> dict[str, float]:
-    """Compare with the rooflines of an evenly sharded cache, as in the paper, and of the fullest rank."""
-    weight_bytes = count_weight_bytes(job.config, job.options.rows, weights)
-    kv_bytes = count_kv_bytes(job.options, job.config, plan)
-    even_ms, fullest_ms = (1e3 * (kv + weight_bytes) / job.bandwidth for kv in kv_bytes)
-    speed = 1e3 * job.options.rows / best_ms / plan.mesh.size
-    rooflines = {"roofline_ms": even_ms, "roofline_of_fullest_ms": fullest_ms, "times_roofline": best_ms / even_ms}
-    return {"best_ms": best_ms, "tokens_per_s_per_device": speed, **rooflines}
+def measure_decoding(job: Job, plan: Plan, model: Transformer, case: Case, baseline: dict[str, Any]) -> dict[str, Any]:
+    """Time one plan and case. Bytes are per device."""
+    options, weights = job.options, model.weights()
+    engine_options = {"page": options.page, "steps_per_call": options.steps_per_call}
+    run: dict[str, Any] = {"kernel": plan.kernel_for_model(job.config, options.page, options.dtype)}
+    run["engine_ms"] = time_engine(model, plan, *case, **engine_options)
+    run["generate_ms"] = time_generate(model, plan, *case, **engine_options)
+    run |= time_decode(job, plan, weights, case)
+    run["baseline_ms"] = baseline.get("decode_ms", {}).get(str(case))
+    weight_bytes = count_weight_bytes(job.config, case.rows, weights)
+    kv_bytes = count_kv_bytes(case, options, job.config, plan)
+    run["roofline_ms"], run["roofline_of_fullest_ms"] = (1e3 * (kv + weight_bytes) / job.bandwidth for kv in kv_bytes)
+    return run | {"weight_bytes": bytes_per_device(weights)}
 
 
-def make_filled_cache(job: Job, plan: Plan, spare: int) -> tuple[KVCache, Rows]:
-    """Return a cache of random numbers as long as after prompt and decoding, with pages for `spare` more tokens."""
-    options, config, length = job.options, job.config, job.options.context + job.options.decoded
-    spec = CacheSpec.from_config(config, options.dtype)
-    lens = ([options.context] * options.rows, [length + spare] * options.rows)
-    cache, rows = make_cache(plan, spec, *lens, page=options.page)
-    pools, structure = jax.tree.flatten(cache)
-    pools = [fill_with_noise(pool_AKWH, seed) for seed, pool_AKWH in enumerate(pools)]
-    return jax.tree.unflatten(structure, pools), rows._replace(length_B=per_row(plan, [length] * options.rows))
-
-
-def make_programs(job: Job, plan: Plan, weights: Weights) -> tuple[Program, Program]:
-    """Return the program of one step, and that of many steps, in which no row ends."""
-    rows, tokens = job.options.rows, job.options.tokens_per_call
-    token_B = np.arange(rows) % job.config.vocab
-    new = {"tokens_BT": per_row(plan, token_B[:, None]), "count_B": per_row(plan, np.ones(rows))}
-    count_B = per_row(plan, [tokens] * rows)
-    model = job.config, plan, weights
-
-    def many(program: Any, cache: KVCache, rows: Rows) -> Any:
-        running_B = put(np.zeros(len(token_B), bool), plan.mesh, ROWS_B)
-        state = DecodeState(cache, rows, per_row(plan, token_B), running_B)  # all of it is donated
-        return program(*model, state, count_B, tokens)
-
-    return (
-        Program(partial(step, *model, **new), partial(step.lower, *model, **new)),
-        Program(lambda cache, rows: many(decode, cache, rows)[1], partial(many, decode.lower)),
-    )
-
-
-def compile_ahead(program: Any, cache: KVCache, rows: Rows) -> tuple[float, int | None]:
-    """Compile a program, so that its calls do not. Return the seconds, and the bytes of temporary arrays if known."""
+def time_decode(job: Job, plan: Plan, weights: Weights, case: Case) -> dict[str, Any]:
+    """Time the program `decode` over a cache of random numbers, as long as after the prompt and earlier decoding."""
+    options, config, steps = job.options, job.config, job.options.steps_per_call
+    length = case.context + options.decoded
+    lens = ([case.context] * case.rows, [length + (2 + CALLS) * steps] * case.rows)
+    cache, rows = make_cache(plan, CacheSpec.from_config(config, options.dtype), *lens, page=options.page)
+    cache_bytes = bytes_per_device(cache)
+    cache = cache._replace(pool_XKWH=fill_with_noise(cache.pool_XKWH, 0))
+    rows = rows._replace(length_B=per_row(plan, [length] * case.rows))
+    token_B, finished_B = np.arange(case.rows) % config.vocab, np.zeros(case.rows, bool)
+    state = DecodeState(cache, rows, per_row(plan, token_B), put(finished_B, plan.mesh, ROWS_B))
+    call = partial(decode, config, plan, weights)
+    count_B, seconds = per_row(plan, [steps] * case.rows), []
     start = time.perf_counter()
-    compiled = program.lower(cache, rows).compile()
-    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
-    return seconds, memory.temp_size_in_bytes if memory else None
-
-
-def time_awaited(program: Program, cache: KVCache, rows: Rows, calls: int) -> tuple[float, KVCache]:
-    """Time calls with a wait after each. Return the median ms, and the cache."""
-    (cache, rows), seconds = warm_up(program, cache, rows), []
-    for _ in range(calls):
+    lowered = decode.lower(config, plan, weights, state, count_B, steps)
+    memory = lowered.compile().memory_analysis()
+    compile_s = time.perf_counter() - start
+    for _ in range(1 + CALLS):
         start = time.perf_counter()
-        cache, rows = cache_and_rows(jax.block_until_ready(program.run(cache, rows)))
+        _, state = jax.block_until_ready(call(state, count_B, steps))
         seconds.append(time.perf_counter() - start)
-    return 1e3 * median(seconds), cache
+    return {
+        "decode_ms": 1e3 * median(seconds[1:]) / steps,
+        "decode_compile_s": compile_s,
+        "decode_temporary_bytes": memory.temp_size_in_bytes if memory else None,
+        "cache_bytes": cache_bytes,
+    }
 
 
-def time_queued(program: Program, cache: KVCache, rows: Rows, calls: int) -> tuple[float, KVCache]:
-    """Time calls with a wait after the last. Return the mean ms, and the cache."""
-    cache, rows = warm_up(program, cache, rows)
-    start = time.perf_counter()
-    for _ in range(calls):
-        cache, rows = cache_and_rows(program.run(cache, rows))
-    jax.block_until_ready((cache, rows))
-    return 1e3 * (time.perf_counter() - start) / calls, cache
-
-
-def warm_up(program: Program, cache: KVCache, rows: Rows) -> tuple[KVCache, Rows]:
-    """Run a program."""
-    for _ in range(WARM_UP):
-        cache, rows = cache_and_rows(jax.block_until_ready(program.run(cache, rows)))
-    return cache, rows
-
-
-def cache_and_rows(output: StepOutput | DecodeState) -> tuple[KVCache, Rows]:
-    return output.cache, output.rows
+def measure_prefill(job: Job, plan: Plan, model: Transformer, case: Case, baseline: dict[str, Any]) -> dict[str, Any]:
+    """Time the prefill of one plan and case."""
+    speed = time_prefill(model, plan, *case, page=job.options.page)
+    theirs = baseline.get("prefill_tokens_per_s", {}).get(str(max(case.context, 2048)))
+    return {"tokens_per_s": speed, "baseline_tokens_per_s": theirs}
 
 
 def make_table(report: dict[str, Any]) -> Table:
-    """Return the numbers of every run."""
-    model = f"{report['config']}, {report['layers']} layers, {report['dtype']}"
-    cached = f"{report['rows']} rows of {report['context']} + {report['decoded']} tokens"
-    title = f"{model}; {cached}; {report['device']}, {report['bandwidth_bytes_per_s'] / 1e9:.4g} GB/s"
-    settings = ("mesh", "placement", "combine", "kernel")
-    numbers = {name: (f"{timing}\nms", 1) for name, timing in TIMINGS.items()} | {
-        "tokens_per_s_per_device": ("tokens/s\n/device", 1),
-        "roofline_ms": ("roofline\nms", 1),
-        "times_roofline": ("times\nroofline", 1),
-        "cache_bytes": ("cache\nGB", 1e9),
-        "temporary_bytes": ("temporary\nGB", 1e9),
-        "compile_s": ("compile\ns", 1),
-    }
-    headings = (heading for heading, _ in numbers.values())
-    table = Table(*settings, *headings, title=title, title_justify="left")
+    """Return the times of every run, and their ratios to the baseline and to the roofline."""
+    settings = ("mesh", "placement", "combine", "kernel", "case")
+    headings = [f"{name}\nms" for name in (*TIMINGS.values(), "roofline")]
+    ratios = ["Engine /\nbaseline", "generate /\nbaseline", "Engine /\nroofline"]
+    table = Table(*settings, *headings, *ratios, "cache\nGB", title=make_title(report), title_justify="left")
     for run in report["runs"]:
-        cells = ("-" if run[name] is None else f"{run[name] / unit:.4g}" for name, (_, unit) in numbers.items())
-        table.add_row(*(run[name] for name in settings), *cells)
+        numbers = [run[timing] for timing in TIMINGS] + [run["roofline_ms"]]
+        numbers += [divide(run[name], run["baseline_ms"]) for name in ("engine_ms", "generate_ms")]
+        numbers += [run["engine_ms"] / run["roofline_ms"], run["cache_bytes"] / 1e9]
+        table.add_row(*(run[name] for name in settings), *map(format_number, numbers))
     return table
+
+
+def make_prefill_table(report: dict[str, Any]) -> Table:
+    """Return the tokens per second of every prefill."""
+    settings = ("mesh", "placement", "combine", "case")
+    table = Table(*settings, "prefill\ntokens/s", "baseline\ntokens/s", "ratio", title_justify="left")
+    for run in report["prefills"]:
+        numbers = [run["tokens_per_s"], run["baseline_tokens_per_s"]]
+        numbers.append(divide(*numbers))
+        table.add_row(*(run[name] for name in settings), *map(format_number, numbers))
+    return table
+
+
+def make_title(report: dict[str, Any]) -> str:
+    model = f"{report['config']}, {report['layers']} layers, {report['dtype']}"
+    speed = f"{report['device']}, {report['bandwidth_bytes_per_s'] / 1e9:.4g} GB/s"
+    return f"{model}; {report['steps_per_call']} steps per call; {speed}; JAX {report['jax']}"
+
+
+def divide(ours: float, theirs: float | None) -> float | None:
+    return ours / theirs if theirs else None
+
+
+def format_number(number: float | None) -> str:
+    return "-" if number is None else f"{number:.4g}"
 
 
 def draw(figure: Any, file: Path, report: dict[str, Any]) -> None:
@@ -311,7 +320,7 @@ def draw(figure: Any, file: Path, report: dict[str, Any]) -> None:
         axes.bar(left_X, heights, width, align="edge", label=TIMINGS[timing])
     rooflines = [run["roofline_ms"] for run in runs]
     axes.hlines(rooflines, center_X - 0.4, center_X + 0.4, color="black", label="roofline")
-    axes.set_xticks(center_X, ["\n".join((run["mesh"], run["placement"], run["combine"])) for run in runs])
+    axes.set_xticks(center_X, ["\n".join((run["mesh"], run["case"], run["combine"])) for run in runs])
     axes.set(ylabel="ms per token", title=f"{report['config']}, {report['layers']} layers, {report['device']}")
     axes.legend(fontsize="small")
     figure.savefig(file, dpi=120)

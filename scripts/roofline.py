@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,18 @@ def estimate_read_share(config: ModelConfig, name: str, rows: int) -> float:
     return 1
 
 
-def count_kv_bytes(options: argparse.Namespace, config: ModelConfig, plan: Plan) -> tuple[float, float]:
+class Sequences(Protocol):
+    """How many rows there are, and the length of each prompt."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+
+
+def count_kv_bytes(
+    case: Sequences, options: argparse.Namespace, config: ModelConfig, plan: Plan
+) -> tuple[float, float]:
     """Return the bytes of the cache that a device must read in a step. A windowed layer reads its window.
 
     Returns:
@@ -62,13 +73,15 @@ def count_kv_bytes(options: argparse.Namespace, config: ModelConfig, plan: Plan)
     """
     tp = plan.mesh.shape[TP]
     numbers = config.cache_width if config.latent else 2 * -(-config.kv_heads // tp) * config.head_width
-    per_slot = options.rows * numbers * jnp.dtype(options.dtype).itemsize
-    slots_LR = np.array([count_slots(options, plan.layout, config.window_of(layer)) for layer in range(config.layers)])
+    per_slot = case.rows * numbers * jnp.dtype(options.dtype).itemsize
+    lengths = case.context, case.context + options.decoded
+    windows = [config.window_of(layer) for layer in range(config.layers)]
+    slots_LR = np.array([count_slots(*lengths, plan.layout, window) for window in windows])
     return per_slot * float(slots_LR.mean(1).sum()), per_slot * float(slots_LR.max(1).sum())
 
 
-def count_slots(options: argparse.Namespace, layout: BlockLayout, window: int | None) -> np.ndarray:
+def count_slots(prompt_len: int, length: int, layout: BlockLayout, window: int | None) -> np.ndarray:
     """Return the slots of a row that each rank reads in a layer."""
-    length, rank_R = options.context + options.decoded, np.arange(layout.ranks)
-    before_window = layout.filled(length - window, options.context, rank_R) if window else 0
-    return layout.filled(length, options.context, rank_R) - before_window
+    rank_R = np.arange(layout.ranks)
+    before_window = layout.filled(length - window, prompt_len, rank_R) if window else 0
+    return layout.filled(length, prompt_len, rank_R) - before_window

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helix_jax.attention import Partial, PassOptions, attend, attend_in_passes, merge, visible_span
+from helix_jax.attention import PageTable, Partial, PassOptions, attend, attend_in_passes, merge, visible_span
 from tests.reference import relative_error, softmax_attention
 
 B, T, N, K, H, W, M, A = 3, 4, 6, 2, 8, 4, 7, 30
@@ -49,7 +49,16 @@ SCALE = 0.3
 
 
 def in_passes(pages: int, *, by_page: bool):
-    return jax.jit(functools.partial(attend_in_passes, PassOptions(SCALE, None, pages, by_page)))
+    options = PassOptions(SCALE, None, pages, by_page)
+    return jax.jit(lambda q, k, v, table, *spans: attend_in_passes(options, q, k, v, PageTable.of(table), *spans))
+
+
+@jax.jit
+def in_one_pool(q_BTNH, k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT):
+    """As in the cache: the pages of other layers come first, then those of the keys, then those of the values."""
+    pool_XKWH = jnp.concatenate([jnp.full_like(k_AKWH, jnp.nan), k_AKWH, v_AKWH])
+    table = PageTable(table_BM, jnp.asarray([1, 2]) * len(k_AKWH))
+    return attend(q_BTNH, pool_XKWH, pool_XKWH, table, lo_BT, hi_BT, scale=SCALE)
 
 
 FORMS = {
@@ -58,6 +67,7 @@ FORMS = {
     "3 pages per pass": in_passes(3, by_page=False),
     "3 pages per pass, by page": in_passes(3, by_page=True),  # the form for few queries on an accelerator
     "one pass, by page": in_passes(M, by_page=True),
+    "keys and values in one pool": in_one_pool,
 }
 
 

@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 
 import helix_jax.cache.pages
 from helix_jax.attention import Partial, merge
-from helix_jax.cache import CacheSpec, Pages, Rows, append, make_cache, per_row
+from helix_jax.cache import CacheSpec, KVCache, Rows, append, make_cache, per_row
 from helix_jax.combine import COMBINES, combine
 from helix_jax.helix import helix_attention
 from helix_jax.layout import PLACEMENTS
@@ -21,6 +21,7 @@ from helix_jax.plan import Plan
 from tests.reference import relative_error, softmax_attention
 
 B, H, PAGE, SCALE = 4, 8, 4, 0.4
+LAYERS = 2  # of which the second is used
 PROMPT_LENS = (1, 30, 0, 17)  # shorter than a block, several blocks and a part of one, empty, another
 MAX_LENS = (9, 61, 0, 40)
 
@@ -50,27 +51,28 @@ class Case(NamedTuple):
 
     @property
     def spec(self) -> CacheSpec:
-        return CacheSpec(1, self.kv_heads, H, self.dtype, latent=self.v_width is not None)
+        return CacheSpec(LAYERS, self.kv_heads, H, self.dtype, latent=self.v_width is not None)
 
 
-def decode_all(plan: Plan, case: Case) -> tuple[np.ndarray, np.ndarray, Pages]:
-    """Append whole rows in chunks. Return the outputs, those of float64 attention, and the pages."""
+def decode_all(plan: Plan, case: Case) -> tuple[np.ndarray, np.ndarray, KVCache]:
+    """Append whole rows in chunks to the last layer. Return the outputs, those of float64 attention, and the cache."""
     random = np.random.default_rng(0)
     q_BSNH, *kv_BSKH = (
         jnp.asarray(random.normal(size=(B, max(MAX_LENS), heads, H)), case.dtype)
         for heads in (case.heads, case.kv_heads, case.kv_heads)
     )
     k_BSKH, v_BSKH = kv_BSKH if case.v_width is None else (kv_BSKH[0], kv_BSKH[0][..., : case.v_width])
-    ([pages],), rows = make_cache(plan, case.spec, PROMPT_LENS, MAX_LENS, page=PAGE)
-    pages = jax.tree.map(lambda pool: jnp.full_like(pool, case.fill), pages)
-    options = {"scale": SCALE, "window": case.window, "sink_N": case.sink_N, "v_width": case.v_width}
+    cache, rows = make_cache(plan, case.spec, PROMPT_LENS, MAX_LENS, page=PAGE)
+    cache = jax.tree.map(lambda pool: jnp.full_like(pool, case.fill), cache)
+    options = {"layer": LAYERS - 1, "scale": SCALE}
+    options |= {"window": case.window, "sink_N": case.sink_N, "v_width": case.v_width}
 
     outputs = [[] for _ in range(B)]
     for first in range(0, max(MAX_LENS), case.chunk):
         count_B = np.clip(np.asarray(MAX_LENS) - first, 0, case.chunk)
         q, k, v = (take_chunk(x, first, case.chunk, count_B) for x in (q_BSNH, k_BSKH, v_BSKH))
-        o_BTNH, pages = run(
-            plan, pages, q, k, v if case.v_width is None else None, rows, per_row(plan, count_B), **options
+        o_BTNH, cache = run(
+            plan, cache, q, k, v if case.v_width is None else None, rows, per_row(plan, count_B), **options
         )
         rows = rows._replace(length_B=per_row(plan, np.asarray(rows.length_B) + count_B))
         o_BTNH = np.asarray(o_BTNH, np.float64)
@@ -80,7 +82,7 @@ def decode_all(plan: Plan, case: Case) -> tuple[np.ndarray, np.ndarray, Pages]:
     ours = np.concatenate([np.concatenate(row) for row in outputs])
     rows_of = zip(q_BSNH, k_BSKH, v_BSKH, MAX_LENS, strict=True)
     theirs = np.concatenate([expected(q[:n], k[:n], v[:n], case.window, case.sink_N) for q, k, v, n in rows_of])
-    return ours, theirs, pages
+    return ours, theirs, cache
 
 
 def take_chunk(x_BSNH, first: int, size: int, count_B: np.ndarray) -> np.ndarray:
@@ -100,11 +102,11 @@ def expected(q_TNH, k_TKH, v_TKH, window, sink_N) -> np.ndarray:
     return o_TNH * np.broadcast_to(share_TN, lse_TN.shape)[..., None]
 
 
-def assert_exact(plan: Plan, case: Case, bound: float = 2e-6) -> Pages:
-    ours, theirs, pages = decode_all(plan, case)
+def assert_exact(plan: Plan, case: Case, bound: float = 2e-6) -> KVCache:
+    ours, theirs, cache = decode_all(plan, case)
     assert ours.shape == theirs.shape
     assert relative_error(ours, theirs) <= bound
-    return pages
+    return cache
 
 
 @pytest.mark.parametrize("how", COMBINES)
@@ -148,16 +150,23 @@ def test_sinks_count_once_in_the_softmax(tp: int, cp: int, how: str, window: int
 )
 def test_latent_attention_equals_float64(tp: int, cp: int, how: str):
     """One key for all heads, whose first numbers are the value; every device of tp stores it."""
-    pages = assert_exact(plan_on(tp, cp, "helix", how), Case(16, 1, v_width=6, fill=np.nan))
-    assert pages.v_AKWH is None
+    cache = assert_exact(plan_on(tp, cp, "helix", how), Case(16, 1, v_width=6, fill=np.nan))
+    assert cache.spec.latent
+    assert cache.pool_XKWH.shape[1] == 1
 
 
 @pytest.mark.parametrize("v_width", [None, 5])
 def test_pages_can_be_wider_than_heads(v_width: int | None, monkeypatch):
     """As on TPUs, where pages store a multiple of 128 numbers per head."""
     monkeypatch.setattr(helix_jax.cache.pages, "stored_width", lambda width, device: -(-width // 128) * 128)
-    pages = assert_exact(plan_on(2, 4), Case(kv_heads=1 if v_width else 2, v_width=v_width, fill=np.nan))
-    assert pages.k_AKWH.shape[-1] == 128
+    cache = assert_exact(plan_on(2, 4), Case(kv_heads=1 if v_width else 2, v_width=v_width, fill=np.nan))
+    assert cache.pool_XKWH.shape[-1] == 128
+
+
+def split_pool(cache: KVCache, ranks: int) -> np.ndarray:
+    """Return the pool with an axis for each rank, layer and part: [R, L, C, A, K, W, H]."""
+    _, *page = cache.pool_XKWH.shape
+    return np.asarray(cache.pool_XKWH).reshape(ranks, cache.spec.layers, cache.spec.parts, -1, *page)
 
 
 def stored_numbers(cache) -> int:
@@ -180,7 +189,7 @@ def test_a_cache_of_grouped_heads_is_sharded_over_tp_and_cp(tp: int, cp: int):
     """Each device stores 1 / (tp cp) of the bytes, and no number is stored twice."""
     cache, _ = make_cache(plan_on(tp, cp, block=16), CacheSpec(2, 8, 4, jnp.float32), [1024], [2048], page=16)
     for pool in jax.tree.leaves(cache):
-        assert {shard.data.nbytes for shard in pool.addressable_shards} == {2048 * 8 * 4 * 4 // (tp * cp)}
+        assert {shard.data.nbytes for shard in pool.addressable_shards} == {2 * 2 * 2048 * 8 * 4 * 4 // (tp * cp)}
 
 
 @pytest.mark.parametrize("how", ["psum", slow("psum_scatter"), slow("all_to_all")])
@@ -201,22 +210,24 @@ def test_rows_can_be_sharded_over_dp():
 def test_nan_in_every_unused_slot_changes_nothing(placement: str):
     """If all pages start as NaN, the slots that are not written stay NaN, on empty ranks and in idle rows too."""
     clean, _, _ = decode_all(plan_on(2, 4, placement), Case())
-    poisoned, _, pages = decode_all(plan_on(2, 4, placement), Case(fill=np.nan))
+    poisoned, _, cache = decode_all(plan_on(2, 4, placement), Case(fill=np.nan))
     np.testing.assert_array_equal(poisoned, clean)
-    written = ~np.isnan(np.asarray(pages.k_AKWH)).any((1, 3))
-    assert written.sum() == sum(MAX_LENS)  # each position once, on one rank
+    written = ~np.isnan(split_pool(cache, 4)).any((4, 6))
+    # Each position once, on one rank, as a key and as a value, and none in the other layer.
+    assert written.sum((0, 3, 4)).tolist() == [[0, 0], [sum(MAX_LENS)] * 2]
 
 
 def test_nan_in_a_used_slot_changes_the_result():
     """The negative control of the test above."""
     plan = plan_on(2, 4)
-    ([pages],), rows = make_cache(plan, CacheSpec(1, 2, H, jnp.float32), [5], [8], page=PAGE)
+    cache, rows = make_cache(plan, CacheSpec(1, 2, H, jnp.float32), [5], [8], page=PAGE)
     q, k, v = (np.ones((1, 5, heads, H), np.float32) for heads in (8, 2, 2))
     count = per_row(plan, [5])
-    _, pages = run(plan, pages, q, k, v, rows, count, scale=SCALE)
-    pages = Pages(pages.k_AKWH, pages.v_AKWH.at[0, :, 0].set(jnp.nan))  # slot 0 of rank 0 stores position 0
+    _, cache = run(plan, cache, q, k, v, rows, count, scale=SCALE)
+    # Slot 0 of rank 0 stores position 0, and its values follow the pages of keys.
+    cache = cache._replace(pool_XKWH=cache.pool_XKWH.at[cache.pages // 4, :, 0].set(jnp.nan))
     rows = rows._replace(length_B=count)
-    o_BTNH, _ = run(plan, pages, q, k, v, rows, per_row(plan, [1]), scale=SCALE)
+    o_BTNH, _ = run(plan, cache, q, k, v, rows, per_row(plan, [1]), scale=SCALE)
     assert np.isnan(o_BTNH[:, 0]).all()
 
 
@@ -224,13 +235,13 @@ def test_nan_in_a_used_slot_changes_the_result():
 def test_every_position_is_stored_where_the_layout_says(placement: str):
     """The keys are the positions themselves, and are read back from the pools, rank by rank, slot by slot."""
     plan = plan_on(1, 4, placement)
-    ([pages],), rows = make_cache(plan, CacheSpec(1, 4, 2, jnp.float32), [11, 2], [40, 30], page=PAGE)
+    cache, rows = make_cache(plan, CacheSpec(1, 4, 2, jnp.float32), [11, 2], [40, 30], page=PAGE)
     for position in range(40):
         k = np.full((2, 1, 4, 2), position, np.float32)
         count_B = np.asarray([1, position < 30])
-        _, pages = run(plan, pages, k, k, k, rows, per_row(plan, count_B), scale=SCALE)
+        _, cache = run(plan, cache, k, k, k, rows, per_row(plan, count_B), scale=SCALE)
         rows = rows._replace(length_B=per_row(plan, np.asarray(rows.length_B) + count_B))
-    k_RAW = np.asarray(pages.k_AKWH)[:, 0, :, 0].reshape(4, -1, PAGE)
+    k_RAW = split_pool(cache, 4)[:, 0, 0, :, 0, :, 0]
     table_RBM = np.asarray(rows.table_RBM)
     for row, (prompt_len, length) in enumerate([(11, 40), (2, 30)]):
         for position in range(length):
@@ -242,11 +253,14 @@ def test_every_position_is_stored_where_the_layout_says(placement: str):
 @pytest.mark.parametrize(("table", "slots"), [([[0, 1], [2, 3]], [4, 3]), ([[0, -1], [2, 3]], [2, 3])])
 def test_a_token_without_a_page_is_dropped(table, slots):
     """Past the table, or at an entry that an allocator marked as free. It does not overwrite another slot."""
-    pages = Pages(jnp.zeros((4, 1, 2, 3)), jnp.zeros((4, 1, 2, 3)))
+    cache = KVCache(jnp.zeros((3 * 2 * 4, 1, 2, 3)), CacheSpec(3, 1, 3, jnp.float32))
     new = jnp.ones((2, 1, 1, 3))
     owned = jnp.asarray([[True], [True]])
-    after = append(pages, new, new, jnp.asarray(table), jnp.asarray(slots)[:, None], owned)
-    assert np.asarray(after.k_AKWH).sum(-1).reshape(-1).tolist() == [0, 0, 0, 0, 0, 0, 0, 3]
+    after = append(cache, jnp.int32(1), new, 2 * new, jnp.asarray(table), jnp.asarray(slots)[:, None], owned)
+    [written_LCAKWH] = split_pool(after, 1)
+    keys, values = written_LCAKWH[1].sum(-1).reshape(2, -1).tolist()
+    assert (keys, values) == ([0, 0, 0, 0, 0, 0, 0, 3], [0, 0, 0, 0, 0, 0, 0, 6])
+    assert not written_LCAKWH[[0, 2]].any()
 
 
 def test_the_three_combines_agree_and_ignore_empty_ranks():
@@ -312,15 +326,15 @@ def test_an_invalid_cache_is_rejected(prompt_lens, max_lens, change, error, mess
 
 def test_heads_that_the_mesh_does_not_divide_are_rejected():
     q, k = np.ones((1, 1, 12, H), np.float32), np.ones((1, 1, 6, H), np.float32)
-    pages = Pages(jnp.ones((8, 6, PAGE, H)), jnp.ones((8, 6, PAGE, H)))
+    cache = KVCache(jnp.ones((2 * 8, 6, PAGE, H)), CacheSpec(1, 6, H, jnp.float32))
     rows = Rows(jnp.zeros((8, 1, 1), jnp.int32), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
     count = jnp.ones(1, jnp.int32)
     with pytest.raises(ValueError, match="tp 4 does not divide the 6 key/value heads: choose tp 3 or 6"):
-        helix_attention(plan_on(4, 2), pages, q, k, k, rows, count, scale=1.0)
+        helix_attention(plan_on(4, 2), cache, q, k, k, rows, count, scale=1.0)
     with pytest.raises(ValueError, match="tp 1 x cp 8 = 8 does not divide the 12 query heads: choose cp 6 or 12"):
-        helix_attention(plan_on(1, 8), pages, q, k, k, rows, count, scale=1.0)
+        helix_attention(plan_on(1, 8), cache, q, k, k, rows, count, scale=1.0)
     with pytest.raises(ValueError, match="window is 0: give at least 1"):
-        helix_attention(plan_on(1, 2), pages, q, k, k, rows, count, scale=1.0, window=0)
+        helix_attention(plan_on(1, 2), cache, q, k, k, rows, count, scale=1.0, window=0)
 
 
 def test_a_mesh_over_several_tpu_slices_is_rejected():

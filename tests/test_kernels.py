@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType
 from jax.typing import DTypeLike
 
-from helix_jax.attention import Partial
-from helix_jax.cache import Pages, Rows
+from helix_jax.attention import PageTable, Partial
+from helix_jax.cache import CacheSpec, KVCache, Rows
 from helix_jax.combine import COMBINES
 from helix_jax.helix import helix_attention
 from helix_jax.kernels import (
@@ -28,7 +28,7 @@ from helix_jax.kernels import (
     tpu,
 )
 from helix_jax.kernels.mosaic_gpu.work import Work, find_parts, make_schedule, walk_segments
-from helix_jax.mesh import NEW_KEYS_BTKH, PAGES_AKWH, QUERIES_BTNH, ROWS_B, TABLE_RBM, sharding
+from helix_jax.mesh import NEW_KEYS_BTKH, POOL_XKWH, QUERIES_BTNH, ROWS_B, TABLE_RBM, sharding
 from helix_jax.plan import Plan
 from tests import interpreter
 from tests.reference import relative_error, softmax_attention
@@ -282,11 +282,12 @@ def test_helix_attention_lowers_with_the_kernel_for_every_combine(kernel: str, p
     def abstract(shape, spec, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, spec))
 
-    pool, new = abstract((32, 4, 64, 128), PAGES_AKWH), abstract((2, 1, 4, 128), NEW_KEYS_BTKH)
+    pool, new = abstract((32, 4, 64, 128), POOL_XKWH), abstract((2, 1, 4, 128), NEW_KEYS_BTKH)
     ints_B = abstract((2,), ROWS_B, jnp.int32)
     rows = Rows(abstract((2, 2, 8), TABLE_RBM, jnp.int32), ints_B, ints_B)
-    arguments = Pages(pool, pool), abstract((2, 1, 16, 128), QUERIES_BTNH), new, new, rows, ints_B
-    traced = jax.jit(partial(helix_attention, plan, scale=0.1)).trace(*arguments)
+    cache = KVCache(pool, CacheSpec(2, 4, 128, jnp.bfloat16))
+    arguments = cache, abstract((2, 1, 16, 128), QUERIES_BTNH), new, new, rows, ints_B
+    traced = jax.jit(partial(helix_attention, plan, layer=1, scale=0.1)).trace(*arguments)
     assert {"mosaic_gpu": "mosaic_gpu", "tpu": "tpu_custom_call"}[kernel] in traced.lower(
         lowering_platforms=(platform,)
     ).as_text()
@@ -305,7 +306,10 @@ def case(
     window: int | None = None,
     dtype: DTypeLike = jnp.bfloat16,
 ):
-    """Return arguments, options and expected results for rows of these lengths. Slots that no query sees are NaN."""
+    """Return arguments, options and expected results for rows of these lengths. Slots that no query sees are NaN.
+
+    Keys and values are in one pool behind other pages, as in the cache.
+    """
     random = np.random.default_rng(0)
     B, M = len(lengths), -(-max(lengths) // W) + 1
     A, latent = B * M + 3, H in (576, 640)
@@ -329,8 +333,12 @@ def case(
     ]
     expected = [np.stack(parts) for parts in zip(*rows, strict=True)]
     options = {"scale": H**-0.5, "v_width": 512 if latent else None}
-    ints = [jnp.asarray(x, jnp.int32) for x in (table_BM, lo_BT, hi_BT)]
-    return [q_BTNH, pools[0], None if latent else pools[1], *ints], options, expected
+    table_BM, lo_BT, hi_BT = (jnp.asarray(x, jnp.int32) for x in (table_BM, lo_BT, hi_BT))
+    if latent:
+        return [q_BTNH, pools[0], None, table_BM, lo_BT, hi_BT], options, expected
+    pool = jnp.concatenate([jnp.full_like(pools[0], jnp.nan), *pools])
+    table = PageTable(table_BM, jnp.asarray([A, 2 * A]))
+    return [q_BTNH, pool, pool, table, lo_BT, hi_BT], options, expected
 
 
 INTERPRETED = {  # name: arguments of `case`, for a GPU of three processors
@@ -401,19 +409,20 @@ def test_the_interpreted_tpu_kernel_equals_float64_softmax_without_a_race(name: 
 
 def test_on_a_tpu_idle_rows_give_empty_partials_and_may_be_nan(monkeypatch):
     """Table entries of idle rows may be invalid, and an idle token does not change the other tokens of its row."""
-    (q, *pools, table_BM, lo_BT, hi_BT), options, (o_BTNH, lse_BTN) = case(2, 4, 2, 128, 64, [200, 77])
+    (q, *pools, table, lo_BT, hi_BT), options, (o_BTNH, lse_BTN) = case(2, 4, 2, 128, 64, [200, 77])
     idle_BT = np.array([[False, True], [True, True]])
     q, hi_BT = jnp.where(idle_BT[..., None, None], jnp.nan, q), jnp.where(idle_BT, 0, hi_BT)
-    table_BM = table_BM.at[1].set(-(10**6))
+    table = table._replace(entries_BM=table.entries_BM.at[1].set(-(10**6)))
     o_BTNH[idle_BT], lse_BTN[idle_BT] = 0, -np.inf
     with interpreter.interpreted_on_tpu(monkeypatch, cores=1):
-        check(backend_attend("tpu")(q, *pools, table_BM, lo_BT, hi_BT, **options), o_BTNH, lse_BTN)
+        check(backend_attend("tpu")(q, *pools, table, lo_BT, hi_BT, **options), o_BTNH, lse_BTN)
 
 
 def test_on_a_tpu_nan_in_a_visible_slot_reaches_the_output(monkeypatch):
     """Negative control of the tests above."""
     (q, k, *arguments), options, _ = case(1, 2, 1, 128, 64, [140])
-    k = k.at[arguments[1][0, 1], :, 7].set(jnp.nan)
+    table = arguments[1]
+    k = k.at[table.first_C[0] + table.entries_BM[0, 1], :, 7].set(jnp.nan)
     with interpreter.interpreted_on_tpu(monkeypatch, cores=1):
         assert np.isnan(backend_attend("tpu")(q, k, *arguments, **options).o_BTNH).all()
 
@@ -485,6 +494,7 @@ def test_the_kernel_equals_float64_softmax(kernel: str, name: str):
 @pytest.mark.parametrize(("kernel", "name"), on_device(["groups of 3", "latent"]))
 def test_nan_in_a_visible_slot_reaches_the_output(kernel: str, name: str):
     """Negative control of the test above."""
-    (q, k, v, table_BM, lo_BT, hi_BT), options, _ = case(*CASES[name])
-    k = k.at[table_BM[0, 5], :, 7].set(jnp.nan)
-    assert np.isnan(backend_attend(kernel)(q, k, v, table_BM, lo_BT, hi_BT, **options).o_BTNH).any()
+    (q, k, v, table, lo_BT, hi_BT), options, _ = case(*CASES[name])
+    entries_BM, first_C = PageTable.of(table)
+    k = k.at[first_C[0] + entries_BM[0, 5], :, 7].set(jnp.nan)
+    assert np.isnan(backend_attend(kernel)(q, k, v, table, lo_BT, hi_BT, **options).o_BTNH).any()

@@ -2,13 +2,14 @@
 
 from helix_jax.cache.pages import (
     KVCache,
-    Pages,
     Rows,
     append,
     make_cache,
-    make_pools,
+    make_pool,
     pad_width,
     per_row,
+    pool_shape,
+    pool_sharding,
     tokens_per_rank,
 )
 from helix_jax.cache.paging import max_pages_per_row, pages_needed, split_slot
@@ -17,15 +18,16 @@ from helix_jax.cache.spec import CacheSpec
 __all__ = [
     "CacheSpec",
     "KVCache",
-    "Pages",
     "Rows",
     "append",
     "make_cache",
-    "make_pools",
+    "make_pool",
     "max_pages_per_row",
     "pad_width",
     "pages_needed",
     "per_row",
+    "pool_shape",
+    "pool_sharding",
     "split_slot",
     "tokens_per_rank",
 ]

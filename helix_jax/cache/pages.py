@@ -1,4 +1,4 @@
-"""Defines the pages of the key/value cache, sharded over cp, and the integers per row that determine their use."""
+"""Defines the pool of the key/value cache, sharded over cp, and the integers per row that determine its use."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
@@ -14,31 +15,30 @@ from helix_jax.cache.paging import pages_needed, split_slot
 from helix_jax.cache.spec import CacheSpec
 from helix_jax.kernels.page_format import stored_width
 from helix_jax.layout import Integer
-from helix_jax.mesh import CP, DP, PAGES_AKWH, PAGES_LATENT_AKWH, ROWS_B, TABLE_RBM, first_device, sharding
+from helix_jax.mesh import CP, DP, POOL_LATENT_XKWH, POOL_XKWH, ROWS_B, TABLE_RBM, first_device, sharding
 from helix_jax.plan import Plan
 from helix_jax.validation import check_int
-
-
-class Pages(NamedTuple):
-    """The pages of one layer. A counts the pages of all ranks, or, under `shard_map`, those of this rank.
-
-    Attributes:
-        k_AKWH: The keys. For latent attention, one vector per token that stands for the keys and values of all heads.
-        v_AKWH: The values. None for latent attention.
-    """
-
-    k_AKWH: Float[Array, "A K W H"]
-    v_AKWH: Float[Array, "A K W H"] | None
 
 
 class KVCache(NamedTuple):
     """The pages of all layers. A step takes the cache as a donated argument and returns it, updated in place.
 
+    All layers share one pool and the page tables. Each rank stores first the pages of keys of the first layer, then as
+    many pages of its values, then those of the next layer. For latent attention there are no values: one vector per
+    token stands for the keys and values of all heads.
+
     Attributes:
-        layers: The pages of each layer.
+        pool_XKWH: The pages. X counts those of all ranks, layers and parts; under `shard_map`, those of this rank.
+        spec: What is cached.
     """
 
-    layers: tuple[Pages, ...]
+    pool_XKWH: Float[Array, "X K W H"]
+    spec: CacheSpec
+
+    @property
+    def pages(self) -> int:
+        """The pages of each layer, over all ranks; under `shard_map`, those of this rank."""
+        return self.pool_XKWH.shape[0] // (self.spec.layers * self.spec.parts)
 
 
 class Rows(NamedTuple):
@@ -80,10 +80,10 @@ def make_cache(
     if not spec.latent:
         plan.check_kv_heads(spec.kv_heads)
     _, B, M = rows.table_RBM.shape
-    return make_pools(plan, spec, plan.mesh.shape[CP] * B * M, page), rows
+    return make_pool(plan, spec, plan.mesh.shape[CP] * B * M, page), rows
 
 
-def make_pools(plan: Plan, spec: CacheSpec, pages: int, page: int) -> KVCache:
+def make_pool(plan: Plan, spec: CacheSpec, pages: int, page: int) -> KVCache:
     """Create a cache of empty pages.
 
     Args:
@@ -92,13 +92,19 @@ def make_pools(plan: Plan, spec: CacheSpec, pages: int, page: int) -> KVCache:
         pages: The number of pages of each layer, over all ranks.
         page: Tokens per page.
     """
-    where = sharding(plan.mesh, PAGES_LATENT_AKWH if spec.latent else PAGES_AKWH)
-    shape = (pages, spec.kv_heads, page, stored_width(spec.head_width, first_device(plan.mesh)))
+    shape = pool_shape(plan, spec, pages, page)
+    return KVCache(jnp.zeros(shape, spec.dtype, device=pool_sharding(plan, spec)), spec)
 
-    def pool() -> Array:
-        return jnp.zeros(shape, spec.dtype, device=where)
 
-    return KVCache(tuple(Pages(pool(), None if spec.latent else pool()) for _ in range(spec.layers)))
+def pool_shape(plan: Plan, spec: CacheSpec, pages: int, page: int) -> tuple[int, ...]:
+    """Return the shape of the pool of a cache with `pages` pages per layer, over all ranks, of `page` tokens."""
+    width = stored_width(spec.head_width, first_device(plan.mesh))
+    return (spec.layers * spec.parts * pages, spec.kv_heads, page, width)
+
+
+def pool_sharding(plan: Plan, spec: CacheSpec) -> NamedSharding:
+    """Return the sharding of the pool of a cache."""
+    return sharding(plan.mesh, POOL_LATENT_XKWH if spec.latent else POOL_XKWH)
 
 
 def _empty_rows(plan: Plan, prompt_lens: Sequence[int], max_lens: Sequence[int], page: int) -> Rows:
@@ -125,45 +131,47 @@ def per_row(plan: Plan, values: ArrayLike | Sequence[Any]) -> Array:
 
 
 def append(
-    pages: Pages,
+    cache: KVCache,
+    layer: Int[Array, ""],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"] | None,
     table_BM: Int[Array, "B M"],
     slot_BT: Int[Array, "B T"],
     owned_BT: Bool[Array, "B T"],
-) -> Pages:
+) -> KVCache:
     """Write the tokens that this rank owns to their slots. Call it inside `shard_map`.
 
-    The write is in place if `pages` is donated. A token whose slot is past the table, or whose table entry is negative,
+    The write is in place if `cache` is donated. A token whose slot is past the table, or whose table entry is negative,
     is dropped: its slot is never clamped or wrapped onto another page.
 
     Args:
-        pages: The pages of this rank.
+        cache: The pages of this rank.
+        layer: The layer.
         k_BTKH: The keys, padded if they are narrower than the pages.
         v_BTKH: The values. None for latent attention.
         table_BM: The page table of this rank.
         slot_BT: The slot of each token on its owner.
         owned_BT: Whether this rank owns each token.
     """
-    A, K, W, _ = pages.k_AKWH.shape
+    pool_XKWH, pages, parts = cache.pool_XKWH, cache.pages, cache.spec.parts
+    X, K, W, H = pool_XKWH.shape
     entry_BT, offset_BT = split_slot(slot_BT, W)
-    page_BT = jnp.take_along_axis(table_BM, entry_BT, axis=1, mode="fill", fill_value=A)
-    page_BT = jnp.where(owned_BT & (page_BT >= 0), page_BT, A)
+    page_BT = jnp.take_along_axis(table_BM, entry_BT, axis=1, mode="fill", fill_value=-1)
+    page_BTC = page_BT[..., None] + (layer * parts + jnp.arange(parts)) * pages
+    page_BTC = jnp.where((owned_BT & (page_BT >= 0))[..., None], page_BTC, X)
+    new_BTCKH = jnp.stack([x for x in (k_BTKH, v_BTKH) if x is not None], axis=2)
+    new_BTCKH = pad_width(new_BTCKH, H).astype(pool_XKWH.dtype)
 
-    # The indexed axes come first: with the heads between page and offset, XLA transposes the whole pool.
-    index = (page_BT[..., None], jnp.arange(K), offset_BT[..., None])
-
-    def write(pool_AKWH: Array, new_BTKH: Any) -> Array:
-        return pool_AKWH.at[index].set(pad_width(new_BTKH, pool_AKWH).astype(pool_AKWH.dtype), mode="drop")
-
-    k_AKWH = write(pages.k_AKWH, k_BTKH)
-    return Pages(k_AKWH, None if pages.v_AKWH is None else write(pages.v_AKWH, v_BTKH))
+    # The heads are indexed too: as a slice between page and offset, they make XLA transpose the whole pool. Keys and
+    # values are one scatter, because each scatter is a kernel.
+    index = (page_BTC[..., None], jnp.arange(K), offset_BT[..., None, None])
+    return cache._replace(pool_XKWH=pool_XKWH.at[index].set(new_BTCKH, mode="drop"))
 
 
-def pad_width(x_BTNH: Array, pool_AKWH: Array) -> Array:
-    """Pad each vector with zeros to the width that the pages store."""
-    missing = pool_AKWH.shape[-1] - x_BTNH.shape[-1]
-    return jnp.pad(x_BTNH, ((0, 0),) * 3 + ((0, missing),)) if missing else x_BTNH
+def pad_width(x: Array, width: int) -> Array:
+    """Pad vectors with zeros to the width that the pages store."""
+    missing = width - x.shape[-1]
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, missing),)) if missing else x
 
 
 def tokens_per_rank(plan: Plan, length: Integer, prompt_len: Integer) -> list[int]:

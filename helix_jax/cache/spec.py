@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from helix_jax.config import ModelConfig
 
 
+@jax.tree_util.register_static  # a cache carries its spec, which is static in a jitted program
 @dataclass(frozen=True)
 class CacheSpec:
     """The shape and type of what every layer of a model caches per token.
@@ -25,6 +28,14 @@ class CacheSpec:
     head_width: int
     dtype: DTypeLike
     latent: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # one form, because a program is compiled for each
+
+    @property
+    def parts(self) -> int:
+        """The arrays of numbers per token: keys and values, or the latent."""
+        return 1 if self.latent else 2
 
     @classmethod
     def from_config(cls, config: ModelConfig, dtype: DTypeLike) -> "CacheSpec":

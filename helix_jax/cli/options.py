@@ -11,11 +11,12 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from helix_jax.checkpoint import DEMO_MODEL, load
+from helix_jax.cli.compilation_cache import LIMIT_BYTES, enable_compilation_cache, user_cache_folder
 from helix_jax.cli.console import Reporter
 from helix_jax.cli.devices import open_mesh
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
-from helix_jax.engine.engine import DEFAULT_CHUNK, DEFAULT_PAGE
+from helix_jax.engine.engine import DEFAULT_PAGE
 from helix_jax.kernels import KERNELS
 from helix_jax.layout import PLACEMENTS
 from helix_jax.mesh import TP
@@ -106,9 +107,8 @@ def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefill-chunk",
         type=int,
-        default=DEFAULT_CHUNK,
         metavar="TOKENS",
-        help="prompt tokens per prefill step (default: %(default)s)",
+        help="prompt tokens per prefill step (default: 2048 on a GPU, 512 elsewhere)",
     )
 
 
@@ -116,6 +116,8 @@ def add_device_arguments(parser: argparse.ArgumentParser, *, processes: bool = T
     """Add --platform, and the options that connect several processes."""
     text = "devices to use; cpu is split into as many fake devices as the mesh needs"
     add_choice(parser, "--platform", PLATFORMS, text, default="auto")
+    text = f"folder for compiled programs, or off (default: {user_cache_folder()}, at most {LIMIT_BYTES >> 30} GB)"
+    parser.add_argument("--compilation-cache", default="auto", metavar="DIR", help=text)
     if not processes:
         return
     group = parser.add_argument_group("several processes", "each gets the same command line; see scripts/HOSTS.md")
@@ -130,8 +132,9 @@ def open_devices(options: argparse.Namespace) -> Mesh:
     """Create the mesh that the options of `add_mesh_arguments` and `add_device_arguments` describe.
 
     Raises:
-        ValueError: As `open_mesh`.
+        ValueError: As `open_mesh`, or the folder for compiled programs cannot be written.
     """
+    enable_compilation_cache(options.compilation_cache)
     processes = None
     if hasattr(options, "distributed"):
         given = Processes(options.coordinator, options.processes, options.process)
@@ -158,7 +161,7 @@ class DecodeSetup:
     config: ModelConfig
     plan: Plan
     page: int
-    chunk: int
+    chunk: int | None
     dtype: str
     platform: str
     kernel: str
@@ -198,7 +201,8 @@ def make_setup(options: argparse.Namespace, config: ModelConfig, mesh: Mesh) -> 
             these devices.
     """
     check_int("--page", options.page, least=1)
-    check_int("--prefill-chunk", options.prefill_chunk, least=1)
+    if options.prefill_chunk is not None:
+        check_int("--prefill-chunk", options.prefill_chunk, least=1)
     plan = Plan(mesh, options.block, options.placement, options.combine, options.kernel, options.experts)
     plan.check_model(config)
     platform = mesh.devices.flat[0].platform

@@ -24,7 +24,7 @@ from helix_jax.engine.requests import (
     TokenLogprobs,
     check_length,
 )
-from helix_jax.engine.runner import PendingStep, Runner
+from helix_jax.engine.runner import PendingStep, Runner, default_chunk
 from helix_jax.engine.scheduler import Admission, ScheduledStep, Scheduler
 from helix_jax.mesh import DP
 from helix_jax.models.transformer import Transformer
@@ -35,7 +35,6 @@ from helix_jax.text import Tokenizer
 from helix_jax.validation import check_int, check_token_ids
 
 DEFAULT_PAGE = 64
-DEFAULT_CHUNK = 512
 
 # Text, or token ids.
 Prompt = str | Sequence[int] | np.ndarray
@@ -59,7 +58,8 @@ class Engine:
         pages: Pages per rank. None: as many as all rows can fill, or as the free memory of a device allows.
         page: Tokens per page.
         max_len: The most positions of a request, prompt and output. None: those of the model.
-        chunk: Tokens to prefill per call in each dp group: of one prompt, or of several short ones.
+        chunk: Tokens to prefill per call in each dp group: of one prompt, or of several short ones. None: 2,048 on a
+            GPU, 512 elsewhere.
         budget: Tokens to prefill per step, which bounds the time between decoded tokens. None: one call.
         steps_per_call: The most tokens per row that one call decodes. While a prompt is prefilled it is 1. A request
             that is submitted, cancelled or ended by a stop string waits for the call in progress.
@@ -80,7 +80,7 @@ class Engine:
     pages: int | None = None
     page: int = DEFAULT_PAGE
     max_len: int | None = None
-    chunk: int = DEFAULT_CHUNK
+    chunk: int | None = None
     budget: int | None = None
     steps_per_call: int = DEFAULT_STEPS
     tokenizer: Tokenizer | None = None
@@ -89,6 +89,7 @@ class Engine:
     def __post_init__(self) -> None:
         plan, config = self.plan, self.model.config
         self._max_len = config.max_positions if self.max_len is None else self.max_len
+        self.chunk = default_chunk(plan.mesh) if self.chunk is None else self.chunk
         self._check_options()
         check_model_placement(self.model, plan)
         # All processes draw the same seeds.
@@ -236,8 +237,6 @@ class Engine:
         """
         while len(self._pending) > leave:
             output, requests = self._pending[0]
-            if all(request.params.logprobs is None for _, request in requests):
-                output = output._replace(logprobs_BS=None)  # saves copying them to the host
             output = jax.tree.map(fetch, output)
             self._pending.popleft()
             self._events.extend(self._append_tokens(output, requests))

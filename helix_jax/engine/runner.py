@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from helix_jax.arrays import bytes_per_device, put
-from helix_jax.cache import CacheSpec, Rows, make_pools, max_pages_per_row, per_row
+from helix_jax.cache import CacheSpec, Rows, make_pool, max_pages_per_row, per_row
 from helix_jax.engine import programs
 from helix_jax.engine.output_text import OutputText
 from helix_jax.engine.page_allocator import RowPages
@@ -19,7 +20,7 @@ from helix_jax.engine.params import SamplingParams
 from helix_jax.engine.programs import Chunks, RowUpdate
 from helix_jax.engine.requests import Request
 from helix_jax.engine.scheduler import Admission, Chunk, ScheduledStep, make_page_table
-from helix_jax.mesh import DP, REPLICATED, ROWS_B, TABLE_RBM
+from helix_jax.mesh import DP, REPLICATED, ROWS_B, TABLE_RBM, AnyMesh, first_device, sharding
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.processes import min_over_processes
@@ -28,6 +29,7 @@ from helix_jax.step import DecodeOutput, DecodeState, decode
 
 _MEMORY_FRACTION = 0.9  # of a device's free memory, for pages
 _EDITS_PER_CALL = 64
+_CHUNK, _GPU_CHUNK = 512, 2048  # tokens to prefill per call
 _CHUNKS_PER_CALL = (1, 4, 16)  # a call prefills one chunk, or several that are shorter by this factor
 
 
@@ -99,6 +101,7 @@ class Runner:
             The seconds that it took.
         """
         start = time.perf_counter()
+        self._compile_concurrently(greedy=greedy, sampling=sampling)
         self._edit_page_table([])
         idle = Request("", [0], SamplingParams(), frozenset(), -1, OutputText(None, ()))
         self._set_row(self.rows, RowPages.empty(self.plan.layout.ranks), idle, 0)  # a row that does not exist
@@ -125,14 +128,14 @@ class Runner:
             self._edit_page_table(step.table_edits)
         if step.decodes:
             output = self._decode(step.decodes, not any(request.uses_sampler for request in step.decodes))
-            pending.append(PendingStep(output, [(request.assigned_row, request) for request in step.decodes]))
+            pending.append(_pending(output, [(request.assigned_row, request) for request in step.decodes]))
         for admission in step.admissions:
             self.admit(admission, row_pages[admission.request.id])
         for shape, chunks in self._divide_chunks(step.chunks):
             first = [(index, chunk.request) for index, chunk in chunks.items() if chunk.is_last]
             output = self._prefill(shape, chunks, uses_sampler=any(request.uses_sampler for _, request in first))
             if first:
-                pending.append(PendingStep(output, first))
+                pending.append(_pending(output, first))
         return pending
 
     def admit(self, admission: Admission, row_pages: RowPages) -> None:
@@ -153,6 +156,27 @@ class Runner:
         output = program(*arguments)
         self._last_output = output if self._device.platform == "cpu" else None
         return output
+
+    def _compile_concurrently(self, *, greedy: bool, sampling: bool) -> None:
+        """Compile the large programs in threads, because XLA compiles each on little more than one core.
+
+        Several processes compile in order, because they may have to agree on a program.
+        """
+        if jax.process_count() > 1:
+            return
+        calls: list[tuple[Any, tuple[Any, ...]]] = []
+        for shape in self._shapes:
+            arguments = self._prefill_arguments(shape, {})
+            calls.append((programs.prefill, arguments))
+            if sampling:
+                logits_shape = (self._groups * shape.chunks, self._vocab)
+                where = sharding(self.plan.mesh, ROWS_B)
+                logits_XV = jax.ShapeDtypeStruct(logits_shape, jnp.float32, sharding=where)
+                calls.append((programs.choose_first, (self.plan, self.state, arguments[-1], logits_XV)))
+        calls += [(decode, self._decode_arguments({}, is_greedy)) for is_greedy in [True] * greedy + [False] * sampling]
+        with ThreadPoolExecutor(len(calls)) as pool:
+            for compiling in [pool.submit(program.lower(*arguments).compile) for program, arguments in calls]:
+                compiling.result()
 
     def _set_row(self, row: int, row_pages: RowPages, request: Request, num_cached: int) -> None:
         params = request.params
@@ -179,15 +203,25 @@ class Runner:
             self.state = self.call(programs.edit_page_table, self.plan, self.state, edits_X4)
 
     def _decode(self, counts: Mapping[Request, int], greedy: bool) -> DecodeOutput:
+        output, self.state = self.call(decode, *self._decode_arguments(counts, greedy))
+        return output
+
+    def _decode_arguments(self, counts: Mapping[Request, int], greedy: bool) -> tuple[Any, ...]:
         count_B = np.zeros(self.rows, np.int32)
         for request, count in counts.items():
             count_B[request.assigned_row] = count
-        arguments = self.config, self.plan, self._weights, self.state, per_row(self.plan, count_B)
-        output, self.state = self.call(decode, *arguments, self.max_steps, greedy)
-        return output
+        model = self.config, self.plan, self._weights
+        return *model, self.state, per_row(self.plan, count_B), self.max_steps, greedy
 
     def _prefill(self, shape: PrefillShape, chunks: Mapping[int, Chunk], *, uses_sampler: bool) -> DecodeOutput:
         """Prefill chunks, given by their index among those of the call."""
+        arguments = self._prefill_arguments(shape, chunks)
+        output, logits_XV, self.state = self.call(programs.prefill, *arguments)
+        if uses_sampler:
+            output, self.state = self.call(programs.choose_first, self.plan, self.state, arguments[-1], logits_XV)
+        return output
+
+    def _prefill_arguments(self, shape: PrefillShape, chunks: Mapping[int, Chunk]) -> tuple[Any, ...]:
         number = self._groups * shape.chunks
         row_X, count_X = np.full(number, self.rows), np.zeros(number)  # a row that does not exist
         tokens_XT, is_last_X = np.zeros((number, shape.width)), np.zeros(number, bool)
@@ -198,11 +232,7 @@ class Runner:
         where = partial(per_row, self.plan)
         is_last = put(is_last_X, self.plan.mesh, ROWS_B)
         arrays = Chunks(where(row_X), where(tokens_XT), where(count_X), is_last)
-        arguments = self.config, self.plan, self._weights, self.state, arrays
-        output, logits_XV, self.state = self.call(programs.prefill, *arguments)
-        if uses_sampler:
-            output, self.state = self.call(programs.choose_first, self.plan, self.state, arrays, logits_XV)
-        return output
+        return self.config, self.plan, self._weights, self.state, arrays
 
     def _divide_chunks(self, chunks: Sequence[Chunk]) -> Iterator[tuple[PrefillShape, dict[int, Chunk]]]:
         """Divide the chunks of a step into calls, in order within each dp group. Each has its index in the call."""
@@ -228,13 +258,13 @@ class Runner:
         if not stats:
             return wanted
         free_bytes = stats["bytes_limit"] - stats["bytes_in_use"]
-        one_page_each = make_pools(self.plan, self.spec, self._groups * self.plan.layout.ranks, self.page)
+        one_page_each = make_pool(self.plan, self.spec, self._groups * self.plan.layout.ranks, self.page)
         page_bytes = bytes_per_device(one_page_each)
         return min_over_processes(max(1, min(wanted, int(_MEMORY_FRACTION * free_bytes) // page_bytes)))
 
     def _empty_state(self) -> DecodeState:
         plan, ranks, rows = self.plan, self.plan.layout.ranks, self.rows
-        cache = make_pools(plan, self.spec, self._groups * ranks * self.pages, self.page)
+        cache = make_pool(plan, self.spec, self._groups * ranks * self.pages, self.page)
         table_RBM = np.full((ranks, rows, self._pages_per_row), -1, np.int32)
         zeros_B = np.zeros(rows)
         device_rows = Rows(put(table_RBM, plan.mesh, TABLE_RBM), per_row(plan, zeros_B), per_row(plan, zeros_B))
@@ -244,6 +274,21 @@ class Runner:
             put_rows(make_sampling(rows)), put_rows(np.ones(rows, np.float32)), put_rows(no_B), put_rows(no_BV)
         )
         return DecodeState(cache, device_rows, per_row(plan, zeros_B), put_rows(no_B), put_rows(no_BV), sampling)
+
+
+def _pending(output: DecodeOutput, requests: list[tuple[int, Request]]) -> PendingStep:
+    """Start to copy an output to the host, as soon as it is computed."""
+    if all(request.params.logprobs is None for _, request in requests):
+        output = output._replace(logprobs_BS=None)
+    for array in jax.tree.leaves(output):
+        array.copy_to_host_async()
+    return PendingStep(output, requests)
+
+
+def default_chunk(mesh: AnyMesh) -> int:
+    """Return how many tokens to prefill per call in each dp group, on the devices of a mesh."""
+    device = first_device(mesh)
+    return _GPU_CHUNK if device and device.platform == "gpu" else _CHUNK
 
 
 def _prefill_shapes(chunk: int, rows: int) -> list[PrefillShape]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from helix_jax.cache import KVCache, split_slot
 from helix_jax.engine.engine import Engine
@@ -15,6 +15,7 @@ from helix_jax.engine.requests import Request
 from helix_jax.mesh import REPLICATED, sharding
 
 _POSITIONS_PER_CALL = 256  # bounds the memory that both meshes need besides their caches
+_NO_PAGE = np.iinfo(np.int32).max
 
 
 def transfer(id: str, source: Engine, target: Engine) -> None:
@@ -63,35 +64,38 @@ def _copy(source: tuple[Engine, Request], target: tuple[Engine, Request], positi
 
 
 def _locate(engine: Engine, request: Request, position_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the page, counted over all ranks of all dp groups, and the offset in it of each position.
+    """Return the page of each position for all layers and parts [Y, X], in the pool, and its offset in them [X].
 
     Padding is out of bounds.
     """
     layout, scheduler, prompt_len = engine.plan.layout, engine.scheduler, len(request.prompt)
-    pages = scheduler.allocators[0].pages
+    pages, spec = scheduler.allocators[0].pages, engine.runner.spec
     first_rank = scheduler.group_of(request.assigned_row) * layout.ranks
     owner_X, slot_X = layout.owner(position_X, prompt_len), layout.slot(position_X, prompt_len)
-    page_X = np.full(_POSITIONS_PER_CALL, len(scheduler.allocators) * layout.ranks * pages, np.int32)
-    offset_X = np.zeros(_POSITIONS_PER_CALL, np.int32)
-    entry_X, offset_X[: len(position_X)] = split_slot(slot_X, engine.page)
+    entry_X, offset_X = split_slot(slot_X, engine.page)
     row_pages = scheduler.row_pages[request.id].pages
-    places = zip(owner_X, entry_X, strict=True)
-    page_X[: len(position_X)] = [(first_rank + rank) * pages + row_pages[rank][entry] for rank, entry in places]
-    return page_X, offset_X
+    page_X = np.asarray([row_pages[rank][entry] for rank, entry in zip(owner_X, entry_X, strict=True)])
+    part_Y1 = np.arange(spec.layers * spec.parts)[:, None]
+    page_YX = ((first_rank + owner_X) * len(part_Y1) + part_Y1) * pages + page_X
+    padding = (0, _POSITIONS_PER_CALL - len(position_X))
+    return np.pad(page_YX, ((0, 0), padding), constant_values=_NO_PAGE), np.pad(offset_X, padding)
 
 
 @jax.jit
-def _read(cache: KVCache, page_X: Int[Array, "X"], offset_X: Int[Array, "X"]) -> list[Array]:
-    """Return [X, K, H] of each pool. The values of padding are undefined."""
-    return [pool_AKWH.at[page_X, :, offset_X].get(mode="clip") for pool_AKWH in jax.tree.leaves(cache)]
+def _read(cache: KVCache, page_YX: Int[Array, "Y X"], offset_X: Int[Array, "X"]) -> Float[Array, "Y X K H"]:
+    """Return what is cached at some places. The values of padding are undefined."""
+    return cache.pool_XKWH.at[_index(cache, page_YX, offset_X)].get(mode="clip")
 
 
 @partial(jax.jit, donate_argnames="cache")
-def _write(cache: KVCache, values: list[Array], page_X: Int[Array, "X"], offset_X: Int[Array, "X"]) -> KVCache:
-    """Write [X, K, H] into each pool. Padding is dropped."""
-    pools, structure = jax.tree.flatten(cache)
-    written = []
-    for pool_AKWH, x_XKH in zip(pools, values, strict=True):
-        index = (page_X[:, None], jnp.arange(pool_AKWH.shape[1]), offset_X[:, None])
-        written.append(pool_AKWH.at[index].set(x_XKH, mode="drop"))
-    return jax.tree.unflatten(structure, written)
+def _write(
+    cache: KVCache, values: Float[Array, "Y X K H"], page_YX: Int[Array, "Y X"], offset_X: Int[Array, "X"]
+) -> KVCache:
+    """Write to some places. Padding is dropped."""
+    pool_XKWH = cache.pool_XKWH.at[_index(cache, page_YX, offset_X)].set(values, mode="drop")
+    return cache._replace(pool_XKWH=pool_XKWH)
+
+
+def _index(cache: KVCache, page_YX: Array, offset_X: Array) -> tuple[Array, ...]:
+    """Return the index of the places. The heads are indexed too: as a slice, they make XLA transpose the pool."""
+    return page_YX[..., None], jnp.arange(cache.pool_XKWH.shape[1]), offset_X[:, None]

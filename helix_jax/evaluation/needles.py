@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from helix_jax.engine.engine import DEFAULT_CHUNK
 from helix_jax.evaluation.placements import ONE_DEVICE, LoadModel, OnProgress, ignore_progress
 from helix_jax.evaluation.scoring import score_span
 from helix_jax.evaluation.session import CacheSession
@@ -34,7 +33,7 @@ class NeedleOptions:
         decoded: Tokens that are decoded before each passkey is asked for again. 0 asks once.
         seed: The seed of text and passkeys.
         rows: Contexts that are read at once.
-        chunk: Tokens per step while contexts are read.
+        chunk: Tokens per step while contexts are read. None: as `Engine`.
         zero_rank: A cp rank whose cache is zeroed before the first question, except on one device.
 
     Raises:
@@ -48,11 +47,11 @@ class NeedleOptions:
     decoded: int = 500
     seed: int = 0
     rows: int = 16
-    chunk: int = DEFAULT_CHUNK
+    chunk: int | None = None
     zero_rank: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("depths", "trials", "rows", "chunk"):
+        for name in ("depths", "trials", "rows", *([] if self.chunk is None else ["chunk"])):
             check_int(name, getattr(self, name), least=1)
         for name in ("decoded", "seed") if self.zero_rank is None else ("decoded", "seed", "zero_rank"):
             check_int(name, getattr(self, name), least=0)

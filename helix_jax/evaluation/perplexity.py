@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from helix_jax.engine.engine import DEFAULT_CHUNK
 from helix_jax.evaluation.placements import ONE_DEVICE, LoadModel, OnProgress, ignore_progress
 from helix_jax.evaluation.scoring import score_span
 from helix_jax.evaluation.texts import spaced_windows
@@ -28,7 +27,7 @@ class PerplexityOptions:
         positions: Bytes before each span. Empty, the default, means powers of 2 from 64 on.
         span: Bytes that are scored one by one.
         windows: Places in the text.
-        chunk: Tokens per step while contexts are read.
+        chunk: Tokens per step while contexts are read. None: as `Engine`.
 
     Raises:
         TypeError: A number is not an int.
@@ -38,10 +37,10 @@ class PerplexityOptions:
     positions: tuple[int, ...] = ()
     span: int = 64
     windows: int = 8
-    chunk: int = DEFAULT_CHUNK
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("span", "windows", "chunk"):
+        for name in ("span", "windows", *([] if self.chunk is None else ["chunk"])):
             check_int(name, getattr(self, name), least=1)
         for position in self.positions:
             check_int("a position", position, least=2)

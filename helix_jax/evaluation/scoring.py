@@ -2,14 +2,13 @@
 
 import numpy as np
 
-from helix_jax.engine.engine import DEFAULT_CHUNK
 from helix_jax.evaluation.session import CacheSession
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 
 
 def score_span(
-    model: Transformer, plan: Plan, tokens_BS: np.ndarray, span: int, *, max_len: int, chunk: int = DEFAULT_CHUNK
+    model: Transformer, plan: Plan, tokens_BS: np.ndarray, span: int, *, max_len: int, chunk: int | None = None
 ) -> np.ndarray:
     """Return the loss of each of the last `span` tokens of each row, in nats, [B, span].
 

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from helix_jax.arrays import put
 from helix_jax.cache import CacheSpec, KVCache, make_cache, per_row
-from helix_jax.engine.engine import DEFAULT_CHUNK, DEFAULT_PAGE
+from helix_jax.engine.engine import DEFAULT_PAGE
+from helix_jax.engine.runner import default_chunk
 from helix_jax.mesh import CP, ROWS_B
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
@@ -29,14 +29,19 @@ class CacheSession:
         plan: The mesh and the placement.
         prompts: The token ids of each row's prompt, at least one.
         max_len: The positions that each row has pages for.
-        chunk: Tokens per step while the prompts are read.
+        chunk: Tokens per step while the prompts are read. None: `default_chunk`.
 
     Raises:
         ValueError: The model is on another mesh, or a prompt is longer than `max_len`.
     """
 
     def __init__(
-        self, model: Transformer, plan: Plan, prompts: Sequence[Sequence[int]], max_len: int, chunk: int = DEFAULT_CHUNK
+        self,
+        model: Transformer,
+        plan: Plan,
+        prompts: Sequence[Sequence[int]],
+        max_len: int,
+        chunk: int | None = None,
     ):
         check_model_placement(model, plan)
         spec = CacheSpec.from_config(model.config, model.dtype)
@@ -46,7 +51,7 @@ class CacheSession:
         self._weights = model.weights()
         self._length_B = np.zeros(len(lens), np.int32)
         self._next_B = np.zeros(len(lens), np.int32)
-        self.append(prompts, chunk)
+        self.append(prompts, default_chunk(plan.mesh) if chunk is None else chunk)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -151,8 +156,8 @@ class CacheSession:
 
 
 def _zero_rank(cache: KVCache, rank: int, ranks: int) -> KVCache:
-    def zero(pool_AKWH: jax.Array) -> jax.Array:
-        pages = pool_AKWH.shape[0] // ranks
-        return pool_AKWH.at[rank * pages : (rank + 1) * pages].set(jnp.zeros((), pool_AKWH.dtype))
+    def zero(cache: KVCache) -> KVCache:
+        pages = cache.pool_XKWH.shape[0] // ranks
+        return cache._replace(pool_XKWH=cache.pool_XKWH.at[rank * pages : (rank + 1) * pages].set(0))
 
-    return jax.block_until_ready(jax.jit(lambda cache: jax.tree.map(zero, cache), donate_argnums=0)(cache))
+    return jax.block_until_ready(jax.jit(zero, donate_argnums=0)(cache))

@@ -10,8 +10,8 @@ from helix_jax.models.parts import Parameters, rms_norm
 from helix_jax.models.rope import rotate
 from helix_jax.numerics import einsum
 
-# Whatever an Attention keeps for one layer, such as the pages of its cache.
-LayerState = Any
+# Whatever an Attention reads and replaces, such as the cache.
+AttentionState = Any
 
 
 @runtime_checkable
@@ -23,27 +23,27 @@ class Attention(Protocol):
         q_BTNH: Array,
         k_BTKH: Array,
         v_BTKH: Array | None,
-        state: LayerState,
+        state: AttentionState,
         *,
         scale: float,
         window: int | None = None,
         sink_N: Array | None = None,
         v_width: int | None = None,
-    ) -> tuple[Array, LayerState]:
+    ) -> tuple[Array, AttentionState]:
         """Attend.
 
         Args:
             q_BTNH: The queries of the new tokens.
             k_BTKH: The keys of the new tokens.
             v_BTKH: Their values. None: the values are the first `v_width` numbers of the keys.
-            state: The state of one layer.
+            state: The state before this layer.
             scale: The factor on the products of queries and keys.
             window: The number of positions that a query sees. None: all before it, and its own.
             sink_N: A logit per head that takes part in the softmax and has no value.
             v_width: The width of the values, if `v_BTKH` is None.
 
         Returns:
-            The output of every head, and the layer's new state.
+            The output of every head, and the state after this layer.
         """
         ...
 
@@ -71,8 +71,8 @@ class SelfAttention(nnx.Module):
             self.sink_N = make.bias("sink_N")
 
     def __call__(
-        self, x_BTD: Array, position_BT: Array, attention: Attention, state: LayerState
-    ) -> tuple[Array, LayerState]:
+        self, x_BTD: Array, position_BT: Array, attention: Attention, state: AttentionState
+    ) -> tuple[Array, AttentionState]:
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
         q_BTNH, k_BTKH = (rotate(x, position_BT, self.rope) for x in (q_BTNH, k_BTKH))
         sink_N = self.sink_N[...] if self.config.sinks else None

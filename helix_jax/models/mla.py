@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from helix_jax.config import Latent, ModelConfig
-from helix_jax.models.attention import Attention, LayerState
+from helix_jax.models.attention import Attention, AttentionState
 from helix_jax.models.parts import Parameters, rms_norm
 from helix_jax.models.rope import rotate, softmax_gain
 from helix_jax.numerics import einsum
@@ -39,8 +39,8 @@ class LatentAttention(nnx.Module):
         self.o_NUD = make.onto_residual("o_NUD", "NU")
 
     def __call__(
-        self, x_BTD: Array, position_BT: Array, attention: Attention, state: LayerState
-    ) -> tuple[Array, LayerState]:
+        self, x_BTD: Array, position_BT: Array, attention: Attention, state: AttentionState
+    ) -> tuple[Array, AttentionState]:
         q_BTNY = self._queries(x_BTD, position_BT)
         c_BT1Y = self._cached_vector(x_BTD, position_BT)
         o_BTNZ, state = attention(q_BTNY, c_BT1Y, None, state, scale=self.scale, v_width=self.latent.width)

@@ -6,6 +6,7 @@ are scattered back to the shards.
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -50,10 +51,8 @@ def _run_model(plan: TrainPlan, weights: Weights, batch: Batch, dropout: Dropout
     attention = _cudnn_attention if plan.uses_cudnn else ring_attention(plan.mesh, plan.layout, document_start_BS)
     ready = {name: x if name == "layers" else _gather(plan, name, x) for name, x in weights.items()}
     model = assemble(plan.model, ready)
-    states, dropout = (None,) * plan.model.layers, dropout or (lambda x_BSD: x_BSD)
-    x_BSD, _ = model(
-        tokens_BS, position_BS, attention, states, dropout=dropout, wrap_layer=lambda layer: _gather_layer(plan, layer)
-    )
+    options = {"dropout": dropout or (lambda x_BSD: x_BSD), "wrap_layer": partial(_gather_layer, plan)}
+    x_BSD, _ = model(tokens_BS, position_BS, attention, None, **options)
     return model, x_BSD
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from helix_jax.attention import Partial
+from helix_jax.attention import PageTable, Partial
 from helix_jax.kernels import check_arrays
 from helix_jax.kernels.mosaic_gpu import grouped as _grouped
 from helix_jax.kernels.mosaic_gpu import latent as _latent
@@ -31,7 +31,7 @@ def attend(
     q_BTNH: Float[Array, "B T N H"],
     k_AKWH: Float[Array, "A K W H"],
     v_AKWH: Float[Array, "A K W H"] | None,
-    table_BM: Int[Array, "B M"],
+    table_BM: Int[Array, "B M"] | PageTable,
     lo_BT: Int[Array, "B T"],
     hi_BT: Int[Array, "B T"],
     *,
@@ -51,10 +51,11 @@ def attend(
     latent = v_AKWH is None
     check_arrays("mosaic_gpu", q_BTNH, k_AKWH, v_AKWH, v_width)
     (B, T, N, H), K = q_BTNH.shape, k_AKWH.shape[1]
-    hi_BT = jnp.minimum(hi_BT, table_BM.shape[1] * k_AKWH.shape[2])
+    table = PageTable.of(table_BM)
+    hi_BT = jnp.minimum(hi_BT, table.entries_BM.shape[1] * k_AKWH.shape[2])
     q_BKTGH = q_BTNH.astype(k_AKWH.dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4)
     run = partial(_attend, scale, v_width if latent else None)
-    o_BKQH, lse_BKQ = run(q_BKTGH.reshape(B * K, -1, H), k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT)
+    o_BKQH, lse_BKQ = run(q_BKTGH.reshape(B * K, -1, H), k_AKWH, v_AKWH, table, lo_BT, hi_BT)
     o_BTKGH = o_BKQH.reshape(B, K, T, N // K, -1).transpose(0, 2, 1, 3, 4)
     lse_BTKG = lse_BKQ.reshape(B, K, T, N // K).transpose(0, 2, 1, 3)
     return Partial(o_BTKGH.reshape(B, T, N, -1), lse_BTKG.reshape(B, T, N))
@@ -67,7 +68,7 @@ def _attend(
     q_XQH: Array,
     k_AKWH: Array,
     v_AKWH: Array | None,
-    table_BM: Array,
+    table: PageTable,
     lo_BT: Array,
     hi_BT: Array,
 ) -> tuple[Array, Array]:
@@ -80,11 +81,11 @@ def _attend(
     if v_AKWH is None:
         latent = _latent.choose_shape(B, Q, H, v_width or H, W, count_processors(), scale)
         work, schedule = latent.work, make_schedule(latent.work, lo_BT, hi_BT)
-        parts = _latent.compute_parts(latent, q_XQH, k_XH, table_BM, schedule)
+        parts = _latent.compute_parts(latent, q_XQH, k_XH, table, schedule)
     else:
         grouped = _grouped.choose_shape(B, Q, K, H, W, count_processors(), scale)
         work, schedule = grouped.work, make_schedule(grouped.work, lo_BT, hi_BT)
-        parts = _grouped.compute_parts(grouped, q_XQH, k_XH, v_AKWH.reshape(-1, H), table_BM, schedule)
+        parts = _grouped.compute_parts(grouped, q_XQH, k_XH, v_AKWH.reshape(-1, H), table, schedule)
     return merge_parts(work, *parts, schedule)
 
 

@@ -17,6 +17,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
+from helix_jax.attention import PageTable
 from helix_jax.kernels.mosaic_gpu import memory, softmax
 from helix_jax.kernels.mosaic_gpu.softmax import repeat_along_rows
 from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, loop_over_tiles, walk_segments
@@ -126,7 +127,7 @@ class Shared(NamedTuple):
 
 
 def compute_parts(
-    shape: GroupedShape, q_XQH: Array, k_XH: Array, v_XH: Array, table_BM: Array, schedule: Schedule
+    shape: GroupedShape, q_XQH: Array, k_XH: Array, v_XH: Array, table: PageTable, schedule: Schedule
 ) -> tuple[Array, Array]:
     """Compute the outputs [parts, queries, width] and log-sum-exps [parts, queries] of all parts."""
     work, tile = shape.work, shape.work.tile
@@ -158,11 +159,11 @@ def compute_parts(
         num_threads=shape.computing_warpgroups + shape.streams_per_processor,
         thread_name="warpgroup",
         compiler_params=memory.COMPILER,
-    )(q_XQH, k_XH, v_XH, table_BM, *schedule)
+    )(q_XQH, k_XH, v_XH, *table, *schedule)
 
 
-def _body(shape: GroupedShape, q, k, v, table, starts, jobs, spans, o, lse, shared: Shared) -> None:
-    schedule = Schedule(starts, jobs, spans)
+def _body(shape: GroupedShape, q, k, v, entries, first, starts, jobs, spans, o, lse, shared: Shared) -> None:
+    table, schedule = PageTable(entries, first), Schedule(starts, jobs, spans)
 
     def walk(stream: int, body: Callable[[Segment, Array], Array]) -> None:
         walk_segments(shape.work, schedule, lax.axis_index("processor") * shape.streams_per_processor + stream, body)
@@ -192,15 +193,17 @@ def _copy(
         targets = shared.q.at[*place], shared.spans.at[*place], shared.q_filled.at[*place]
         memory.fetch_queries(work, segment, member, q, spans, *targets)
     locate = partial(memory.locate_tile, work, shape.page, k, table, segment)
+    rows_to_values = (table.first_C[1] - table.first_C[0]) * work.heads * shape.page
 
     def tile(index: Array, carry: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
         starts, ring_step = carry
         next_starts = locate(index + 1)  # these loads overlap with the wait for a free stage
-        for pool in (k, v):
+        v_starts = [start + rows_to_values for start in starts]
+        for pool, pool_starts in ((k, starts), (v, v_starts)):
             stage = lax.rem(ring_step, shape.stages)
             freed = shared.freed.at[stream, stage]
             pl.when(ring_step >= shape.stages)(partial(plgpu.barrier_wait, freed))  # the ring starts empty
-            memory.fetch(pool, starts, shared.ring.at[stream, stage], shared.filled.at[stream, stage])
+            memory.fetch(pool, pool_starts, shared.ring.at[stream, stage], shared.filled.at[stream, stage])
             ring_step = ring_step + 1
         return next_starts, ring_step
 

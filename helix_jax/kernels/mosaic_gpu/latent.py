@@ -16,6 +16,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
+from helix_jax.attention import PageTable
 from helix_jax.kernels.mosaic_gpu import memory, softmax
 from helix_jax.kernels.mosaic_gpu.softmax import repeat_along_rows
 from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, loop_over_tiles, walk_segments
@@ -96,7 +97,7 @@ class Shared(NamedTuple):
 
 
 def compute_parts(
-    shape: LatentShape, q_BQH: Array, k_XH: Array, table_BM: Array, schedule: Schedule
+    shape: LatentShape, q_BQH: Array, k_XH: Array, table: PageTable, schedule: Schedule
 ) -> tuple[Array, Array]:
     """Compute the outputs [parts, queries, v_width] and log-sum-exps [parts, queries] of all parts."""
     work, tile = shape.work, shape.work.tile
@@ -134,11 +135,13 @@ def compute_parts(
         num_threads=_HALVES + 1,
         thread_name="warpgroup",
         compiler_params=memory.COMPILER,
-    )(q_BQH, k_XH, table_BM, *schedule)
+    )(q_BQH, k_XH, *table, *schedule)
 
 
-def _body(shape: LatentShape, q, k, table, starts, jobs, spans, o, lse, staged, spans_staged, shared: Shared) -> None:
-    q_staged, o_staged = staged
+def _body(
+    shape: LatentShape, q, k, entries, first, starts, jobs, spans, o, lse, staged, spans_staged, shared: Shared
+) -> None:
+    table, (q_staged, o_staged) = PageTable(entries, first), staged
     walk = partial(walk_segments, shape.work, Schedule(starts, jobs, spans), lax.axis_index("stream"))
 
     def values(half: int) -> None:

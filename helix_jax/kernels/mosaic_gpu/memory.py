@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from helix_jax.attention import PageTable
 from helix_jax.kernels.mosaic_gpu.work import ROWS, Segment, Work
 
 Accumulator = plgpu.WGMMAAccumulatorRef  # the result of a warpgroup's matrix product, in registers
@@ -31,17 +32,18 @@ def copies_per_tile(tile: int, page: int) -> int:
     return max(1, tile // page)
 
 
-def locate_tile(work: Work, page: int, pool_XH: Any, table_BM: Any, segment: Segment, tile: Array) -> list[Array]:
-    """Return the first row of each piece of a tile, in a pool viewed as rows [pages * heads * page, width].
+def locate_tile(work: Work, page: int, pool_XH: Any, table: PageTable, segment: Segment, tile: Array) -> list[Array]:
+    """Return the first row of each piece of a tile of keys, in a pool viewed as rows [pages * heads * page, width].
 
     Table entries past the slots in use may contain anything. They are clamped here, and their scores are masked later.
     """
     pages, piece = pool_XH.shape[0] // (work.heads * page), min(work.tile, page)
-    row, starts = segment.job // work.jobs_per_row, []
+    row, starts, entries = segment.job // work.jobs_per_row, [], table.entries_BM
+    first, last = table.first_C[0], pages - 1 - table.first_C[table.first_C.shape[0] - 1]
     for i in range(copies_per_tile(work.tile, page)):
         slot = tile * work.tile + i * piece
-        entry = jnp.clip(table_BM[row, jnp.clip(slot // page, 0, table_BM.shape[1] - 1)], 0, pages - 1)
-        starts.append((entry * work.heads + segment.head) * page + lax.rem(slot, page))
+        entry = jnp.clip(entries[row, jnp.clip(slot // page, 0, entries.shape[1] - 1)], 0, last)
+        starts.append(((first + entry) * work.heads + segment.head) * page + lax.rem(slot, page))
     return starts
 
 

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.sharding import ManualAxisType
 from jaxtyping import Float, Int
 
-from helix_jax.attention import Partial
+from helix_jax.attention import PageTable, Partial
 from helix_jax.kernels import check_arrays
 from helix_jax.kernels.tpu.tile import attend_to_tile
 from helix_jax.kernels.tpu.work import Shape, make_shape, make_walk
@@ -30,7 +30,7 @@ def attend(
     q_BTNH: Float[Array, "B T N H"],
     k_AKWH: Float[Array, "A K W H"],
     v_AKWH: Float[Array, "A K W H"] | None,
-    table_BM: Int[Array, "B M"],
+    table_BM: Int[Array, "B M"] | PageTable,
     lo_BT: Int[Array, "B T"],
     hi_BT: Int[Array, "B T"],
     *,
@@ -48,10 +48,11 @@ def attend(
     """
     check_arrays("tpu", q_BTNH, k_AKWH, v_AKWH, v_width)
     (B, T, N, H), (_, K, W, _) = q_BTNH.shape, k_AKWH.shape
-    hi_BT = jnp.minimum(hi_BT, table_BM.shape[1] * W)
+    table = PageTable.of(table_BM)
+    hi_BT = jnp.minimum(hi_BT, table.entries_BM.shape[1] * W)
     q_BKTGH = q_BTNH.astype(k_AKWH.dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4)
     run = partial(_attend, scale, H if v_AKWH is not None else v_width or H)
-    o_BKQH, lse_BKQ = run(q_BKTGH.reshape(B, K, -1, H), k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT)
+    o_BKQH, lse_BKQ = run(q_BKTGH.reshape(B, K, -1, H), k_AKWH, v_AKWH, table, lo_BT, hi_BT)
     o_BTKGH = o_BKQH.reshape(B, K, T, N // K, -1).transpose(0, 2, 1, 3, 4)
     lse_BTKG = lse_BKQ.reshape(B, K, T, N // K).transpose(0, 2, 1, 3)
     return Partial(o_BTKGH.reshape(B, T, N, -1), lse_BTKG.reshape(B, T, N))
@@ -64,15 +65,16 @@ def _attend(
     q_BKQH: Array,
     k_AKWH: Array,
     v_AKWH: Array | None,
-    table_BM: Array,
+    table: PageTable,
     lo_BT: Array,
     hi_BT: Array,
 ) -> tuple[Array, Array]:
     """Return outputs [B, K, T G, Hv] and log-sum-exps [B, K, T G]. Q is new token and head of a group."""
-    (B, K, Q, _), M = q_BKQH.shape, table_BM.shape[1]
+    (B, K, Q, _), M = q_BKQH.shape, table.entries_BM.shape[1]
     if B > 1 and B * M > _TABLE:
         halves = (slice(B // 2), slice(B // 2, B))
-        rows = [(q_BKQH[b], k_AKWH, v_AKWH, table_BM[b], lo_BT[b], hi_BT[b]) for b in halves]
+        tables = [table._replace(entries_BM=table.entries_BM[b]) for b in halves]
+        rows = [(q_BKQH[b], k_AKWH, v_AKWH, half, lo_BT[b], hi_BT[b]) for b, half in zip(halves, tables, strict=True)]
         o, lse = zip(*(_attend(scale, v_width, *arguments) for arguments in rows), strict=True)
         return jnp.concat(o), jnp.concat(lse)
     pools = (k_AKWH,) if v_AKWH is None else (k_AKWH, v_AKWH)
@@ -81,7 +83,7 @@ def _attend(
     q_BKQH = jnp.pad(q_BKQH, ((0, 0), (0, 0), (0, rest), (0, 0)))
     spans_BQ2 = jnp.repeat(jnp.stack([lo_BT, hi_BT], -1), Q // lo_BT.shape[1], axis=1)
     spans_BQ2 = jnp.pad(spans_BQ2, ((0, 0), (0, rest), (0, 0))).astype(jnp.int32)
-    o_BKQH, lse_BKQ1 = _call(shape, q_BKQH, spans_BQ2, pools, table_BM.astype(jnp.int32))
+    o_BKQH, lse_BKQ1 = _call(shape, q_BKQH, spans_BQ2, pools, table)
     return o_BKQH[:, :, :Q], lse_BKQ1[:, :, :Q, 0]
 
 
@@ -91,13 +93,14 @@ def _refuse_derivative(scale: float, v_width: int, primals: Any, tangents: Any) 
 
 
 def _call(
-    shape: Shape, q_BKQH: Array, spans_BQ2: Array, pools: tuple[Array, ...], table_BM: Array
+    shape: Shape, q_BKQH: Array, spans_BQ2: Array, pools: tuple[Array, ...], table: PageTable
 ) -> tuple[Array, Array]:
     (B, K, Q, H), tiles, widths = q_BKQH.shape, shape.tiles, (shape.v_width, 1)
     walk, block = make_walk(shape, spans_BQ2), (shape.heads, shape.queries)
     # Else XLA copies a pool that fits into the vector memory whole, to have it near.
     pools = tuple(pltpu.with_memory_space_constraint(pool, pltpu.HBM) for pool in pools)
-    arguments = table_BM.reshape(-1), *walk, q_BKQH, spans_BQ2, *pools
+    entries_X = table.entries_BM.reshape(-1).astype(jnp.int32)
+    arguments = entries_X, table.first_C, *walk, q_BKQH, spans_BQ2, *pools
     varying = ManualAxisType(varying=frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arguments)))
 
     def tile(width: int) -> pl.BlockSpec:
@@ -108,7 +111,7 @@ def _call(
         partial(attend_to_tile, shape, len(pools)),
         out_shape=[jax.ShapeDtypeStruct((B, K, Q, width), jnp.float32, manual_axis_type=varying) for width in widths],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1 + len(walk),
+            num_scalar_prefetch=2 + len(walk),
             grid=(K // shape.heads, B * tiles),
             in_specs=[tile(H), spans, *(pl.BlockSpec(memory_space=pltpu.HBM) for _ in pools)],
             out_specs=[tile(width) for width in widths],

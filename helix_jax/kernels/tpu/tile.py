@@ -23,6 +23,7 @@ class Refs(NamedTuple):
     """The memory of a tile. `rings` buffer keys and values, or latents; `turn` is the half of them that is next."""
 
     table: Any
+    first_C: Any
     walk: Walk
     q: Any
     spans: Any
@@ -37,11 +38,11 @@ class Refs(NamedTuple):
     arrived: Any
 
 
-def attend_to_tile(shape: Shape, pools: int, table: Any, *memory: Any) -> None:
+def attend_to_tile(shape: Shape, pools: int, table: Any, first: Any, *memory: Any) -> None:
     """Run the kernel for one tile and block of heads. `memory` is scalars, queries, `pools` pools, results, scratch."""
     scalars, memory = memory[: len(Walk._fields)], memory[len(Walk._fields) :]
     (q, spans), memory = memory[:2], memory[2:]
-    refs = Refs(table, Walk(*scalars), q, spans, memory[:pools], *memory[pools:])
+    refs = Refs(table, first, Walk(*scalars), q, spans, memory[:pools], *memory[pools:])
     walk = refs.walk
     x, m, l, acc = pl.program_id(1), refs.m, refs.l, refs.acc
 
@@ -85,9 +86,9 @@ def _each_page(
 
     def page(nth: Array, _: None) -> None:
         slots = pl.ds(pl.multiple_of(nth * shape.page, shape.page), shape.page)
-        for pool, ring in zip(refs.pools, refs.rings, strict=True):
+        for part, (pool, ring) in enumerate(zip(refs.pools, refs.rings, strict=True)):
             # A page between those that the queries see may be anything, and a copy from outside the pool is fatal.
-            entry = jnp.clip(refs.table[row + first + nth], 0, pool.shape[0] - 1)
+            entry = jnp.clip(refs.first_C[part] + refs.table[row + first + nth], 0, pool.shape[0] - 1)
             do(pltpu.make_async_copy(pool.at[entry, heads], ring.at[half, :, slots], refs.arrived.at[half]))
 
     lax.fori_loop(0, jnp.minimum(refs.walk.end_X[x] - first, shape.pages), page, None)
