@@ -1,6 +1,7 @@
 """The engine on devices: the output of a request does not depend on other requests, on preemptions or on transfers."""
 
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -132,10 +133,15 @@ def check_greedy(model, results) -> None:
         {"placement": "striped", "dp": 2, "cp": 2, "pages": 20},
         *(pytest.param({"placement": "helix", "steps_per_call": k}, marks=pytest.mark.slow) for k in (1, 32)),
         *(pytest.param({"placement": "striped", "steps_per_call": k}, marks=pytest.mark.slow) for k in (1, 4)),
+        pytest.param({"placement": "helix", "steps_per_call": 5, "fixed": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_outputs_do_not_change_when_pages_run_out(model, make_engine, options):
+def test_outputs_do_not_change_when_pages_run_out(model, make_engine, options, monkeypatch):
+    """Also if a decode call takes all of its steps, as on several GPUs."""
+    options = dict(options)
+    if options.pop("fixed", False):
+        monkeypatch.setattr(sys.modules["helix_jax.step"], "_has_fixed_length", lambda plan: True)
     engine = make_engine(**options)
     results = run_random_requests(engine, requests=24, longest=110, most=50, cancelled=4, seed=4)
     assert engine.stats().preemptions >= 2

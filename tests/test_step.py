@@ -1,6 +1,7 @@
 """Tests of the compiled step: one trace, a cache written in place, and only the documented collectives."""
 
 import re
+import sys
 from collections import Counter
 from typing import Any
 
@@ -170,13 +171,18 @@ def test_one_trace_of_each_program_serves_a_whole_generation(tp: int, cp: int, d
 
 
 @pytest.mark.parametrize(
-    ("placement", "temperature"),
+    ("placement", "temperature", "fixed"),
     [
-        ("helix", 1.0),
-        *(pytest.param(placement, 0.0, marks=pytest.mark.slow) for placement in PLACEMENTS),
+        ("helix", 1.0, False),
+        ("striped", 0.0, True),
+        *(pytest.param(placement, 0.0, False, marks=pytest.mark.slow) for placement in PLACEMENTS),
     ],
 )
-def test_several_steps_in_one_call_equal_single_steps(placement: str, temperature: float, tiny):
+def test_several_steps_in_one_call_equal_single_steps(
+    placement: str, temperature: float, fixed: bool, tiny, monkeypatch
+):
+    """Also if a call takes all of its steps, as on several GPUs."""
+    monkeypatch.setattr(sys.modules["helix_jax.step"], "_has_fixed_length", lambda plan: fixed)
     plan = Plan(make_mesh(2, 4), 3, placement)
     model = shard(tiny, plan)
     V = model.embed_VD.shape[0]
@@ -201,7 +207,7 @@ def test_several_steps_in_one_call_equal_single_steps(placement: str, temperatur
     row_sampling = sampling and RowSampling(sampling, np.ones(3, np.float32), no_B, no_BV)
     state = DecodeState(out.cache, out.rows, out.token_B, *put((no_B, stop_BV, row_sampling), plan.mesh, ROWS_B))
     found, state = decode(
-        model.config, plan, weights, state, per_row(plan, count_B), max_steps=12, greedy=sampling is None
+        model.config, plan, weights, state, per_row(plan, count_B), max_steps=12 + fixed, greedy=sampling is None
     )
     decoded_BS = expected_BS[:, 1:]
     ends_after = int(np.flatnonzero(decoded_BS[1] == end)[0]) + 1

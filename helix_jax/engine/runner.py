@@ -25,7 +25,7 @@ from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.processes import min_over_processes
 from helix_jax.sampling import RowSampling, make_sampling
-from helix_jax.step import DecodeOutput, DecodeState, decode
+from helix_jax.step import DecodeOutput, DecodeState, decode, decode_steps
 
 _MEMORY_FRACTION = 0.9  # of a device's free memory, for pages
 _EDITS_PER_CALL = 64
@@ -78,7 +78,8 @@ class Runner:
         chunk: int,
         max_steps: int,
     ):
-        self.config, self.plan, self.rows, self.max_steps = model.config, plan, rows, max_steps
+        self.config, self.plan, self.rows = model.config, plan, rows
+        self._decode_steps = decode_steps(plan, max_steps)
         self.spec, self.page = CacheSpec.from_config(model.config, model.dtype), page
         self._weights = model.weights()
         self._device = min(model.embed_VD[...].sharding.addressable_devices, key=lambda device: device.id)
@@ -108,8 +109,8 @@ class Runner:
         for shape in self._shapes:
             self._prefill(shape, {}, uses_sampler=sampling)
         for needed, is_greedy in ((greedy, True), (sampling, False)):
-            if needed:
-                self._decode({}, is_greedy)
+            for steps in self._decode_steps if needed else ():
+                _, self.state = self.call(decode, *self._decode_arguments({}, is_greedy, steps))
         jax.block_until_ready(self.state)
         return time.perf_counter() - start
 
@@ -173,7 +174,8 @@ class Runner:
                 where = sharding(self.plan.mesh, ROWS_B)
                 logits_XV = jax.ShapeDtypeStruct(logits_shape, jnp.float32, sharding=where)
                 calls.append((programs.choose_first, (self.plan, self.state, arguments[-1], logits_XV)))
-        calls += [(decode, self._decode_arguments({}, is_greedy)) for is_greedy in [True] * greedy + [False] * sampling]
+        for is_greedy in [True] * greedy + [False] * sampling:
+            calls += [(decode, self._decode_arguments({}, is_greedy, steps)) for steps in self._decode_steps]
         with ThreadPoolExecutor(len(calls)) as pool:
             for compiling in [pool.submit(program.lower(*arguments).compile) for program, arguments in calls]:
                 compiling.result()
@@ -203,15 +205,16 @@ class Runner:
             self.state = self.call(programs.edit_page_table, self.plan, self.state, edits_X4)
 
     def _decode(self, counts: Mapping[Request, int], greedy: bool) -> DecodeOutput:
-        output, self.state = self.call(decode, *self._decode_arguments(counts, greedy))
+        steps = next(steps for steps in self._decode_steps if steps >= max(counts.values()))
+        output, self.state = self.call(decode, *self._decode_arguments(counts, greedy, steps))
         return output
 
-    def _decode_arguments(self, counts: Mapping[Request, int], greedy: bool) -> tuple[Any, ...]:
+    def _decode_arguments(self, counts: Mapping[Request, int], greedy: bool, steps: int) -> tuple[Any, ...]:
         count_B = np.zeros(self.rows, np.int32)
         for request, count in counts.items():
             count_B[request.assigned_row] = count
         model = self.config, self.plan, self._weights
-        return *model, self.state, per_row(self.plan, count_B), self.max_steps, greedy
+        return *model, self.state, per_row(self.plan, count_B), steps, greedy
 
     def _prefill(self, shape: PrefillShape, chunks: Mapping[int, Chunk], *, uses_sampler: bool) -> DecodeOutput:
         """Prefill chunks, given by their index among those of the call."""
