@@ -25,7 +25,7 @@ attention over a subset of the slots, and the logarithm of its denominator.
 """
 
 from helix_jax.attention import Partial, attend, merge
-from helix_jax.cache import CacheSpec, KVCache, Rows, make_cache
+from helix_jax.cache import CacheSpec, KVCache, Rows, cache_specs, make_cache, make_caches
 from helix_jax.checkpoint import DEMO_MODEL, load, save, shard
 from helix_jax.combine import COMBINES, combine
 from helix_jax.config import ModelConfig
@@ -69,12 +69,14 @@ __all__ = [
     "Tokenizer",
     "Transformer",
     "attend",
+    "cache_specs",
     "combine",
     "decode",
     "generate",
     "helix_attention",
     "load",
     "make_cache",
+    "make_caches",
     "make_mesh",
     "make_sampling",
     "merge",

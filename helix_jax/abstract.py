@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from helix_jax.cache import CacheSpec, KVCache, Rows, pages_needed, pool_shape, pool_sharding
+from helix_jax.cache import KVCache, Rows, cache_specs, pages_needed, pool_shape, pool_sharding, ring_pages
 from helix_jax.checkpoint.parameters import parameter_dtype
 from helix_jax.config import ModelConfig
 from helix_jax.mesh import (
@@ -52,25 +52,28 @@ def abstract_arguments(
         config: The model.
         plan: The mesh, which may be abstract, and how it decodes.
         rows: The number of sequences.
-        slots: The cache slots of each sequence on each rank.
+        slots: The cache slots of each sequence on each rank. Layers with a window have as many as they need.
         T: The new tokens of each sequence.
         page: Tokens per page.
         dtype: The type of weights and cache.
 
     Returns:
-        (config, plan, weights, cache, rows, tokens_BT, count_B, sampling).
+        (config, plan, weights, caches, rows, tokens_BT, count_B, sampling).
     """
 
     def like(shape: tuple[int, ...], dtype: DTypeLike, spec: Spec) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(plan.mesh, spec))
 
     ranks, M = plan.mesh.shape[CP], pages_needed(slots, page)
-    spec = CacheSpec.from_config(config, dtype)
-    shape = pool_shape(plan, spec, ranks * rows * M, page)
-    pool: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=pool_sharding(plan, spec))
-    cache = KVCache(pool, spec)
+    caches, tables = [], []
+    for spec in cache_specs(config, dtype):
+        pages = min(M, ring_pages(plan.layout, spec.window, T, page)) if spec.window else M
+        shape = pool_shape(plan, spec, ranks * rows * pages, page)
+        pool: Any = jax.ShapeDtypeStruct(shape, spec.dtype, sharding=pool_sharding(plan, spec))
+        caches.append(KVCache(pool, spec))
+        tables.append(like((ranks, rows, pages), jnp.int32, TABLE_RBM))
     int_B = like((rows,), jnp.int32, ROWS_B)
-    state = Rows(like((ranks, rows, M), jnp.int32, TABLE_RBM), int_B, int_B)
+    state = Rows(tuple(tables), int_B, int_B)
     sampling = jax.tree.map(lambda x: like(x.shape, x.dtype, ROWS_B), jax.eval_shape(lambda: make_sampling(rows)))
     weights = abstract_weights(config, plan.mesh, dtype, plan.experts)
-    return config, plan, weights, cache, state, like((rows, T), jnp.int32, ROWS_B), int_B, sampling
+    return config, plan, weights, tuple(caches), state, like((rows, T), jnp.int32, ROWS_B), int_B, sampling

@@ -25,6 +25,7 @@ _CPU_MIN_SLOTS = 2**10
 _CPU_SCORES = 2**22
 _PAGES_BYTES = 2**27
 _SCORES = 2**25
+_FAR = 2**30  # larger than any slot
 
 
 class Partial(NamedTuple):
@@ -40,7 +41,9 @@ class Partial(NamedTuple):
 
 
 class PageTable(NamedTuple):
-    """The places of the slots: slot s of row b is word `s % W` of page `first_C[c] + entries_BM[b, s // W]`.
+    """The places of the slots: slot s of row b is word `s % W` of page `first_C[c] + entries_BM[b, s // W % M]`.
+
+    Unlike a table that is an array, it is a ring: slots from M W on are in the same pages as those before.
 
     Attributes:
         entries_BM: The pages of each row.
@@ -52,9 +55,13 @@ class PageTable(NamedTuple):
     first_C: Int[Array, "C"]
 
     @classmethod
-    def of(cls, table: "Int[Array, 'B M'] | PageTable") -> "PageTable":
-        """Return a table whose pages count from 0, if it is an array."""
-        return table if isinstance(table, PageTable) else cls(table, jnp.zeros(2, jnp.int32))
+    def of(
+        cls, table: "Int[Array, 'B M'] | PageTable", hi_BT: Int[Array, "B T"], page: int
+    ) -> "tuple[PageTable, Int[Array, 'B T']]":
+        """Return a table as a PageTable. If it is an array, its pages count from 0, and `hi_BT` ends with its slots."""
+        if isinstance(table, PageTable):
+            return table, hi_BT
+        return cls(table, jnp.zeros(2, jnp.int32)), jnp.minimum(hi_BT, table.shape[1] * page)
 
 
 class PassOptions(NamedTuple):
@@ -135,7 +142,8 @@ def attend(
         scale: The factor on the logits.
         v_width: The width of the values if `v_AKWH` is None.
     """
-    (B, T, N, H), (_, K, W, _), table = q_BTNH.shape, k_AKWH.shape, PageTable.of(table_BM)
+    (B, T, N, H), (_, K, W, _) = q_BTNH.shape, k_AKWH.shape
+    table, hi_BT = PageTable.of(table_BM, hi_BT, W)
     bytes_per_slot = k_AKWH.dtype.itemsize * K * (H + (v_width or H))
 
     def limited_to(slots: int, scores: int, *, by_page: bool) -> Callable[..., Partial]:
@@ -164,13 +172,11 @@ def attend_in_passes(
     K, W = k_AKWH.shape[1:3]
     M = table.entries_BM.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    hi_BT = jnp.minimum(hi_BT, M * W)
-    first_page_B, slots = visible_span(lo_BT, hi_BT, W, M * W)
+    first_page_B, slots = visible_span(lo_BT, hi_BT, W)
 
     def run_pass(first: Array | int, pages: int) -> Partial:
         page_BC = first_page_B[:, None] + first + jnp.arange(pages)
-        # Entries past the table are clipped, and their slots masked below, because hi is at most M W.
-        entry_BC = jnp.take_along_axis(table.entries_BM, page_BC, axis=1, mode="clip")
+        entry_BC = jnp.take_along_axis(table.entries_BM, page_BC % M, axis=1)
         visible_BCTW = _visible_slots(page_BC[..., None] * W + jnp.arange(W), lo_BT, hi_BT)
         used_BC1W1 = visible_BCTW.any(2)[:, :, None, :, None]
         k_BCKWH, v_BCKWH = _gather_pages(k_AKWH, v_AKWH, entry_BC, table.first_C, used_BC1W1)
@@ -192,13 +198,13 @@ def attend_in_passes(
 
 
 def visible_span(
-    lo_BT: Int[Array, "B T"], hi_BT: Int[Array, "B T"], page: int, slots: int
+    lo_BT: Int[Array, "B T"], hi_BT: Int[Array, "B T"], page: int
 ) -> tuple[Int[Array, "B"], Int[Array, ""]]:
     """Return the first page of each row with a visible slot, and how many slots from there on the longest row has.
 
-    A row without visible slots starts at the end of its table, which holds `slots` slots.
+    A row without visible slots starts behind all slots.
     """
-    first_page_B = jnp.where(hi_BT > lo_BT, lo_BT, slots).min(1) // page
+    first_page_B = jnp.where(hi_BT > lo_BT, lo_BT, _FAR).min(1) // page
     return first_page_B, (hi_BT.max(1) - first_page_B * page).max()
 
 

@@ -39,12 +39,13 @@ class _Options(NamedTuple):
 
     plan: Plan
     scale: float
+    group: int
     window: int | None
     v_width: int | None
 
 
 # Jitted, because an eager shard_map compiles again in every call. Under another jit it is inlined.
-@functools.partial(jax.jit, static_argnames=("plan", "scale", "window", "v_width"), inline=True)
+@functools.partial(jax.jit, static_argnames=("plan", "group", "scale", "window", "v_width"), inline=True)
 def helix_attention(
     plan: Plan,
     cache: KVCache,
@@ -55,6 +56,7 @@ def helix_attention(
     count_B: Int[Array, "B"],
     *,
     layer: Int[Array, ""] | int = 0,
+    group: int = 0,
     scale: float,
     window: int | None = None,
     sink_N: Float[Array, "N"] | None = None,
@@ -70,7 +72,8 @@ def helix_attention(
 
     Args:
         count_B: How many of the T new tokens each row appends. The others write nothing, and their output is 0.
-        layer: The layer whose pages are used. It may be traced, but it must exist.
+        layer: The layer whose pages are used, by its index in the cache. It may be traced, but it must exist.
+        group: The index of the cache group, whose page table in `rows` is used.
         scale: The scale of the attention scores, usually `head_width**-0.5`.
         window: How many positions a query sees, its own included. None: all.
         sink_N: A score per head that is added to the softmax denominator and has no value (an attention sink).
@@ -82,7 +85,7 @@ def helix_attention(
 
     Raises:
         ValueError: tp does not divide the key/value heads, or tp * cp the query heads; the kernel cannot read the
-            pages; or the window is below 1.
+            pages; the window is below 1; or the cache keeps fewer positions than it.
 
     Source: arXiv 2507.07120, section 2; sinks: arXiv 2309.17453; latents: arXiv 2405.04434.
     """
@@ -90,10 +93,13 @@ def helix_attention(
     plan.check_heads(q_BTNH.shape[2], None if latent else k_BTKH.shape[2])
     if window is not None:
         check_int("window", window, least=1)
+    kept = cache.spec.window
+    if kept is not None and not (window and window <= kept):
+        raise ValueError(f"the window is {window}, but the cache keeps {kept} positions: give at most {kept}")
     pool_spec, new_spec = (POOL_LATENT_XKWH, NEW_LATENT_BTKH) if latent else (POOL_XKWH, NEW_KEYS_BTKH)
-    rows_specs = Rows._make((TABLE_RBM, ROWS_B, ROWS_B))
+    rows_specs = Rows._make(((TABLE_RBM,) * len(rows.tables_RBM), ROWS_B, ROWS_B))
     sharded = jax.shard_map(
-        functools.partial(_attention_shard, _Options(plan, scale, window, v_width)),
+        functools.partial(_attention_shard, _Options(plan, scale, group, window, v_width)),
         mesh=plan.mesh,
         in_specs=(pool_spec, REPLICATED, (QUERIES_BTNH, new_spec, new_spec), rows_specs, ROWS_B, SINK_N),
         out_specs=(ATTENTION_OUT_BTNH, pool_spec),
@@ -111,7 +117,7 @@ def _attention_shard(
     sink_n: Array | None,
 ) -> tuple[Array, KVCache]:
     """Run `helix_attention` on one device. All arrays are the share of this device."""
-    plan, table_BM = options.plan, rows.table_RBM[0]
+    plan, table_BM = options.plan, rows.tables_RBM[options.group][0]
     q_BTNH, k_BTKH, v_BTKH = new
     token_T = jnp.arange(q_BTNH.shape[1])
     position_BT = rows.length_B[:, None] + token_T
@@ -144,6 +150,8 @@ def _attend(
     pool_XKWH, pages, parts = cache.pool_XKWH, cache.pages, cache.spec.parts
     _, _, W, H = pool_XKWH.shape
     attend = backend_attend(options.plan.kernel_for(PageFormat(H, W, pool_XKWH.dtype, options.v_width)))
+    if cache.spec.window is None:  # else the table is a ring
+        hi_BT = jnp.minimum(hi_BT, table_BM.shape[1] * W)
     # Not added to the table here, because that would be a kernel per layer.
     table = PageTable(table_BM, (layer * parts + jnp.arange(parts)) * pages)
     arguments = pad_width(q_BTNH, H), pool_XKWH, None if cache.spec.latent else pool_XKWH, table, lo_BT, hi_BT

@@ -85,6 +85,13 @@ class BlockLayout:
             return prompt + decoded * (rank == self.ranks - 1)
         return prompt + self._round_robin_share(decoded, rank)
 
+    def max_filled_in(self, span: int) -> int:
+        """Return the most of any `span` consecutive positions that one rank stores."""
+        if self.placement != "striped":
+            return span  # a part of the prompt, or everything decoded
+        rotations, rest = divmod(span, self.block * self.ranks)
+        return rotations * self.block + min(rest, self.block)
+
     def max_filled(self, length: Integer, prompt_len: Integer) -> Integer:
         """Return how many of the first `length` positions the fullest rank stores. Broadcasts over sequences."""
         fullest = self.filled(length, prompt_len, 0)

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from helix_jax.cache import KVCache, Rows
+from helix_jax.cache import KVCache, Rows, layer_groups
 from helix_jax.config import ModelConfig
 from helix_jax.helix import helix_attention
 from helix_jax.mesh import DP, EXPERT_WEIGHTS, ROWS_B, first_device, sharding, weight_sharding
@@ -28,19 +28,22 @@ DEFAULT_STEPS = 32  # decode steps per call
 _CUDA_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"
 
 
+CachesAndLayer = tuple[tuple[KVCache, ...], int]  # what attention passes on from layer to layer
+
+
 class StepOutput(NamedTuple):
     """The result of `step`.
 
     Attributes:
         token_B: The next token of each row. Undefined for a row whose count was 0.
         logits_BV: The logits that it was chosen from.
-        cache: The cache, updated in place.
+        caches: The cache of each cache group, updated in place.
         rows: The rows, with their new lengths.
     """
 
     token_B: Int[Array, "B"]
     logits_BV: Float[Array, "B V"]
-    cache: KVCache
+    caches: tuple[KVCache, ...]
     rows: Rows
 
 
@@ -48,7 +51,7 @@ class DecodeState(NamedTuple):
     """Everything that decoding changes.
 
     Attributes:
-        cache: The cache.
+        caches: The cache of each cache group.
         rows: The page tables and lengths.
         token_B: The last token of each row. It is not in the cache yet.
         finished_B: Whether a row has produced a stop token. It then decodes nothing.
@@ -56,7 +59,7 @@ class DecodeState(NamedTuple):
         sampling: How each row chooses its next token. None: every row takes the most probable one.
     """
 
-    cache: KVCache
+    caches: tuple[KVCache, ...]
     rows: Rows
     token_B: Int[Array, "B"]
     finished_B: Bool[Array, "B"]
@@ -83,11 +86,11 @@ def advance(
     config: ModelConfig,
     plan: Plan,
     weights: Weights,
-    cache: KVCache,
+    caches: tuple[KVCache, ...],
     rows: Rows,
     tokens_BT: Int[Array, "B T"],
     count_B: Int[Array, "B"],
-) -> tuple[Float[Array, "B V"], KVCache, Rows]:
+) -> tuple[Float[Array, "B V"], tuple[KVCache, ...], Rows]:
     """Append new tokens to each row, and compute the logits of the token that follows.
 
     T = 1 is decoding, a larger T a chunk of a prompt. A row whose count is 0 writes nothing. Nothing here depends on
@@ -100,36 +103,39 @@ def advance(
         config: `model.config`.
         plan: How the mesh decodes.
         weights: `model.weights()`.
-        cache: The cache. It is donated by the jitted programs: continue with the one that is returned.
+        caches: The cache of each cache group. They are donated by the jitted programs: continue with those that are
+            returned.
         rows: The state of each row.
         tokens_BT: The new tokens.
         count_B: How many of them count in each row, 0 to T. The others are padding.
 
     Returns:
-        The logits that follow the last token of each row, the cache, and the rows.
+        The logits that follow the last token of each row, the caches, and the rows.
     """
-    model = assemble(config, weights)
+    model, groups = assemble(config, weights), layer_groups(config)
     T = tokens_BT.shape[1]
     padded_BT = _pad_single_token(plan, tokens_BT)
 
     def attention(
-        q_BTNH: Array, k_BTKH: Array, v_BTKH: Array | None, state: tuple[KVCache, int], **options: Any
-    ) -> tuple[Array, tuple[KVCache, int]]:
-        cache, layer = state
+        q_BTNH: Array, k_BTKH: Array, v_BTKH: Array | None, state: CachesAndLayer, **options: Any
+    ) -> tuple[Array, CachesAndLayer]:
+        caches, layer = state
+        group, index = groups[layer]
         q_BTNH, k_BTKH, v_BTKH = jax.tree.map(lambda x: x[:, :T], (q_BTNH, k_BTKH, v_BTKH))  # without the padding
         new = q_BTNH, k_BTKH, v_BTKH, rows, count_B
-        o_BTNH, cache = helix_attention(plan, cache, *new, layer=layer, **options)
-        return _pad_tokens(o_BTNH, padded_BT.shape[1]), (cache, layer + 1)
+        o_BTNH, cache = helix_attention(plan, caches[group], *new, layer=index, group=group, **options)
+        caches = (*caches[:group], cache, *caches[group + 1 :])
+        return _pad_tokens(o_BTNH, padded_BT.shape[1]), (caches, layer + 1)
 
     step_T = jnp.arange(padded_BT.shape[1])
     position_BT = rows.length_B[:, None] + step_T
     run_experts = moe.make_run_experts(plan.mesh, plan.experts, step_T < count_B[:, None])
-    x_BTD, (cache, _) = model(padded_BT, position_BT, attention, (cache, 0), run_experts)
+    x_BTD, (caches, _) = model(padded_BT, position_BT, attention, (caches, 0), run_experts)
     last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
     logits_BV = model.logits(jnp.take_along_axis(x_BTD, last_B11, axis=1)[:, 0])
     # This is the one gather of the logits in a step: every device then has all of them, and samples the same token.
     logits_BV = constrain_rows(plan, logits_BV)
-    return logits_BV, cache, rows._replace(length_B=constrain_rows(plan, rows.length_B + count_B))
+    return logits_BV, caches, rows._replace(length_B=constrain_rows(plan, rows.length_B + count_B))
 
 
 def _pad_single_token(plan: Plan, tokens_BT: Array) -> Array:
@@ -157,7 +163,7 @@ def _step(
     config: ModelConfig,
     plan: Plan,
     weights: Weights,
-    cache: KVCache,
+    caches: tuple[KVCache, ...],
     rows: Rows,
     tokens_BT: Int[Array, "B T"],
     count_B: Int[Array, "B"],
@@ -169,14 +175,14 @@ def _step(
         config: `model.config`.
         plan: How the mesh decodes.
         weights: `model.weights()`.
-        cache: The cache. It is donated: continue with the one that is returned.
+        caches: The cache of each cache group. Donated: continue with those that are returned.
         rows: The state of each row.
         tokens_BT: The new tokens.
         count_B: How many of them count in each row, 0 to T.
         sampling: The sampling settings of each row. None is greedy, without the sampler in the compiled program.
     """
-    logits_BV, cache, rows = advance(config, plan, weights, cache, rows, tokens_BT, count_B)
-    return StepOutput(constrain_rows(plan, sample(logits_BV, sampling, rows.length_B)), logits_BV, cache, rows)
+    logits_BV, caches, rows = advance(config, plan, weights, caches, rows, tokens_BT, count_B)
+    return StepOutput(constrain_rows(plan, sample(logits_BV, sampling, rows.length_B)), logits_BV, caches, rows)
 
 
 def _decode(
@@ -248,7 +254,7 @@ def _decode_token(
 ) -> tuple[Array, Logprobs | None, DecodeState]:
     """Append the last token of each live row, and choose the next."""
     new = state.token_B[:, None], live_B.astype(jnp.int32)
-    logits_BV, cache, rows = advance(config, plan, weights, state.cache, state.rows, *new)
+    logits_BV, caches, rows = advance(config, plan, weights, state.caches, state.rows, *new)
     sampling = state.sampling
     if sampling is not None:
         appended_BV = live_B[:, None] & (jnp.arange(sampling.seen_BV.shape[1]) == state.token_B[:, None])
@@ -256,7 +262,7 @@ def _decode_token(
     token_B, logprobs = choose(logits_BV, None if greedy else sampling, rows.length_B, live_B)
     token_B = constrain_rows(plan, jnp.where(live_B, token_B, state.token_B))
     finished_B = constrain_rows(plan, state.finished_B | (live_B & is_stop(state.stop_BV, token_B)))
-    return token_B, logprobs, DecodeState(cache, rows, token_B, finished_B, state.stop_BV, sampling)
+    return token_B, logprobs, DecodeState(caches, rows, token_B, finished_B, state.stop_BV, sampling)
 
 
 def is_stop(stop_BV: Array | None, token_B: Array) -> Array:
@@ -280,7 +286,7 @@ def _empty_output(plan: Plan, state: DecodeState, max_steps: int, greedy: bool) 
     return DecodeOutput(zeros(max_steps), zeros(), logprobs)
 
 
-step = partial(jax.jit, static_argnames=("config", "plan"), donate_argnames="cache")(_step)
+step = partial(jax.jit, static_argnames=("config", "plan"), donate_argnames="caches")(_step)
 decode = partial(
     jax.jit,
     static_argnames=("config", "plan", "max_steps", "greedy"),

@@ -33,7 +33,7 @@ from roofline import count_kv_bytes, count_weight_bytes, measure_bandwidth
 from shapes import read_shape, take_first_layers
 
 from helix_jax.arrays import bytes_per_device, put
-from helix_jax.cache import CacheSpec, make_cache, per_row
+from helix_jax.cache import cache_specs, make_caches, per_row
 from helix_jax.cli.app import Parser, run_command
 from helix_jax.cli.devices import open_mesh
 from helix_jax.cli.options import DTYPES, add_choice, default_dtype
@@ -239,12 +239,12 @@ def time_decode(job: Job, plan: Plan, weights: Weights, case: Case) -> dict[str,
     options, config, steps = job.options, job.config, job.options.steps_per_call
     length = case.context + options.decoded
     lens = ([case.context] * case.rows, [length + (2 + CALLS) * steps] * case.rows)
-    cache, rows = make_cache(plan, CacheSpec.from_config(config, options.dtype), *lens, page=options.page)
-    cache_bytes = bytes_per_device(cache)
-    cache = cache._replace(pool_XKWH=fill_with_noise(cache.pool_XKWH, 0))
+    caches, rows = make_caches(plan, cache_specs(config, options.dtype), *lens, page=options.page)
+    cache_bytes = bytes_per_device(caches)
+    caches = jax.tree.map(lambda pool_XKWH: fill_with_noise(pool_XKWH, 0), caches)
     rows = rows._replace(length_B=per_row(plan, [length] * case.rows))
     token_B, finished_B = np.arange(case.rows) % config.vocab, np.zeros(case.rows, bool)
-    state = DecodeState(cache, rows, per_row(plan, token_B), put(finished_B, plan.mesh, ROWS_B))
+    state = DecodeState(caches, rows, per_row(plan, token_B), put(finished_B, plan.mesh, ROWS_B))
     call = partial(decode, config, plan, weights)
     count_B, seconds = per_row(plan, [steps] * case.rows), []
     start = time.perf_counter()

@@ -175,7 +175,7 @@ def test_a_step_on_a_mesh_calls_the_kernel_in_every_layer_and_copies_no_cache(
     assert plan.kernel_for_model(config, 64, jnp.bfloat16) == "tpu"
     arguments = abstract_arguments(config, plan, rows=2, slots=2**16, T=T, page=64, dtype=jnp.bfloat16)
     compiled = step.lower(*arguments).compile()
-    pool = arguments[3].pool_XKWH
+    pool = arguments[3][0].pool_XKWH
     share = pool.sharding.shard_shape(pool.shape)
     assert share[-1] % 128 == 0
     cache_bytes = bytes_per_device(arguments[3])

@@ -31,6 +31,7 @@ MODELS = {
     "qwen3-235b-a22b": (235_093_634_560, (4, 16)),
     "gpt-oss-20b": (20_914_757_184, (2, 4)),
     "gpt-oss-120b": (116_829_156_672, (8, 8)),
+    "gemma-3-1b": (999_885_952, (1, 4)),
     "deepseek-v2-lite": (15_706_484_224, (2, 8)),
     "deepseek-v3": (671_026_419_200, (1, 64)),
     "deepseek-r1": (671_026_419_200, (2, 32)),
@@ -69,7 +70,7 @@ def weights_by_arithmetic(config: ModelConfig, tp: int, flat: int) -> int:
         return -(-size // flat)
 
     D, H, N, K = config.width, config.head_width, config.heads, config.kv_heads
-    small = 2 * D
+    small = 2 * D * (1 + config.post_norms)
     if config.latent:
         c = config.latent
         up, queries = N // tp * c.nope_width * c.width, N // tp * H
@@ -80,7 +81,7 @@ def weights_by_arithmetic(config: ModelConfig, tp: int, flat: int) -> int:
         small += 2 * H * config.qk_norm + D * config.o_bias
         attention = small + D * (N + 2 * K) // tp * H + N // flat * H * D
         attention += (N + 2 * K) // tp * H * config.qkv_bias + N // flat * config.sinks
-    total = 2 * share(config.vocab) * D + D + config.layers * attention
+    total = (1 if config.tied_head else 2) * share(config.vocab) * D + D + config.layers * attention
     for layer in range(config.layers):
         experts = config.experts_of(layer)
         if experts is None:
@@ -109,15 +110,32 @@ def test_a_decode_step_over_a_million_tokens_needs_the_expected_memory(name: str
 
     slots = plan.layout.max_filled(TOKENS, TOKENS - 1000)
     arguments = abstract_arguments(config, plan, rows=BATCH, slots=slots, page=PAGE, dtype=jnp.bfloat16)
-    weights, cache, M = arguments[2], arguments[3], pages_needed(slots, PAGE)
+    weights, caches, M = arguments[2], arguments[3], pages_needed(slots, PAGE)
     traced = step.trace(*arguments)
     assert traced.out_info.logits_BV.shape == (BATCH, -(-config.vocab // (tp * cp)) * tp * cp)
 
     per_slot = config.cache_width if config.latent else 2 * config.kv_heads // tp * config.head_width
-    assert bytes_per_device(cache) == BYTES * config.layers * M * PAGE * per_slot
+    windowed = len(config.windowed_layers)
+    # A window with one new token may be on one rank, and begin inside of a page.
+    window_pages = -(-(config.window - 1) // PAGE) + 1 if config.window else 0
+    pages = (config.layers - windowed) * M + windowed * window_pages
+    assert bytes_per_device(caches) == BYTES * pages * PAGE * per_slot
     # A rank stores its share of a million tokens, and at most three blocks and a page more.
     assert TOKENS / cp <= M * PAGE <= TOKENS / cp + plan.layout.max_skew + 1 + PAGE
     assert bytes_per_device(weights) == weights_by_arithmetic(config, tp, tp * cp)
+
+
+@pytest.mark.parametrize(("name", "most"), [("gemma-3-1b", 0.22), ("gpt-oss-20b", 0.55)])
+def test_layers_with_windows_keep_little_of_a_million_tokens(name: str, most: float):
+    """Compared with the same model without windows. Prompts are prefilled in chunks of 2,048."""
+    config = config_of(name)
+    mesh = AbstractMesh((1, 1, 4), (DP, TP, CP), axis_types=(AxisType.Auto,) * 3)
+    options = {"rows": 1, "slots": TOKENS // 4, "T": 2048, "page": PAGE, "dtype": jnp.bfloat16}
+    sizes = [
+        bytes_per_device(abstract_arguments(model, Plan(mesh), **options)[3])
+        for model in (config, dataclasses.replace(config, window=None, windowed_layers=(), rope_local=None))
+    ]
+    assert sizes[0] / sizes[1] < most
 
 
 @pytest.mark.parametrize(

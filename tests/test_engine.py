@@ -20,6 +20,7 @@ from helix_jax import (
     shard,
     transfer,
 )
+from helix_jax.cache import ring_pages
 from helix_jax.engine import engine as engine_module
 from helix_jax.engine import programs, sampling_params
 from helix_jax.sampling import apply_repetition_penalty
@@ -151,17 +152,84 @@ def test_outputs_do_not_change_when_pages_run_out(model, make_engine, options, m
 
 @pytest.mark.parametrize(
     ("family", "tp", "cp", "steps"),
-    [pytest.param("gpt_oss", 2, 2, 1, marks=pytest.mark.slow), ("deepseek_v3", 1, 4, 32)],
+    [
+        ("deepseek_v3", 1, 4, 32),
+        pytest.param("gpt_oss", 2, 2, 4, marks=pytest.mark.slow),
+        pytest.param("gpt_oss", 2, 2, 1, marks=pytest.mark.slow),
+        pytest.param("gemma3_text", 1, 4, 32, marks=pytest.mark.slow),
+    ],
 )
 def test_outputs_of_other_families_do_not_change_when_pages_run_out(family: str, tp: int, cp: int, steps: int):
+    """Layers with windows reuse their pages. The prefixes of such models are not shared."""
     plan = plan_of(tp, cp, block=BLOCK, placement="striped")
     options = {"rows": 3, "pages": 5 * 4 // cp, "page": 4, "max_len": 100, "chunk": 3, "budget": 16}
     options["steps_per_call"] = steps
     engine = Engine(load(GOLDEN / family, plan, jnp.float32), plan, **options)
     results = run_random_requests(engine, requests=10, longest=60, most=30, cancelled=2)
     assert engine.stats().preemptions >= 1
-    assert engine.stats().shared_tokens >= 16
+    if engine.config.windowed_layers:
+        assert engine.stats().prefix_caching.startswith("off: layers with a window reuse their pages")
+    else:
+        assert engine.stats().shared_tokens >= 16
     check_greedy(load(GOLDEN / family, plan_of(), jnp.float32), results)
+
+
+WINDOW = 6
+
+
+@pytest.mark.parametrize(
+    ("placement", "windowed_layers"),
+    [
+        ("helix", (0,)),
+        ("striped", (0, 1)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("last_rank", (1,)), ("helix", (0, 1)))),
+    ],
+)
+def test_layers_with_windows_reuse_their_pages(placement: str, windowed_layers: tuple[int, ...]):
+    """Over 600 steps, in a model with other layers too, where requests are preempted, and in one without."""
+    config = replace(TINY, layers=2, max_positions=1024, window=WINDOW, windowed_layers=windowed_layers)
+    plan, alone = plan_of(1, 4, block=BLOCK, placement=placement), plan_of()
+    only_windows = len(windowed_layers) == config.layers
+    options = {"rows": 2, "page": 4, "max_len": 700, "chunk": 5, "pages": None if only_windows else 60}
+    engine = Engine(shard(tiny_model(config), plan), plan, **options)
+    ring = ring_pages(plan.layout, WINDOW, 5, 4)
+    assert ring <= 4
+    assert engine.runner.pages_per_row[-1] == ring
+    assert engine.runner.state.caches[-1].pages == 4 * engine.rows * ring
+    prompts = random_prompts(5, 2, 40)
+    engine.submit_all(prompts, SamplingParams(max_new_tokens=600))
+    outputs = {}
+    while engine.busy:
+        for output in finished_outputs(engine.step()):
+            outputs[output.id] = list(output.tokens)
+        if only_windows:
+            assert max(engine.stats().pages_in_use) <= engine.rows * ring
+    assert (engine.stats().preemptions > 0) != only_windows
+    assert list(outputs.values()) == generate(
+        shard(tiny_model(config), alone), prompts, alone, SamplingParams(max_new_tokens=600), page=64
+    )
+
+
+def test_a_request_of_a_model_with_windows_can_be_transferred():
+    """To another mesh, placement and page size, in the middle of its prompt and of its output."""
+    config = replace(TINY, layers=2, max_positions=1024, window=WINDOW, windowed_layers=(1,))
+    plans = plan_of(1, 4, block=BLOCK), plan_of(2, 2, block=2, placement="striped")
+    source, target = (
+        Engine(shard(tiny_model(config), plan), plan, rows=2, page=page, max_len=200, chunk=chunk, steps_per_call=4)
+        for plan, page, chunk in zip(plans, (4, 8), (5, 3), strict=True)
+    )
+    prompts, params = [[1, 2, 3, 4] * 3, [5, 6, 7] * 25], SamplingParams(max_new_tokens=40)
+    ids = source.submit_all(prompts, params)
+    tokens = {id: [] for id in ids}
+    events = [event for _ in range(6) for event in source.step()]
+    for id in ids:
+        transfer(id, source, target)
+    events += [*source.events(), *target.events()]
+    for event in events:
+        if isinstance(event, TokenEvent):
+            tokens[event.id].append(event.token)
+    alone = plan_of()
+    assert list(tokens.values()) == generate(shard(tiny_model(config), alone), prompts, alone, params)
 
 
 @pytest.mark.slow

@@ -102,9 +102,9 @@ def test_a_question_leaves_no_trace(open_session):
 
 def test_zeroing_a_rank_changes_only_its_pages(open_session):
     session = open_session()
-    before = jax.tree.map(np.asarray, session.cache)
+    before = jax.tree.map(np.asarray, session.caches)
     session.zero_rank(2)
-    for was, now in zip(jax.tree.leaves(before), jax.tree.leaves(session.cache), strict=True):
+    for was, now in zip(jax.tree.leaves(before), jax.tree.leaves(session.caches), strict=True):
         was_R, now_R = (np.asarray(x).reshape(4, -1) for x in (was, now))
         assert was_R[2].any()
         assert not now_R[2].any()

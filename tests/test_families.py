@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helix_jax.cache import CacheSpec, make_cache, per_row
+from helix_jax.cache import cache_specs, make_caches, per_row
 from helix_jax.checkpoint import load, read_config
 from helix_jax.engine import SamplingParams
 from helix_jax.families import FAMILIES
@@ -41,7 +41,7 @@ def forced_logits(model, plan: Plan, text: list[int], prompt_lens: list[int]) ->
     """
     B = len(prompt_lens)
     max_lens = [length + STEPS - 1 for length in prompt_lens]
-    cache, rows = make_cache(plan, CacheSpec.from_config(model.config, model.dtype), prompt_lens, max_lens, page=PAGE)
+    cache, rows = make_caches(plan, cache_specs(model.config, model.dtype), prompt_lens, max_lens, page=PAGE)
     weights = model.weights()
     done_B, logits = np.zeros(B, int), [[] for _ in range(B)]
 
@@ -55,7 +55,7 @@ def forced_logits(model, plan: Plan, text: list[int], prompt_lens: list[int]) ->
             done_B[row] += count
             if count:
                 logits[row].append((done_B[row] - 1, logits_BV[row]))
-        return out.cache, out.rows
+        return out.caches, out.rows
 
     while (done_B < prompt_lens).any():
         cache, rows = feed(CHUNK, np.clip(prompt_lens - done_B, 0, CHUNK))

@@ -1,5 +1,6 @@
 """Checks helix_attention on plain arrays: append, attend and combine on every rank, against float64 attention."""
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -12,7 +13,17 @@ from jax.sharding import AxisType
 
 import helix_jax.cache.pages
 from helix_jax.attention import Partial, merge
-from helix_jax.cache import CacheSpec, KVCache, Rows, append, make_cache, per_row
+from helix_jax.cache import (
+    CacheSpec,
+    KVCache,
+    Rows,
+    append,
+    fixed_page_table,
+    make_cache,
+    make_pool,
+    per_row,
+    ring_pages,
+)
 from helix_jax.combine import COMBINES, combine
 from helix_jax.helix import helix_attention
 from helix_jax.layout import PLACEMENTS
@@ -25,7 +36,7 @@ LAYERS = 2  # of which the second is used
 PROMPT_LENS = (1, 30, 0, 17)  # shorter than a block, several blocks and a part of one, empty, another
 MAX_LENS = (9, 61, 0, 40)
 
-STATIC = ("scale", "window", "v_width")
+STATIC = ("group", "scale", "window", "v_width")
 run = jax.jit(helix_attention, static_argnums=0, static_argnames=STATIC, donate_argnums=1)
 
 
@@ -48,10 +59,14 @@ class Case(NamedTuple):
     window: int | None = None
     sink_N: Any = None
     v_width: int | None = None
+    ring: int | None = None  # pages per row and rank that are reused; None: no page is
 
-    @property
-    def spec(self) -> CacheSpec:
-        return CacheSpec(LAYERS, self.kv_heads, H, self.dtype, latent=self.v_width is not None)
+    def make_cache(self, plan: Plan) -> tuple[KVCache, Rows]:
+        spec = CacheSpec(LAYERS, self.kv_heads, H, self.dtype, latent=self.v_width is not None)
+        if self.ring is None:
+            return make_cache(plan, spec, PROMPT_LENS, MAX_LENS, page=PAGE)
+        cache = make_pool(plan, dataclasses.replace(spec, window=self.window), plan.layout.ranks * B * self.ring, PAGE)
+        return cache, Rows((fixed_page_table(plan, B, self.ring),), per_row(plan, [0] * B), per_row(plan, PROMPT_LENS))
 
 
 def decode_all(plan: Plan, case: Case) -> tuple[np.ndarray, np.ndarray, KVCache]:
@@ -62,7 +77,7 @@ def decode_all(plan: Plan, case: Case) -> tuple[np.ndarray, np.ndarray, KVCache]
         for heads in (case.heads, case.kv_heads, case.kv_heads)
     )
     k_BSKH, v_BSKH = kv_BSKH if case.v_width is None else (kv_BSKH[0], kv_BSKH[0][..., : case.v_width])
-    cache, rows = make_cache(plan, case.spec, PROMPT_LENS, MAX_LENS, page=PAGE)
+    cache, rows = case.make_cache(plan)
     cache = jax.tree.map(lambda pool: jnp.full_like(pool, case.fill), cache)
     options = {"layer": LAYERS - 1, "scale": SCALE}
     options |= {"window": case.window, "sink_N": case.sink_N, "v_width": case.v_width}
@@ -122,6 +137,32 @@ def test_windows_equal_float64(placement: str, window: int):
     assert_exact(plan_on(2, 4, placement), Case(window=window, fill=np.nan))
 
 
+@pytest.mark.parametrize("window", [1, 5, 14])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_window_needs_only_a_ring_of_pages(placement: str, window: int):
+    """The rows are up to five times as long as what the pages of all ranks hold of them."""
+    plan = plan_on(2, 4, placement)
+    case = Case(window=window, fill=np.nan, chunk=3)
+    assert_exact(plan, case._replace(ring=ring_pages(plan.layout, window, case.chunk, PAGE)))
+
+
+def test_a_ring_that_is_too_small_changes_the_result():
+    """Negative control of the test above."""
+    plan = plan_on(2, 4, "last_rank")
+    assert ring_pages(plan.layout, 14, 3, PAGE) == 5
+    ours, theirs, _ = decode_all(plan, Case(window=14, chunk=3, ring=3))
+    assert relative_error(ours, theirs) > 1e-2
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_window_beyond_what_the_cache_keeps_is_rejected(window: int | None):
+    plan = plan_on(1, 2)
+    cache, rows = Case(window=5, ring=2).make_cache(plan)
+    q, k = np.ones((B, 1, 8, H), np.float32), np.ones((B, 1, 2, H), np.float32)
+    with pytest.raises(ValueError, match=f"the window is {window}, but the cache keeps 5 positions: give at most 5"):
+        helix_attention(plan, cache, q, k, k, rows, per_row(plan, [1] * B), scale=1.0, window=window)
+
+
 @pytest.mark.parametrize(
     ("tp", "cp", "how", "window"),
     [
@@ -179,7 +220,7 @@ def test_a_latent_cache_stores_one_vector_per_slot_on_each_device_of_tp(tp: int,
     """With DeepSeek's 512 + 64 numbers, which are not copied per head."""
     plan = plan_on(tp, cp, block=16)
     cache, rows = make_cache(plan, CacheSpec(3, 1, 512 + 64, jnp.bfloat16, latent=True), [100, 7], [200, 150], page=16)
-    slots = rows.table_RBM.size * 16
+    slots = rows.tables_RBM[0].size * 16
     assert slots >= 350
     assert stored_numbers(cache) == (512 + 64) * 3 * slots * tp
 
@@ -242,7 +283,7 @@ def test_every_position_is_stored_where_the_layout_says(placement: str):
         _, cache = run(plan, cache, k, k, k, rows, per_row(plan, count_B), scale=SCALE)
         rows = rows._replace(length_B=per_row(plan, np.asarray(rows.length_B) + count_B))
     k_RAW = split_pool(cache, 4)[:, 0, 0, :, 0, :, 0]
-    table_RBM = np.asarray(rows.table_RBM)
+    table_RBM = np.asarray(rows.tables_RBM[0])
     for row, (prompt_len, length) in enumerate([(11, 40), (2, 30)]):
         for position in range(length):
             rank, slot = plan.layout.owner(position, prompt_len), plan.layout.slot(position, prompt_len)
@@ -327,7 +368,7 @@ def test_an_invalid_cache_is_rejected(prompt_lens, max_lens, change, error, mess
 def test_heads_that_the_mesh_does_not_divide_are_rejected():
     q, k = np.ones((1, 1, 12, H), np.float32), np.ones((1, 1, 6, H), np.float32)
     cache = KVCache(jnp.ones((2 * 8, 6, PAGE, H)), CacheSpec(1, 6, H, jnp.float32))
-    rows = Rows(jnp.zeros((8, 1, 1), jnp.int32), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
+    rows = Rows((jnp.zeros((8, 1, 1), jnp.int32),), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
     count = jnp.ones(1, jnp.int32)
     with pytest.raises(ValueError, match="tp 4 does not divide the 6 key/value heads: choose tp 3 or 6"):
         helix_attention(plan_on(4, 2), cache, q, k, k, rows, count, scale=1.0)

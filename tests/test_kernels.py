@@ -284,7 +284,7 @@ def test_helix_attention_lowers_with_the_kernel_for_every_combine(kernel: str, p
 
     pool, new = abstract((32, 4, 64, 128), POOL_XKWH), abstract((2, 1, 4, 128), NEW_KEYS_BTKH)
     ints_B = abstract((2,), ROWS_B, jnp.int32)
-    rows = Rows(abstract((2, 2, 8), TABLE_RBM, jnp.int32), ints_B, ints_B)
+    rows = Rows((abstract((2, 2, 8), TABLE_RBM, jnp.int32),), ints_B, ints_B)
     cache = KVCache(pool, CacheSpec(2, 4, 128, jnp.bfloat16))
     arguments = cache, abstract((2, 1, 16, 128), QUERIES_BTNH), new, new, rows, ints_B
     traced = jax.jit(partial(helix_attention, plan, layer=1, scale=0.1)).trace(*arguments)
@@ -495,6 +495,6 @@ def test_the_kernel_equals_float64_softmax(kernel: str, name: str):
 def test_nan_in_a_visible_slot_reaches_the_output(kernel: str, name: str):
     """Negative control of the test above."""
     (q, k, v, table, lo_BT, hi_BT), options, _ = case(*CASES[name])
-    entries_BM, first_C = PageTable.of(table)
+    (entries_BM, first_C), _ = PageTable.of(table, hi_BT, k.shape[2])
     k = k.at[first_C[0] + entries_BM[0, 5], :, 7].set(jnp.nan)
     assert np.isnan(backend_attend(kernel)(q, k, v, table, lo_BT, hi_BT, **options).o_BTNH).any()

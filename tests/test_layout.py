@@ -131,6 +131,19 @@ def test_no_rank_needs_more_pages_than_max_pages_per_row(arguments: tuple, promp
 
 
 @settings(max_examples=100, deadline=None)
+@given(small_layouts, st.integers(0, 60), st.integers(1, 80))
+def test_no_rank_stores_more_of_a_span_than_max_filled_in(arguments: tuple, prompt_len: int, span: int):
+    """And one rank stores as many of some span, except that runs of a prompt may be shorter than the span."""
+    layout = BlockLayout(*arguments)
+    owner = np.asarray([layout.owner(p, prompt_len) for p in range(prompt_len + 3 * span + 200)])
+    most = 0
+    for first in range(len(owner) - span + 1):
+        most = max(most, int(np.bincount(owner[first : first + span]).max()))
+    assert most <= layout.max_filled_in(span)
+    assert most == layout.max_filled_in(span) or layout.placement == "helix"
+
+
+@settings(max_examples=100, deadline=None)
 @given(small_layouts, st.integers(0, 200), st.integers(0, 400))
 def test_ranges_are_maximal_ordered_and_complete(arguments: tuple, prompt_len: int, length: int):
     layout = BlockLayout(*arguments)

@@ -12,7 +12,7 @@ import pytest
 
 from helix_jax.abstract import abstract_arguments
 from helix_jax.arrays import bytes_per_device, put
-from helix_jax.cache import CacheSpec, KVCache, Rows, make_cache, per_row
+from helix_jax.cache import KVCache, Rows, cache_specs, make_caches, per_row
 from helix_jax.checkpoint import shard
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
@@ -60,8 +60,10 @@ def lower_step(plan: Plan, config: ModelConfig, rows: int, slots: int, T: int, *
     return step.lower(*arguments, sampling if sampler else None), bytes_per_device(arguments[3])
 
 
-def empty_cache(plan: Plan, model: Transformer, prompt_lens: list[int], max_lens: list[int]) -> tuple[KVCache, Rows]:
-    return make_cache(plan, CacheSpec.from_config(model.config, model.dtype), prompt_lens, max_lens, page=4)
+def empty_cache(
+    plan: Plan, model: Transformer, prompt_lens: list[int], max_lens: list[int]
+) -> tuple[tuple[KVCache, ...], Rows]:
+    return make_caches(plan, cache_specs(model.config, model.dtype), prompt_lens, max_lens, page=4)
 
 
 def collective_cases() -> list:
@@ -194,7 +196,7 @@ def test_several_steps_in_one_call_equal_single_steps(
     for _ in range(12):
         tokens.append(np.asarray(out.token_B))
         new = per_row(plan, tokens[-1][:, None]), per_row(plan, [1, 1, 0])
-        out = step(model.config, plan, weights, out.cache, out.rows, *new, sampling)
+        out = step(model.config, plan, weights, out.caches, out.rows, *new, sampling)
     expected_BS = np.stack(tokens, 1)
 
     count_B, end = [9, 11, 0], int(expected_BS[1, 7])  # row 1 ends where the token `end` first occurs
@@ -205,7 +207,7 @@ def test_several_steps_in_one_call_equal_single_steps(
     stop_BV[1, end] = True
     no_B, no_BV = np.zeros(3, bool), np.zeros((3, V), bool)
     row_sampling = sampling and RowSampling(sampling, np.ones(3, np.float32), no_B, no_BV)
-    state = DecodeState(out.cache, out.rows, out.token_B, *put((no_B, stop_BV, row_sampling), plan.mesh, ROWS_B))
+    state = DecodeState(out.caches, out.rows, out.token_B, *put((no_B, stop_BV, row_sampling), plan.mesh, ROWS_B))
     found, state = decode(
         model.config, plan, weights, state, per_row(plan, count_B), max_steps=12 + fixed, greedy=sampling is None
     )
@@ -226,7 +228,7 @@ def test_idle_rows_write_nothing(tiny):
     tokens_BT, count_B = per_row(plan, np.ones((2, 3))), per_row(plan, [0, 0])
     out = step(model.config, plan, model.weights(), cache, rows, tokens_BT, count_B, None)
     assert out.rows.length_B.tolist() == [0, 0]
-    assert all(np.isnan(pool).all() for pool in jax.tree.leaves(out.cache))
+    assert all(np.isnan(pool).all() for pool in jax.tree.leaves(out.caches))
 
 
 @pytest.mark.optimized

@@ -4,7 +4,9 @@ from helix_jax.cache.pages import (
     KVCache,
     Rows,
     append,
+    fixed_page_table,
     make_cache,
+    make_caches,
     make_pool,
     pad_width,
     per_row,
@@ -12,15 +14,19 @@ from helix_jax.cache.pages import (
     pool_sharding,
     tokens_per_rank,
 )
-from helix_jax.cache.paging import max_pages_per_row, pages_needed, split_slot
-from helix_jax.cache.spec import CacheSpec
+from helix_jax.cache.paging import max_pages_per_row, pages_needed, ring_pages, split_slot
+from helix_jax.cache.spec import CacheSpec, cache_specs, layer_groups
 
 __all__ = [
     "CacheSpec",
     "KVCache",
     "Rows",
     "append",
+    "cache_specs",
+    "fixed_page_table",
+    "layer_groups",
     "make_cache",
+    "make_caches",
     "make_pool",
     "max_pages_per_row",
     "pad_width",
@@ -28,6 +34,7 @@ __all__ = [
     "per_row",
     "pool_shape",
     "pool_sharding",
+    "ring_pages",
     "split_slot",
     "tokens_per_rank",
 ]

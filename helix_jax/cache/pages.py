@@ -45,12 +45,13 @@ class Rows(NamedTuple):
     """The state of each sequence of the batch. `prompt_len_B` and `length_B` determine every slot on every rank.
 
     Attributes:
-        table_RBM: A page table for every rank. Entry m is the page of slots [m W, (m + 1) W).
+        tables_RBM: For each cache group a page table for every rank. Entry m is the page of slots [m W, (m + 1) W). In
+            a group with a window, the table is a ring: entry m is also the page of the slots M W, 2 M W, ... later.
         length_B: How many positions are written so far.
         prompt_len_B: The length of the whole prompt, known before it is written.
     """
 
-    table_RBM: Int[Array, "R B M"]
+    tables_RBM: tuple[Int[Array, "R B _"], ...]
     length_B: Int[Array, "B"]
     prompt_len_B: Int[Array, "B"]
 
@@ -58,11 +59,11 @@ class Rows(NamedTuple):
 def make_cache(
     plan: Plan, spec: CacheSpec, prompt_lens: Sequence[int], max_lens: Sequence[int], *, page: int = 64
 ) -> tuple[KVCache, Rows]:
-    """Create an empty cache, and rows that each have their own pages.
+    """Create an empty cache for layers of one kind, and rows that each have their own pages.
 
     Args:
         plan: The mesh and the placement.
-        spec: What the model caches.
+        spec: What the layers cache.
         prompt_lens: The length of each row's prompt.
         max_lens: The positions that each row can store, prompt included.
         page: Tokens per page.
@@ -76,11 +77,23 @@ def make_cache(
         ValueError: `page` is below 1, dp does not divide the batch, a prompt exceeds its `max_lens`, or tp does not
             divide the key/value heads.
     """
-    rows = _empty_rows(plan, prompt_lens, max_lens, page)
-    if not spec.latent:
-        plan.check_kv_heads(spec.kv_heads)
-    _, B, M = rows.table_RBM.shape
-    return make_pool(plan, spec, plan.mesh.shape[CP] * B * M, page), rows
+    [cache], rows = make_caches(plan, (spec,), prompt_lens, max_lens, page=page)
+    return cache, rows
+
+
+def make_caches(
+    plan: Plan, specs: Sequence[CacheSpec], prompt_lens: Sequence[int], max_lens: Sequence[int], *, page: int = 64
+) -> tuple[tuple[KVCache, ...], Rows]:
+    """Create the empty caches of a model, one for each of its `cache_specs`, and rows like `make_cache`."""
+    _check_lens(plan, prompt_lens, max_lens, page)
+    for spec in specs:
+        if not spec.latent:
+            plan.check_kv_heads(spec.kv_heads)
+    slots_B = plan.layout.max_filled(np.asarray(max_lens), np.asarray(prompt_lens))
+    pages_per_row, B = max(1, pages_needed(int(slots_B.max()), page)), len(prompt_lens)
+    table_RBM = fixed_page_table(plan, B, pages_per_row)
+    caches = tuple(make_pool(plan, spec, plan.mesh.shape[CP] * B * pages_per_row, page) for spec in specs)
+    return caches, Rows((table_RBM,) * len(specs), per_row(plan, np.zeros(B)), per_row(plan, prompt_lens))
 
 
 def make_pool(plan: Plan, spec: CacheSpec, pages: int, page: int) -> KVCache:
@@ -107,7 +120,15 @@ def pool_sharding(plan: Plan, spec: CacheSpec) -> NamedSharding:
     return sharding(plan.mesh, POOL_LATENT_XKWH if spec.latent else POOL_XKWH)
 
 
-def _empty_rows(plan: Plan, prompt_lens: Sequence[int], max_lens: Sequence[int], page: int) -> Rows:
+def fixed_page_table(plan: Plan, rows: int, pages_per_row: int) -> Array:
+    """Return page tables [R, B, M] in which each row has pages of its own, the same on every rank."""
+    rows_per_group = rows // plan.mesh.shape[DP]
+    table_BM = (np.arange(rows) % rows_per_group)[:, None] * pages_per_row + np.arange(pages_per_row)
+    table_RBM = np.broadcast_to(table_BM.astype(np.int32), (plan.layout.ranks, *table_BM.shape))
+    return put(table_RBM, plan.mesh, TABLE_RBM)
+
+
+def _check_lens(plan: Plan, prompt_lens: Sequence[int], max_lens: Sequence[int], page: int) -> None:
     check_int("page", page, least=1)
     dp, rows = plan.mesh.shape[DP], len(prompt_lens)
     if rows == 0 or rows % dp:
@@ -117,12 +138,6 @@ def _empty_rows(plan: Plan, prompt_lens: Sequence[int], max_lens: Sequence[int],
     for row, (prompt, most) in enumerate(zip(prompt_lens, max_lens, strict=True)):
         if not 0 <= prompt <= most:
             raise ValueError(f"row {row}: a prompt of {prompt} tokens exceeds its max_len {most}: give more")
-
-    slots_B = plan.layout.max_filled(np.asarray(max_lens), np.asarray(prompt_lens))
-    pages_per_row = max(1, pages_needed(int(slots_B.max()), page))
-    table_BM = (np.arange(rows) % (rows // dp))[:, None] * pages_per_row + np.arange(pages_per_row)
-    table_RBM = np.broadcast_to(table_BM.astype(np.int32), (plan.layout.ranks, *table_BM.shape))
-    return Rows(put(table_RBM, plan.mesh, TABLE_RBM), per_row(plan, np.zeros(rows)), per_row(plan, prompt_lens))
 
 
 def per_row(plan: Plan, values: ArrayLike | Sequence[Any]) -> Array:
@@ -142,7 +157,7 @@ def append(
     """Write the tokens that this rank owns to their slots. Call it inside `shard_map`.
 
     The write is in place if `cache` is donated. A token whose slot is past the table, or whose table entry is negative,
-    is dropped: its slot is never clamped or wrapped onto another page.
+    is dropped: its slot is never clamped onto another page. With a window, the table is a ring, and slots wrap around.
 
     Args:
         cache: The pages of this rank.
@@ -156,6 +171,7 @@ def append(
     pool_XKWH, pages, parts = cache.pool_XKWH, cache.pages, cache.spec.parts
     X, K, W, H = pool_XKWH.shape
     entry_BT, offset_BT = split_slot(slot_BT, W)
+    entry_BT = entry_BT % table_BM.shape[1] if cache.spec.window else entry_BT
     page_BT = jnp.take_along_axis(table_BM, entry_BT, axis=1, mode="fill", fill_value=-1)
     page_BTC = page_BT[..., None] + (layer * parts + jnp.arange(parts)) * pages
     page_BTC = jnp.where((owned_BT & (page_BT >= 0))[..., None], page_BTC, X)

@@ -55,7 +55,8 @@ class Engine:
         model: A model of `load` or `shard`.
         plan: How the mesh decodes: the plan that the model was loaded with.
         rows: Requests that run at once. Each dp group of the mesh has an equal share of them.
-        pages: Pages per rank. None: as many as all rows can fill, or as the free memory of a device allows.
+        pages: Pages per rank. None: as many as all rows can fill, or as the free memory of a device allows. Layers with
+            a window have further pages, if there are other layers: for each row as many as a window needs.
         page: Tokens per page.
         max_len: The most positions of a request, prompt and output. None: those of the model.
         chunk: Tokens to prefill per call in each dp group: of one prompt, or of several short ones. None: 2,048 on a
@@ -65,7 +66,7 @@ class Engine:
             that is submitted, cancelled or ended by a stop string waits for the call in progress.
         tokenizer: Converts text prompts to tokens, and tokens to text. None: requests have token ids only.
         prefix_caching: Whether requests that start with the same tokens share their pages. Only the placement striped
-            can do this, see `prefix_caching_status`.
+            can do this, and only for models without windows, see `prefix_caching_status`.
 
     Raises:
         TypeError: A number is not an int.
@@ -105,11 +106,13 @@ class Engine:
             chunk=self.chunk,
             max_steps=self.steps_per_call,
         )
-        self.prefix_caching_status = describe_prefix_caching(plan.layout, self.page, enabled=self.prefix_caching)
+        self.prefix_caching_status = describe_prefix_caching(
+            plan.layout, self.page, enabled=self.prefix_caching, windows=bool(config.windowed_layers)
+        )
         share = self.prefix_caching_status == "on"
-        groups = range(plan.mesh.shape[DP])
+        groups, ring = range(plan.mesh.shape[DP]), self.runner.ring
         self.scheduler = Scheduler(
-            [PageAllocator(plan.layout, self.runner.pages, self.page, share=share) for _ in groups],
+            [PageAllocator(plan.layout, self.runner.pages, self.page, share=share, ring=ring) for _ in groups],
             rows=self.rows,
             budget=self.budget or len(groups) * self.chunk,
             chunk=self.chunk,
@@ -316,6 +319,7 @@ class Engine:
             decoded_tokens=self._decoded,
             preemptions=scheduler.preemptions,
             tokens_per_s=self._decoded / self._busy_s if self._busy_s else 0.0,
+            prefix_caching=self.prefix_caching_status,
         )
 
     def find_request(self, id: str) -> Request:

@@ -57,10 +57,11 @@ class PageAllocator:
         pages: Pages per rank.
         page: Tokens per page.
         share: Whether rows share the pages of equal prefixes.
+        ring: The most pages that a row needs on a rank, because it reuses them. None: there is no limit.
     """
 
-    def __init__(self, layout: BlockLayout, pages: int, page: int, *, share: bool):
-        self.layout, self.pages, self.page = layout, pages, page
+    def __init__(self, layout: BlockLayout, pages: int, page: int, *, share: bool, ring: int | None = None):
+        self.layout, self.pages, self.page, self.ring = layout, pages, page, ring
         self.prefix_block_len = prefix_block_len(layout, page) if share else None
         self.num_releases = 0
         self._free_pages = [list(range(pages - 1, -1, -1)) for _ in range(layout.ranks)]
@@ -70,7 +71,8 @@ class PageAllocator:
     def count_pages(self, length: int, prompt_len: int) -> np.ndarray:
         """Return how many pages each rank needs for the first `length` positions of a row."""
         filled_R = self.layout.filled(length, prompt_len, np.arange(self.layout.ranks))
-        return pages_needed(filled_R, self.page)
+        pages_R = pages_needed(filled_R, self.page)
+        return pages_R if self.ring is None else np.minimum(pages_R, self.ring)
 
     def match_prefix(self, tokens: Sequence[int]) -> tuple[RowPages, int]:
         """Allocate the longest cached prefix of `tokens` to a new row.
@@ -191,10 +193,19 @@ def prefix_block_len(layout: BlockLayout, page: int) -> int | None:
     return layout.ranks * max(block, page)
 
 
-def describe_prefix_caching(layout: BlockLayout, page: int, *, enabled: bool) -> str:
-    """Return "on" if rows can share the pages of equal prefixes, or "off: " and the reason."""
+def describe_prefix_caching(layout: BlockLayout, page: int, *, enabled: bool, windows: bool = False) -> str:
+    """Return "on" if rows can share the pages of equal prefixes, or "off: " and the reason.
+
+    Args:
+        layout: Which rank owns which position.
+        page: Tokens per page.
+        enabled: Whether it is wanted.
+        windows: Whether some layers have a window.
+    """
     if not enabled:
         return "off: prefix_caching is False"
+    if windows:
+        return "off: layers with a window reuse their pages, so that those of a prefix do not last"
     if not layout.prefix_stable:
         return f"off: with placement {layout.placement} places depend on the prompt's length (choose striped)"
     if prefix_block_len(layout, page) is None:

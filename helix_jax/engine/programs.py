@@ -21,7 +21,7 @@ class RowUpdate(NamedTuple):
     """The state of a row that is assigned to a request.
 
     Attributes:
-        table_RM: Its page tables.
+        table_RM: Its page tables in the first cache group.
         length: How many of its tokens are cached already.
         prompt_len: The length of its prompt.
         stop_V: Its stop tokens.
@@ -65,9 +65,7 @@ def _admit(plan: Plan, state: DecodeState, row: Int[Array, ""], update: RowUpdat
         return constrain_rows(plan, all_B.at[row].set(one))
 
     rows = Rows(
-        lax.with_sharding_constraint(
-            state.rows.table_RBM.at[:, row].set(update.table_RM), sharding(plan.mesh, TABLE_RBM)
-        ),
+        _with_table(plan, state.rows.tables_RBM, state.rows.tables_RBM[0].at[:, row].set(update.table_RM)),
         set_row(state.rows.length_B, update.length),
         set_row(state.rows.prompt_len_B, update.prompt_len),
     )
@@ -80,11 +78,19 @@ def _admit(plan: Plan, state: DecodeState, row: Int[Array, ""], update: RowUpdat
 
 
 def _edit_page_table(plan: Plan, state: DecodeState, edits_X4: Int[Array, "X 4"]) -> DecodeState:
-    """Write pages into the page tables: (rank, row, entry, page). An edit with a rank out of range is dropped."""
+    """Write pages into the page tables of the first cache group, as (rank, row, entry, page).
+
+    An edit with a rank out of range is dropped.
+    """
     rank_X, row_X, entry_X, page_X = edits_X4.T
-    table_RBM = state.rows.table_RBM.at[rank_X, row_X, entry_X].set(page_X, mode="drop")
-    table_RBM = lax.with_sharding_constraint(table_RBM, sharding(plan.mesh, TABLE_RBM))
-    return state._replace(rows=state.rows._replace(table_RBM=table_RBM))
+    tables_RBM = state.rows.tables_RBM
+    table_RBM = tables_RBM[0].at[rank_X, row_X, entry_X].set(page_X, mode="drop")
+    return state._replace(rows=state.rows._replace(tables_RBM=_with_table(plan, tables_RBM, table_RBM)))
+
+
+def _with_table(plan: Plan, tables_RBM: tuple[Array, ...], table_RBM: Array) -> tuple[Array, ...]:
+    """Replace the table of the first cache group. Those of the others, which are rings, never change."""
+    return (lax.with_sharding_constraint(table_RBM, sharding(plan.mesh, TABLE_RBM)), *tables_RBM[1:])
 
 
 def _prefill(
@@ -104,12 +110,16 @@ def _prefill(
         `choose_first`; and the state.
     """
     of_chunk = partial(_take, plan, chunks.row_X)
-    table_RXM = state.rows.table_RBM.at[:, chunks.row_X].get(mode="fill", fill_value=-1)
-    table_RXM = lax.with_sharding_constraint(table_RXM, sharding(plan.mesh, TABLE_RBM))
-    rows = Rows(table_RXM, of_chunk(state.rows.length_B), of_chunk(state.rows.prompt_len_B))
-    logits_XV, cache, after = advance(config, plan, weights, state.cache, rows, chunks.tokens_XT, chunks.count_X)
+
+    def tables_of_chunks(table_RBM: Array) -> Array:
+        table_RXM = table_RBM.at[:, chunks.row_X].get(mode="fill", fill_value=-1)
+        return lax.with_sharding_constraint(table_RXM, sharding(plan.mesh, TABLE_RBM))
+
+    tables_RXM = jax.tree.map(tables_of_chunks, state.rows.tables_RBM)
+    rows = Rows(tables_RXM, of_chunk(state.rows.length_B), of_chunk(state.rows.prompt_len_B))
+    logits_XV, caches, after = advance(config, plan, weights, state.caches, rows, chunks.tokens_XT, chunks.count_X)
     length_B = state.rows.length_B.at[chunks.row_X].set(after.length_B, mode="drop")
-    state = state._replace(cache=cache, rows=state.rows._replace(length_B=constrain_rows(plan, length_B)))
+    state = state._replace(caches=caches, rows=state.rows._replace(length_B=constrain_rows(plan, length_B)))
     token_X, _ = choose(logits_XV, None, after.length_B, chunks.is_last_X)
     output, state = _set_tokens(plan, state, chunks, DecodeOutput(token_X[:, None], chunks.is_last_X, None))
     return output, logits_XV, state

@@ -98,6 +98,7 @@ class EngineStats:
         decoded_tokens: Tokens that were generated.
         preemptions: How often a request was preempted.
         tokens_per_s: Generated tokens per second of running time.
+        prefix_caching: Whether requests share the pages of equal prefixes: "on", or "off: " and the reason.
     """
 
     waiting: int
@@ -112,6 +113,7 @@ class EngineStats:
     decoded_tokens: int
     preemptions: int
     tokens_per_s: float
+    prefix_caching: str
 
 
 @dataclass(eq=False)  # compared by identity: two requests may be equal in all fields

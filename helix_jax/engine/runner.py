@@ -12,7 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from helix_jax.arrays import bytes_per_device, put
-from helix_jax.cache import CacheSpec, Rows, make_pool, max_pages_per_row, per_row
+from helix_jax.cache import (
+    CacheSpec,
+    Rows,
+    cache_specs,
+    fixed_page_table,
+    make_pool,
+    max_pages_per_row,
+    per_row,
+    ring_pages,
+)
 from helix_jax.engine import programs
 from helix_jax.engine.output_text import OutputText
 from helix_jax.engine.page_allocator import RowPages
@@ -80,10 +89,12 @@ class Runner:
     ):
         self.config, self.plan, self.rows = model.config, plan, rows
         self._decode_steps = decode_steps(plan, max_steps)
-        self.spec, self.page = CacheSpec.from_config(model.config, model.dtype), page
+        self.specs, self.page = cache_specs(model.config, model.dtype), page
         self._weights = model.weights()
         self._device = min(model.embed_VD[...].sharding.addressable_devices, key=lambda device: device.id)
-        self._pages_per_row = max_pages_per_row(plan.layout, max_len, page)
+        self.pages_per_row = [_most_pages(plan, spec, max_len, chunk, page) for spec in self.specs]
+        # Only pages of the first cache group are allocated. The others are rings, whose pages belong to the rows.
+        self.ring = self.pages_per_row[0] if self.specs[0].window else None
         self._groups = plan.mesh.shape[DP]
         self._shapes = _prefill_shapes(chunk, rows // self._groups)
         self._last_output: Any = None  # on a CPU, the output of the latest program
@@ -143,6 +154,14 @@ class Runner:
         """Write the state of a request's row."""
         self._set_row(admission.request.assigned_row, row_pages, admission.request, admission.num_cached)
 
+    def row_table(self, group: int, row: int, row_pages: RowPages) -> np.ndarray:
+        """Return the page table of a row in a cache group, [R, M]."""
+        pages = self.pages_per_row[group]
+        if group == 0:
+            return make_page_table(row_pages, pages)
+        first = row % (self.rows // self._groups) * pages
+        return np.broadcast_to(first + np.arange(pages), (self.plan.layout.ranks, pages))
+
     def put(self, value: Any) -> Any:
         """Copy small arrays to all devices."""
         return put(value, self.plan.mesh, REPLICATED)
@@ -189,7 +208,7 @@ class Runner:
             self.put(_mask(request.all_token_ids, self._vocab)[None]),
         )
         update = RowUpdate(
-            self.put(make_page_table(row_pages, self._pages_per_row)),
+            self.put(self.row_table(0, row, row_pages)),
             self.put(np.int32(num_cached)),
             self.put(np.int32(len(request.prompt))),
             self.put(_mask(request.stop_token_ids, self._vocab)),
@@ -256,27 +275,41 @@ class Runner:
 
     def _pages_that_fit(self, rows: int) -> int:
         """Return the pages per rank that all rows of a dp group can fill, or as many as fit the free device memory."""
-        wanted = rows * self._pages_per_row
+        wanted = rows * self.pages_per_row[0]
         stats = None if self._device.platform == "cpu" else self._device.memory_stats()
         if not stats:
             return wanted
         free_bytes = stats["bytes_limit"] - stats["bytes_in_use"]
-        one_page_each = make_pool(self.plan, self.spec, self._groups * self.plan.layout.ranks, self.page)
-        page_bytes = bytes_per_device(one_page_each)
-        return min_over_processes(max(1, min(wanted, int(_MEMORY_FRACTION * free_bytes) // page_bytes)))
+        ranks = self._groups * self.plan.layout.ranks
+        one_page_each = [make_pool(self.plan, spec, ranks, self.page) for spec in self.specs]
+        page_bytes, *other_bytes = map(bytes_per_device, one_page_each)
+        rings = zip(other_bytes, self.pages_per_row[1:], strict=True)
+        left_bytes = int(_MEMORY_FRACTION * free_bytes) - rows * sum(size * pages for size, pages in rings)
+        return min_over_processes(max(1, min(wanted, left_bytes // page_bytes)))
 
     def _empty_state(self) -> DecodeState:
         plan, ranks, rows = self.plan, self.plan.layout.ranks, self.rows
-        cache = make_pool(plan, self.spec, self._groups * ranks * self.pages, self.page)
-        table_RBM = np.full((ranks, rows, self._pages_per_row), -1, np.int32)
+        ring_pages_per_rank = [rows // self._groups * pages for pages in self.pages_per_row[1:]]
+        caches = tuple(
+            make_pool(plan, spec, self._groups * ranks * pages, self.page)
+            for spec, pages in zip(self.specs, [self.pages, *ring_pages_per_rank], strict=True)
+        )
+        table_RBM = put(np.full((ranks, rows, self.pages_per_row[0]), -1, np.int32), plan.mesh, TABLE_RBM)
+        rings_RBM = [fixed_page_table(plan, rows, pages) for pages in self.pages_per_row[1:]]
         zeros_B = np.zeros(rows)
-        device_rows = Rows(put(table_RBM, plan.mesh, TABLE_RBM), per_row(plan, zeros_B), per_row(plan, zeros_B))
+        device_rows = Rows((table_RBM, *rings_RBM), per_row(plan, zeros_B), per_row(plan, zeros_B))
         put_rows = partial(put, mesh=plan.mesh, spec=ROWS_B)
         no_B, no_BV = np.zeros(rows, bool), np.zeros((rows, self._vocab), bool)
         sampling = RowSampling(
             put_rows(make_sampling(rows)), put_rows(np.ones(rows, np.float32)), put_rows(no_B), put_rows(no_BV)
         )
-        return DecodeState(cache, device_rows, per_row(plan, zeros_B), put_rows(no_B), put_rows(no_BV), sampling)
+        return DecodeState(caches, device_rows, per_row(plan, zeros_B), put_rows(no_B), put_rows(no_BV), sampling)
+
+
+def _most_pages(plan: Plan, spec: CacheSpec, max_len: int, chunk: int, page: int) -> int:
+    """Return the pages that a row needs on each rank for the layers of a cache group."""
+    pages = max_pages_per_row(plan.layout, max_len, page)
+    return min(pages, ring_pages(plan.layout, spec.window, chunk, page)) if spec.window else pages
 
 
 def _pending(output: DecodeOutput, requests: list[tuple[int, Request]]) -> PendingStep:

@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
 
 from helix_jax.cache import KVCache, split_slot
 from helix_jax.engine.engine import Engine
@@ -16,6 +16,18 @@ from helix_jax.mesh import REPLICATED, sharding
 
 _POSITIONS_PER_CALL = 256  # bounds the memory that both meshes need besides their caches
 _NO_PAGE = np.iinfo(np.int32).max
+
+
+class Places(NamedTuple):
+    """The places of X positions in one cache group.
+
+    Attributes:
+        page_YX: Their pages in the pool, for each layer and part.
+        offset_X: Their offsets in these pages.
+    """
+
+    page_YX: Any
+    offset_X: Any
 
 
 def transfer(id: str, source: Engine, target: Engine) -> None:
@@ -33,7 +45,7 @@ def transfer(id: str, source: Engine, target: Engine) -> None:
         ValueError: `source` does not have the request (any more), `target` has one of this id, the models differ, or
             `target` has no free row or too few free pages. Then nothing changed.
     """
-    if (source.config, source.runner.spec) != (target.config, target.runner.spec):
+    if (source.config, source.runner.specs) != (target.config, target.runner.specs):
         raise ValueError("the engines have different models: create both from the same config and dtype")
     if id in target.requests:
         raise ValueError(f"the other engine has a request '{id}' already: cancel it, or wait until it has finished")
@@ -55,47 +67,54 @@ def transfer(id: str, source: Engine, target: Engine) -> None:
 def _copy(source: tuple[Engine, Request], target: tuple[Engine, Request], position_X: np.ndarray) -> None:
     """Copy positions of a request from the pages of its row in one engine to those in another."""
     reader, writer = source[0].runner, target[0].runner
-    values = reader.call(_read, reader.state.cache, *reader.put(_locate(*source, position_X)))
+    values = reader.call(_read, reader.state.caches, reader.put(_locate(*source, position_X)))
     # Wait, so that no programs of both meshes, which may share devices, run at once.
     values = jax.device_put(jax.block_until_ready(values), sharding(writer.plan.mesh, REPLICATED))
     places = writer.put(_locate(*target, position_X))
-    writer.state = writer.state._replace(cache=writer.call(_write, writer.state.cache, values, *places))
-    jax.block_until_ready(writer.state.cache)
+    writer.state = writer.state._replace(caches=writer.call(_write, writer.state.caches, values, places))
+    jax.block_until_ready(writer.state.caches)
 
 
-def _locate(engine: Engine, request: Request, position_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the page of each position for all layers and parts [Y, X], in the pool, and its offset in them [X].
+def _locate(engine: Engine, request: Request, position_X: np.ndarray) -> list[Places]:
+    """Return the places of positions of a request, in each cache group.
 
-    Padding is out of bounds.
+    Padding is out of bounds. So are positions that no later query sees, whose pages may be in use for others.
     """
-    layout, scheduler, prompt_len = engine.plan.layout, engine.scheduler, len(request.prompt)
-    pages, spec = scheduler.allocators[0].pages, engine.runner.spec
-    first_rank = scheduler.group_of(request.assigned_row) * layout.ranks
-    owner_X, slot_X = layout.owner(position_X, prompt_len), layout.slot(position_X, prompt_len)
-    entry_X, offset_X = split_slot(slot_X, engine.page)
-    row_pages = scheduler.row_pages[request.id].pages
-    page_X = np.asarray([row_pages[rank][entry] for rank, entry in zip(owner_X, entry_X, strict=True)])
-    part_Y1 = np.arange(spec.layers * spec.parts)[:, None]
-    page_YX = ((first_rank + owner_X) * len(part_Y1) + part_Y1) * pages + page_X
+    runner, layout, scheduler = engine.runner, engine.plan.layout, engine.scheduler
+    group, row = scheduler.group_of(request.assigned_row), request.assigned_row
+    owner_X = layout.owner(position_X, len(request.prompt))
+    entry_X, offset_X = split_slot(layout.slot(position_X, len(request.prompt)), engine.page)
     padding = (0, _POSITIONS_PER_CALL - len(position_X))
-    return np.pad(page_YX, ((0, 0), padding), constant_values=_NO_PAGE), np.pad(offset_X, padding)
+    places = []
+    for index, (spec, cache) in enumerate(zip(runner.specs, runner.state.caches, strict=True)):
+        pages = cache.pages // (len(scheduler.allocators) * layout.ranks)  # of each rank
+        table_RM = runner.row_table(index, row, scheduler.row_pages[request.id])
+        page_X = table_RM[owner_X, entry_X % table_RM.shape[1]]
+        part_Y1 = np.arange(spec.layers * spec.parts)[:, None]
+        page_YX = ((group * layout.ranks + owner_X) * len(part_Y1) + part_Y1) * pages + page_X
+        if spec.window:
+            page_YX = np.where(position_X > request.num_computed - spec.window, page_YX, _NO_PAGE)
+        page_YX = np.pad(page_YX, ((0, 0), padding), constant_values=_NO_PAGE)
+        places.append(Places(page_YX, np.pad(offset_X, padding)))
+    return places
 
 
 @jax.jit
-def _read(cache: KVCache, page_YX: Int[Array, "Y X"], offset_X: Int[Array, "X"]) -> Float[Array, "Y X K H"]:
-    """Return what is cached at some places. The values of padding are undefined."""
-    return cache.pool_XKWH.at[_index(cache, page_YX, offset_X)].get(mode="clip")
+def _read(caches: tuple[KVCache, ...], places: list[Places]) -> list[Array]:
+    """Return what each cache group has at some places, [Y, X, K, H]. The values of padding are undefined."""
+    pairs = zip(caches, places, strict=True)
+    return [cache.pool_XKWH.at[_index(cache, at)].get(mode="clip") for cache, at in pairs]
 
 
-@partial(jax.jit, donate_argnames="cache")
-def _write(
-    cache: KVCache, values: Float[Array, "Y X K H"], page_YX: Int[Array, "Y X"], offset_X: Int[Array, "X"]
-) -> KVCache:
+@partial(jax.jit, donate_argnames="caches")
+def _write(caches: tuple[KVCache, ...], values: list[Array], places: list[Places]) -> tuple[KVCache, ...]:
     """Write to some places. Padding is dropped."""
-    pool_XKWH = cache.pool_XKWH.at[_index(cache, page_YX, offset_X)].set(values, mode="drop")
-    return cache._replace(pool_XKWH=pool_XKWH)
+    return tuple(
+        cache._replace(pool_XKWH=cache.pool_XKWH.at[_index(cache, at)].set(values_YXKH, mode="drop"))
+        for cache, values_YXKH, at in zip(caches, values, places, strict=True)
+    )
 
 
-def _index(cache: KVCache, page_YX: Array, offset_X: Array) -> tuple[Array, ...]:
+def _index(cache: KVCache, at: Places) -> tuple[Array, ...]:
     """Return the index of the places. The heads are indexed too: as a slice, they make XLA transpose the pool."""
-    return page_YX[..., None], jnp.arange(cache.pool_XKWH.shape[1]), offset_X[:, None]
+    return at.page_YX[..., None], jnp.arange(cache.pool_XKWH.shape[1]), at.offset_X[:, None]

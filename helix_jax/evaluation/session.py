@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from helix_jax.arrays import put
-from helix_jax.cache import CacheSpec, KVCache, make_cache, per_row
+from helix_jax.cache import KVCache, cache_specs, make_caches, per_row
 from helix_jax.engine.engine import DEFAULT_PAGE
 from helix_jax.engine.runner import default_chunk
 from helix_jax.mesh import CP, ROWS_B
@@ -44,10 +44,10 @@ class CacheSession:
         chunk: int | None = None,
     ):
         check_model_placement(model, plan)
-        spec = CacheSpec.from_config(model.config, model.dtype)
+        specs = cache_specs(model.config, model.dtype)
         lens = [len(prompt) for prompt in prompts]
         self.model, self.plan, self.max_len = model, plan, max_len
-        self.cache, self.rows = make_cache(plan, spec, lens, [max_len] * len(lens), page=DEFAULT_PAGE)
+        self.caches, self.rows = make_caches(plan, specs, lens, [max_len] * len(lens), page=DEFAULT_PAGE)
         self._weights = model.weights()
         self._length_B = np.zeros(len(lens), np.int32)
         self._next_B = np.zeros(len(lens), np.int32)
@@ -125,16 +125,16 @@ class CacheSession:
         ranks = self.plan.mesh.shape[CP]
         if not 0 <= rank < ranks:
             raise ValueError(f"rank is {rank}, but there are {ranks} cp ranks: choose one from 0 to {ranks - 1}")
-        self.cache = _zero_rank(self.cache, rank, ranks)
+        self.caches = _zero_rank(self.caches, rank, ranks)
 
     def _decode(self, count: int) -> np.ndarray:
         """Append `count` tokens to each row. Returns those that follow."""
         rows = len(self._length_B)
         running_B = put(np.zeros(rows, bool), self.plan.mesh, ROWS_B)
-        state = DecodeState(self.cache, self.rows, per_row(self.plan, self._next_B), running_B)
+        state = DecodeState(self.caches, self.rows, per_row(self.plan, self._next_B), running_B)
         arguments = self.model.config, self.plan, self._weights, state, per_row(self.plan, np.full(rows, count))
         out, state = jax.block_until_ready(decode(*arguments))
-        self.cache, self.rows = state.cache, state.rows
+        self.caches, self.rows = state.caches, state.rows
         self._length_B = self._length_B + count
         tokens_BS = np.asarray(out.tokens_BS)[:, :count]
         self._next_B = tokens_BS[:, -1]
@@ -142,9 +142,9 @@ class CacheSession:
 
     def _step(self, tokens_BT: np.ndarray, count_B: np.ndarray) -> StepOutput:
         new = per_row(self.plan, tokens_BT), per_row(self.plan, count_B)
-        out = step(self.model.config, self.plan, self._weights, self.cache, self.rows, *new)
+        out = step(self.model.config, self.plan, self._weights, self.caches, self.rows, *new)
         out = jax.block_until_ready(out)
-        self.cache, self.rows = out.cache, out.rows
+        self.caches, self.rows = out.caches, out.rows
         self._length_B = self._length_B + count_B
         return out
 
@@ -155,9 +155,9 @@ class CacheSession:
             raise ValueError(f"a row would have {longest} positions, but max_len is {self.max_len}: give a larger one")
 
 
-def _zero_rank(cache: KVCache, rank: int, ranks: int) -> KVCache:
-    def zero(cache: KVCache) -> KVCache:
-        pages = cache.pool_XKWH.shape[0] // ranks
-        return cache._replace(pool_XKWH=cache.pool_XKWH.at[rank * pages : (rank + 1) * pages].set(0))
+def _zero_rank(caches: tuple[KVCache, ...], rank: int, ranks: int) -> tuple[KVCache, ...]:
+    def zero(pool_XKWH: jax.Array) -> jax.Array:
+        pages = pool_XKWH.shape[0] // ranks
+        return pool_XKWH.at[rank * pages : (rank + 1) * pages].set(0)
 
-    return jax.block_until_ready(jax.jit(zero, donate_argnums=0)(cache))
+    return jax.block_until_ready(jax.jit(lambda caches: jax.tree.map(zero, caches), donate_argnums=0)(caches))

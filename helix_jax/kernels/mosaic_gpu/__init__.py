@@ -51,8 +51,7 @@ def attend(
     latent = v_AKWH is None
     check_arrays("mosaic_gpu", q_BTNH, k_AKWH, v_AKWH, v_width)
     (B, T, N, H), K = q_BTNH.shape, k_AKWH.shape[1]
-    table = PageTable.of(table_BM)
-    hi_BT = jnp.minimum(hi_BT, table.entries_BM.shape[1] * k_AKWH.shape[2])
+    table, hi_BT = PageTable.of(table_BM, hi_BT, k_AKWH.shape[2])
     q_BKTGH = q_BTNH.astype(k_AKWH.dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4)
     run = partial(_attend, scale, v_width if latent else None)
     o_BKQH, lse_BKQ = run(q_BKTGH.reshape(B * K, -1, H), k_AKWH, v_AKWH, table, lo_BT, hi_BT)

@@ -42,7 +42,7 @@ def locate_tile(work: Work, page: int, pool_XH: Any, table: PageTable, segment: 
     first, last = table.first_C[0], pages - 1 - table.first_C[table.first_C.shape[0] - 1]
     for i in range(copies_per_tile(work.tile, page)):
         slot = tile * work.tile + i * piece
-        entry = jnp.clip(entries[row, jnp.clip(slot // page, 0, entries.shape[1] - 1)], 0, last)
+        entry = jnp.clip(entries[row, lax.rem(slot // page, entries.shape[1])], 0, last)
         starts.append(((first + entry) * work.heads + segment.head) * page + lax.rem(slot, page))
     return starts
 

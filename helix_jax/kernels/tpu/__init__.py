@@ -48,8 +48,7 @@ def attend(
     """
     check_arrays("tpu", q_BTNH, k_AKWH, v_AKWH, v_width)
     (B, T, N, H), (_, K, W, _) = q_BTNH.shape, k_AKWH.shape
-    table = PageTable.of(table_BM)
-    hi_BT = jnp.minimum(hi_BT, table.entries_BM.shape[1] * W)
+    table, hi_BT = PageTable.of(table_BM, hi_BT, W)
     q_BKTGH = q_BTNH.astype(k_AKWH.dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4)
     run = partial(_attend, scale, H if v_AKWH is not None else v_width or H)
     o_BKQH, lse_BKQ = run(q_BKTGH.reshape(B, K, -1, H), k_AKWH, v_AKWH, table, lo_BT, hi_BT)

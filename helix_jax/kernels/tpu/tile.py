@@ -88,7 +88,8 @@ def _each_page(
         slots = pl.ds(pl.multiple_of(nth * shape.page, shape.page), shape.page)
         for part, (pool, ring) in enumerate(zip(refs.pools, refs.rings, strict=True)):
             # A page between those that the queries see may be anything, and a copy from outside the pool is fatal.
-            entry = jnp.clip(refs.first_C[part] + refs.table[row + first + nth], 0, pool.shape[0] - 1)
+            entry = refs.first_C[part] + refs.table[row + lax.rem(first + nth, shape.entries)]
+            entry = jnp.clip(entry, 0, pool.shape[0] - 1)
             do(pltpu.make_async_copy(pool.at[entry, heads], ring.at[half, :, slots], refs.arrived.at[half]))
 
     lax.fori_loop(0, jnp.minimum(refs.walk.end_X[x] - first, shape.pages), page, None)

@@ -16,6 +16,7 @@ _LANES = 128
 _LEAST_SLOTS, _MOST_SLOTS = 256, 1024  # of a block
 _BLOCK_BYTES = 2**20  # of half a ring: in a microsecond, what a copy takes to begin, a v6e reads 1.6 MB
 _SCORES = 2**18  # of a block: 1 MB
+_FAR = 2**30  # larger than any slot
 
 
 class Walk(NamedTuple):
@@ -91,9 +92,9 @@ def _round_up(number: int, unit: int) -> int:
 def make_walk(shape: Shape, spans_BQ2: Array) -> Walk:
     """Compute what each tile sees. It is equal in all layers, so XLA computes it once per step."""
     lo_XQ, hi_XQ = jnp.moveaxis(spans_BQ2.reshape(-1, shape.queries, 2), -1, 0)
-    live_XQ, far = hi_XQ > lo_XQ, shape.entries * shape.page
-    lo_X, hi_X = jnp.where(live_XQ, lo_XQ, far).min(1), jnp.where(live_XQ, hi_XQ, 0).max(1)
-    whole_lo_X, whole_hi_X = jnp.where(live_XQ, lo_XQ, 0).max(1), jnp.where(live_XQ, hi_XQ, far).min(1)
+    live_XQ = hi_XQ > lo_XQ
+    lo_X, hi_X = jnp.where(live_XQ, lo_XQ, _FAR).min(1), jnp.where(live_XQ, hi_XQ, 0).max(1)
+    whole_lo_X, whole_hi_X = jnp.where(live_XQ, lo_XQ, 0).max(1), jnp.where(live_XQ, hi_XQ, _FAR).min(1)
     end_X = -(-hi_X // shape.page)
     tiles = len(end_X)
     live_X = jnp.where(end_X > 0, jnp.arange(tiles, dtype=jnp.int32), tiles)
