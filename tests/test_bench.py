@@ -124,6 +124,8 @@ def test_a_folder_for_compiled_programs_can_be_given(tmp_path: Path):
     assert {path.name for path in folder.iterdir()} == {"whole-cache", "whole-atime"}
     with pytest.raises(ValueError, match=r"which cannot be written \(File exists\): give another folder, or off"):
         enable_compilation_cache(str(file))
+    with pytest.raises(ValueError, match="--compilation-cache is '': give a folder, or off"):
+        enable_compilation_cache("")
 
 
 @pytest.mark.usefixtures("without_cache")

@@ -17,8 +17,10 @@ def enable_compilation_cache(choice: str) -> None:
             JAX_COMPILATION_CACHE_DIR, else the user's cache folder, unless nothing can be written there.
 
     Raises:
-        ValueError: The folder that was given cannot be written.
+        ValueError: The folder that was given cannot be written, or its name is empty.
     """
+    if not choice:
+        raise ValueError("--compilation-cache is '': give a folder, or off")
     if choice == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return
