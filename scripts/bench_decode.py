@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -52,6 +53,7 @@ from helix_jax.validation import check_int
 PROGRAM = "bench_decode.py"
 CALLS = 4  # timed calls of `decode`, after one that is not
 PLATFORMS = ("auto", "cpu", "gpu")
+POSITIONS = 2**30
 TIMINGS = {"engine_ms": "Engine", "generate_ms": "generate", "decode_ms": "decode", "baseline_ms": "baseline"}
 
 
@@ -137,6 +139,7 @@ def bench(options: argparse.Namespace) -> None:
     """Measure every run, write the report after each, and print tables."""
     config = read_shape(options.config)
     config = config if options.layers is None else take_first_layers(config, options.layers)
+    config = replace(config, max_positions=POSITIONS)  # a case may be as long as the model, and decodes more
     figure = new_figure("--plot", options.plot) if options.plot else None
     baselines = run_baselines(options)  # before JAX takes the memory of the devices
     largest = open_mesh(options.platform, *max(options.mesh, key=math.prod))

@@ -26,8 +26,7 @@ from rich.table import Table
 from helix_jax.checkpoint import read_config
 from helix_jax.cli.app import Parser, run_command
 from helix_jax.cli.console import Reporter
-from helix_jax.cli.devices import open_mesh
-from helix_jax.cli.options import DecodeSetup, add_decode_arguments, make_setup
+from helix_jax.cli.options import DecodeSetup, add_decode_arguments, make_setup, open_devices
 from helix_jax.cli.output import write_json
 from helix_jax.engine import Engine, SamplingParams, TokenEvent
 from helix_jax.mesh import CP, TP
@@ -92,7 +91,7 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
 def bench(options: argparse.Namespace) -> None:
     """Replay one trace in both ways, write the report after each, and print a table."""
     config = read_config(options.model)
-    mesh = open_mesh(options.platform, options.tp, options.cp)
+    mesh = open_devices(options)
     setup = make_setup(options, config, mesh)
     report = describe(options, setup, mesh)
     write_json(options.json, report)  # before anything is measured, in case the file cannot be written

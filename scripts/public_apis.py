@@ -8,8 +8,10 @@ import numpy as np
 
 from helix_jax import generate
 from helix_jax.engine import Engine, FinishedEvent, SamplingParams
+from helix_jax.engine.runner import default_chunk
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
+from helix_jax.step import DEFAULT_STEPS
 
 CALLS = 6  # timed calls of an engine
 REPEATS = 3  # of what is timed as a whole
@@ -21,9 +23,12 @@ def time_engine(model: Transformer, plan: Plan, rows: int, context: int, **optio
     They are the time of some steps, divided by the tokens that one row gets in them.
     """
     engine = make_engine(model, plan, rows, context, **options)
-    limits = SamplingParams(max_new_tokens=(CALLS + 4) * engine.steps_per_call, ignore_eos=True)
-    engine.submit_all(random_prompts(engine, rows, context), limits)
-    while engine.stats().decoded_tokens < 2 * rows * engine.steps_per_call:  # the first calls fill the queue
+    # While prompts are prefilled, each step decodes one token of the rows whose prompt is complete.
+    limit = count_prefill_steps(plan, rows, context) + (CALLS + 3) * engine.steps_per_call
+    engine.submit_all(random_prompts(engine, rows, context), SamplingParams(max_new_tokens=limit, ignore_eos=True))
+    while engine.stats().prefilled_tokens < rows * context:
+        engine.step()
+    for _ in range(2):  # these fill the queue
         engine.step()
     start, before = time.perf_counter(), engine.stats().decoded_tokens
     for _ in range(CALLS):
@@ -36,7 +41,8 @@ def time_generate(model: Transformer, plan: Plan, rows: int, context: int, **opt
     """Return the milliseconds per token of `generate`: how much longer it takes to generate more tokens."""
     steps = options["steps_per_call"]
     prompts = random_prompts(model, rows, context)
-    few, many = 1 + steps, 1 + (1 + CALLS) * steps
+    few = count_prefill_steps(plan, rows, context) + steps  # so that no row ends before all of them decode
+    many = few + CALLS * steps
     options |= {"max_len": context + many}
 
     def run(tokens: int) -> float:
@@ -72,10 +78,15 @@ def time_to_first_token(model: Transformer, plan: Plan, context: int, **options:
 
 def make_engine(model: Transformer, plan: Plan, rows: int, context: int, **options: Any) -> Engine:
     """Create an engine for prompts of `context` tokens, and compile its greedy programs."""
-    steps = options.get("steps_per_call", 32)
-    engine = Engine(model, plan, rows=rows, max_len=context + (CALLS + 4) * steps, prefix_caching=False, **options)
+    new = count_prefill_steps(plan, rows, context) + (CALLS + 3) * options.get("steps_per_call", DEFAULT_STEPS)
+    engine = Engine(model, plan, rows=rows, max_len=context + new, prefix_caching=False, **options)
     engine.warm_up(sampling=False)
     return engine
+
+
+def count_prefill_steps(plan: Plan, rows: int, context: int) -> int:
+    """Return an upper bound on the steps that prefill all prompts."""
+    return rows * -(-context // default_chunk(plan.mesh))
 
 
 def random_prompts(of: Engine | Transformer, rows: int, context: int) -> list[list[int]]:

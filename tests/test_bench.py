@@ -106,7 +106,7 @@ def without_cache():
 def test_compiled_programs_are_stored_in_the_cache_folder_of_the_user(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     enable_compilation_cache("auto")
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "helix_jax" / "compiled")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "helix_jax")
     enable_compilation_cache("off")
     assert not jax.config.jax_enable_compilation_cache
 
@@ -115,14 +115,17 @@ def test_compiled_programs_are_stored_in_the_cache_folder_of_the_user(tmp_path: 
 def test_a_folder_for_compiled_programs_can_be_given(tmp_path: Path):
     """A program without the time of its last use, which a killed process leaves, is removed."""
     folder, file = tmp_path / "mine", tmp_path / "file"
-    folder.mkdir()
+    ours = folder / "helix_jax"
+    ours.mkdir(parents=True)
     file.write_text("")
     for name in ("killed-cache", "whole-cache", "whole-atime"):
-        (folder / name).write_bytes(b"")
+        (ours / name).write_bytes(b"")
+    (folder / "others-cache").write_bytes(b"")
     enable_compilation_cache(str(folder))
-    assert jax.config.jax_compilation_cache_dir == str(folder)
-    assert {path.name for path in folder.iterdir()} == {"whole-cache", "whole-atime"}
-    with pytest.raises(ValueError, match=r"which cannot be written \(File exists\): give another folder, or off"):
+    assert jax.config.jax_compilation_cache_dir == str(ours)
+    assert {path.name for path in ours.iterdir()} == {"whole-cache", "whole-atime"}
+    assert (folder / "others-cache").exists()
+    with pytest.raises(ValueError, match=r"which cannot be written \(Not a directory\): give another folder, or off"):
         enable_compilation_cache(str(file))
     with pytest.raises(ValueError, match="--compilation-cache is '': give a folder, or off"):
         enable_compilation_cache("")
@@ -132,6 +135,9 @@ def test_a_folder_for_compiled_programs_can_be_given(tmp_path: Path):
 def test_by_default_a_configured_folder_is_kept_and_an_unwritable_one_is_not_used(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     (tmp_path / "file").write_text("")
+    enable_compilation_cache("auto")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     enable_compilation_cache("auto")
     assert jax.config.jax_compilation_cache_dir is None
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))

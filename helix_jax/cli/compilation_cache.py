@@ -13,8 +13,9 @@ def enable_compilation_cache(choice: str) -> None:
     """Let JAX store compiled programs in a folder. Least recently used ones are removed beyond `LIMIT_BYTES`.
 
     Args:
-        choice: "auto", "off", or a folder. "auto" is what JAX is configured to do, for example by
-            JAX_COMPILATION_CACHE_DIR, else the user's cache folder, unless nothing can be written there.
+        choice: "auto", "off", or a folder, in which a folder of our own is used, because others may store programs
+            there too. "auto" is what JAX is configured to do, for example by JAX_COMPILATION_CACHE_DIR, else the user's
+            cache folder, unless nothing can be written there.
 
     Raises:
         ValueError: The folder that was given cannot be written, or its name is empty.
@@ -26,25 +27,23 @@ def enable_compilation_cache(choice: str) -> None:
         return
     if choice == "auto" and jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         return
-    folder = user_cache_folder() if choice == "auto" else Path(choice)
     try:
+        folder = (_user_cache_folder() if choice == "auto" else Path(choice)) / "helix_jax"
         _prepare(folder)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
         if choice == "auto":
             return
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(
-            f"--compilation-cache is '{choice}', which cannot be written ({error.strerror}): "
-            f"give another folder, or off"
+            f"--compilation-cache is '{choice}', which cannot be written ({reason}): give another folder, or off"
         ) from None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", LIMIT_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_COMPILE_S)
 
 
-def user_cache_folder() -> Path:
-    """Return the folder in which compiled programs are stored by default."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "helix_jax" / "compiled"
+def _user_cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _prepare(folder: Path) -> None:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from helix_jax.checkpoint import DEMO_MODEL, load
-from helix_jax.cli.compilation_cache import LIMIT_BYTES, enable_compilation_cache, user_cache_folder
+from helix_jax.cli.compilation_cache import LIMIT_BYTES, enable_compilation_cache
 from helix_jax.cli.console import Reporter
 from helix_jax.cli.devices import open_mesh
 from helix_jax.combine import COMBINES
@@ -116,7 +116,7 @@ def add_device_arguments(parser: argparse.ArgumentParser, *, processes: bool = T
     """Add --platform, and the options that connect several processes."""
     text = "devices to use; cpu is split into as many fake devices as the mesh needs"
     add_choice(parser, "--platform", PLATFORMS, text, default="auto")
-    text = f"folder for compiled programs, or off (default: {user_cache_folder()}, at most {LIMIT_BYTES >> 30} GB)"
+    text = f"folder for compiled programs, at most {LIMIT_BYTES >> 30} GB, or off (default: the user's cache folder)"
     parser.add_argument("--compilation-cache", default="auto", metavar="DIR", help=text)
     if not processes:
         return
