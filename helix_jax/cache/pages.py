@@ -122,10 +122,15 @@ def pool_sharding(plan: Plan, spec: CacheSpec) -> NamedSharding:
 
 def fixed_page_table(plan: Plan, rows: int, pages_per_row: int) -> Array:
     """Return page tables [R, B, M] in which each row has pages of its own, the same on every rank."""
+    table_BM = fixed_pages(plan, rows, pages_per_row)
+    return put(np.broadcast_to(table_BM, (plan.layout.ranks, *table_BM.shape)), plan.mesh, TABLE_RBM)
+
+
+def fixed_pages(plan: Plan, rows: int, pages_per_row: int) -> np.ndarray:
+    """Return the pages of `fixed_page_table` on every rank, [B, M]."""
     rows_per_group = rows // plan.mesh.shape[DP]
     table_BM = (np.arange(rows) % rows_per_group)[:, None] * pages_per_row + np.arange(pages_per_row)
-    table_RBM = np.broadcast_to(table_BM.astype(np.int32), (plan.layout.ranks, *table_BM.shape))
-    return put(table_RBM, plan.mesh, TABLE_RBM)
+    return table_BM.astype(np.int32)
 
 
 def _check_lens(plan: Plan, prompt_lens: Sequence[int], max_lens: Sequence[int], page: int) -> None:

@@ -1,8 +1,7 @@
 """Runs scheduled steps: keeps the arrays on the devices, and calls the jitted programs."""
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from helix_jax.cache import (
     Rows,
     cache_specs,
     fixed_page_table,
+    fixed_pages,
     make_pool,
     max_pages_per_row,
     per_row,
@@ -26,6 +26,7 @@ from helix_jax.engine import programs
 from helix_jax.engine.output_text import OutputText
 from helix_jax.engine.page_allocator import RowPages
 from helix_jax.engine.params import SamplingParams
+from helix_jax.engine.prefill_shapes import PrefillShape, divide_chunks, prefill_shapes
 from helix_jax.engine.programs import Chunks, RowUpdate
 from helix_jax.engine.requests import Request
 from helix_jax.engine.scheduler import Admission, Chunk, ScheduledStep, make_page_table
@@ -39,7 +40,6 @@ from helix_jax.step import DecodeOutput, DecodeState, decode, decode_steps
 _MEMORY_FRACTION = 0.9  # of a device's free memory, for pages
 _EDITS_PER_CALL = 64
 _CHUNK, _GPU_CHUNK = 512, 2048  # tokens to prefill per call
-_CHUNKS_PER_CALL = (1, 4, 16)  # a call prefills one chunk, or several that are shorter by this factor
 
 
 class PendingStep(NamedTuple):
@@ -52,13 +52,6 @@ class PendingStep(NamedTuple):
 
     output: DecodeOutput
     requests: list[tuple[int, Request]]
-
-
-class PrefillShape(NamedTuple):
-    """The shape of a prefill program: chunks per dp group, and tokens per chunk."""
-
-    chunks: int
-    width: int
 
 
 class Runner:
@@ -96,7 +89,7 @@ class Runner:
         # Only pages of the first cache group are allocated. The others are rings, whose pages belong to the rows.
         self.ring = self.pages_per_row[0] if self.specs[0].window else None
         self._groups = plan.mesh.shape[DP]
-        self._shapes = _prefill_shapes(chunk, rows // self._groups)
+        self._shapes = prefill_shapes(chunk, rows // self._groups)
         self._last_output: Any = None  # on a CPU, the output of the latest program
         self.pages = self._pages_that_fit(rows // self._groups) if pages is None else pages
         self._vocab = model.embed_VD.shape[0]  # padding included
@@ -143,7 +136,7 @@ class Runner:
             pending.append(_pending(output, [(request.assigned_row, request) for request in step.decodes]))
         for admission in step.admissions:
             self.admit(admission, row_pages[admission.request.id])
-        for shape, chunks in self._divide_chunks(step.chunks):
+        for shape, chunks in divide_chunks(step.chunks, self._shapes, self._groups):
             first = [(index, chunk.request) for index, chunk in chunks.items() if chunk.is_last]
             output = self._prefill(shape, chunks, uses_sampler=any(request.uses_sampler for _, request in first))
             if first:
@@ -159,8 +152,7 @@ class Runner:
         pages = self.pages_per_row[group]
         if group == 0:
             return make_page_table(row_pages, pages)
-        first = row % (self.rows // self._groups) * pages
-        return np.broadcast_to(first + np.arange(pages), (self.plan.layout.ranks, pages))
+        return np.broadcast_to(fixed_pages(self.plan, self.rows, pages)[row], (self.plan.layout.ranks, pages))
 
     def put(self, value: Any) -> Any:
         """Copy small arrays to all devices."""
@@ -256,23 +248,6 @@ class Runner:
         arrays = Chunks(where(row_X), where(tokens_XT), where(count_X), is_last)
         return self.config, self.plan, self._weights, self.state, arrays
 
-    def _divide_chunks(self, chunks: Sequence[Chunk]) -> Iterator[tuple[PrefillShape, dict[int, Chunk]]]:
-        """Divide the chunks of a step into calls, in order within each dp group. Each has its index in the call."""
-        queues = [[chunk for chunk in chunks if chunk.group == group] for group in range(self._groups)]
-        while any(queues):
-            # Take the most tokens, and of shapes that take the same, the one with the least padding.
-            options = [(shape, [_fitting(queue, shape) for queue in queues]) for shape in self._shapes]
-            shape, taken = max(options, key=lambda option: (_count_tokens(option[1]), -math.prod(option[0])))
-            yield (
-                shape,
-                {
-                    group * shape.chunks + index: chunk
-                    for group, part in enumerate(taken)
-                    for index, chunk in enumerate(part)
-                },
-            )
-            queues = [queue[len(part) :] for queue, part in zip(queues, taken, strict=True)]
-
     def _pages_that_fit(self, rows: int) -> int:
         """Return the pages per rank that all rows of a dp group can fill, or as many as fit the free device memory."""
         wanted = rows * self.pages_per_row[0]
@@ -325,27 +300,6 @@ def default_chunk(mesh: AnyMesh) -> int:
     """Return how many tokens to prefill per call in each dp group, on the devices of a mesh."""
     device = first_device(mesh)
     return _GPU_CHUNK if device and device.platform == "gpu" else _CHUNK
-
-
-def _prefill_shapes(chunk: int, rows: int) -> list[PrefillShape]:
-    """Return shapes of equal work for a dp group of `rows` rows."""
-    most = 1 << (rows.bit_length() - 1)
-    numbers = {min(number, most) for number in _CHUNKS_PER_CALL}
-    return [PrefillShape(number, max(1, chunk // number)) for number in sorted(numbers)]
-
-
-def _fitting(queue: Sequence[Chunk], shape: PrefillShape) -> list[Chunk]:
-    """Return the first chunks of a queue that one call of a shape can prefill: at most one per request."""
-    taken: list[Chunk] = []
-    for chunk in queue[: shape.chunks]:
-        if chunk.count > shape.width or any(chunk.request is other.request for other in taken):
-            break
-        taken.append(chunk)
-    return taken
-
-
-def _count_tokens(taken: Sequence[Sequence[Chunk]]) -> int:
-    return sum(chunk.count for chunks in taken for chunk in chunks)
 
 
 def _mask(tokens: Iterable[int], vocab: int) -> np.ndarray:
