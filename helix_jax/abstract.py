@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from helix_jax.cache import KVCache, Rows, cache_specs, pages_needed, pool_shape, pool_sharding, ring_pages
+from helix_jax.cache import Rows, abstract_pool, cache_specs, pages_needed, ring_pages
 from helix_jax.checkpoint.parameters import parameter_dtype
 from helix_jax.config import ModelConfig
 from helix_jax.mesh import (
@@ -55,7 +55,7 @@ def abstract_arguments(
         slots: The cache slots of each sequence on each rank. Layers with a window have as many as they need.
         T: The new tokens of each sequence.
         page: Tokens per page.
-        dtype: The type of weights and cache.
+        dtype: The type of the weights, and of the cache if the plan does not say otherwise.
 
     Returns:
         (config, plan, weights, caches, rows, tokens_BT, count_B, sampling).
@@ -66,11 +66,9 @@ def abstract_arguments(
 
     ranks, M = plan.mesh.shape[CP], pages_needed(slots, page)
     caches, tables = [], []
-    for spec in cache_specs(config, dtype):
+    for spec in cache_specs(config, plan.cache_dtype_for(dtype)):
         pages = min(M, ring_pages(plan.layout, spec.window, T, page)) if spec.window else M
-        shape = pool_shape(plan, spec, ranks * rows * pages, page)
-        pool: Any = jax.ShapeDtypeStruct(shape, spec.dtype, sharding=pool_sharding(plan, spec))
-        caches.append(KVCache(pool, spec))
+        caches.append(abstract_pool(plan, spec, ranks * rows * pages, page))
         tables.append(like((ranks, rows, pages), jnp.int32, TABLE_RBM))
     int_B = like((rows,), jnp.int32, ROWS_B)
     state = Rows(tuple(tables), int_B, int_B)

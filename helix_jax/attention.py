@@ -9,11 +9,14 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from helix_jax.numerics import einsum
+from helix_jax.quantisation import QuantisedPages, dequantise
 
 # Bounds on what one pass over the pages reads at once: slots, over all rows, and scores. On a CPU a pass is cheap and
 # memory is short. It gathers at most a share of the slots, so that a decode step needs a few percent of its cache as
@@ -115,8 +118,8 @@ def finite_or_zero(lse: Array) -> Array:
 
 def attend(
     q_BTNH: Float[Array, "B T N H"],
-    k_AKWH: Float[Array, "A K W H"],
-    v_AKWH: Float[Array, "A K W Hv"] | None,
+    k_AKWH: Float[Array, "A K W H"] | QuantisedPages,
+    v_AKWH: Float[Array, "A K W Hv"] | QuantisedPages | None,
     table_BM: Int[Array, "B M"] | PageTable,
     lo_BT: Int[Array, "B T"],
     hi_BT: Int[Array, "B T"],
@@ -132,7 +135,7 @@ def attend(
 
     Args:
         q_BTNH: The queries.
-        k_AKWH: The pages of keys.
+        k_AKWH: The pages of keys. Quantised pages are dequantised to the type of the queries.
         v_AKWH: The pages of values. None: the values are the first `v_width` numbers of the keys.
         table_BM: Slot s of row b is word `s % W` of page `table_BM[b, s // W]`; or a `PageTable`. Keys, values and
             entries outside of every `[lo, hi)` of a row may be anything, NaN included.
@@ -144,7 +147,7 @@ def attend(
     """
     (B, T, N, H), (_, K, W, _) = q_BTNH.shape, k_AKWH.shape
     table, hi_BT = PageTable.of(table_BM, hi_BT, W)
-    bytes_per_slot = k_AKWH.dtype.itemsize * K * (H + (v_width or H))
+    bytes_per_slot = _gathered_dtype(q_BTNH, k_AKWH).itemsize * K * (H + (v_width or H))
 
     def limited_to(slots: int, scores: int, *, by_page: bool) -> Callable[..., Partial]:
         pages = max(1, min(slots // B, scores // (B * T * N)) // W)
@@ -161,8 +164,8 @@ def attend(
 def attend_in_passes(
     options: PassOptions,
     q_BTNH: Array,
-    k_AKWH: Array,
-    v_AKWH: Array | None,
+    k_AKWH: Array | QuantisedPages,
+    v_AKWH: Array | QuantisedPages | None,
     table: PageTable,
     lo_BT: Array,
     hi_BT: Array,
@@ -171,7 +174,7 @@ def attend_in_passes(
     B, T, N, H = q_BTNH.shape
     K, W = k_AKWH.shape[1:3]
     M = table.entries_BM.shape[1]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    q_BTKGH, dtype = q_BTNH.reshape(B, T, K, N // K, H), _gathered_dtype(q_BTNH, k_AKWH)
     first_page_B, slots = visible_span(lo_BT, hi_BT, W)
 
     def run_pass(first: Array | int, pages: int) -> Partial:
@@ -179,7 +182,11 @@ def attend_in_passes(
         entry_BC = jnp.take_along_axis(table.entries_BM, page_BC % M, axis=1)
         visible_BCTW = _visible_slots(page_BC[..., None] * W + jnp.arange(W), lo_BT, hi_BT)
         used_BC1W1 = visible_BCTW.any(2)[:, :, None, :, None]
-        k_BCKWH, v_BCKWH = _gather_pages(k_AKWH, v_AKWH, entry_BC, table.first_C, used_BC1W1)
+        pages_BC = [first + entry_BC for first in table.first_C]
+        k_BCKWH = _gather_pages(k_AKWH, pages_BC[0], dtype)
+        v_BCKWH = k_BCKWH if v_AKWH is None else _gather_pages(v_AKWH, pages_BC[1], dtype)
+        v_BCKWH = jnp.where(used_BC1W1, v_BCKWH, 0)  # values that no query sees, because 0 * NaN is NaN
+        k_BCKWH = v_BCKWH if v_AKWH is None else k_BCKWH
         if not options.by_page:
             k_BCKWH, v_BCKWH, visible_BCTW = map(_concatenate_pages, (k_BCKWH, v_BCKWH, visible_BCTW))
         partial = _attend_slots(q_BTKGH, k_BCKWH, v_BCKWH, visible_BCTW, options.scale)
@@ -219,14 +226,16 @@ def _visible_slots(slot_BCW: Array, lo_BT: Array, hi_BT: Array) -> Array:
     return (lo_B1T1 <= slot_BC1W) & (slot_BC1W < hi_B1T1)
 
 
-def _gather_pages(
-    k_AKWH: Array, v_AKWH: Array | None, entry_BC: Array, first_C: Array, used_BC1W1: Array
-) -> tuple[Array, Array]:
-    """Return the keys and values of some pages. Values that no query sees are zeroed, because 0 * NaN is NaN."""
-    k_BCKWH = jnp.take(k_AKWH, first_C[0] + entry_BC, axis=0, mode="clip")
-    v_BCKWH = k_BCKWH if v_AKWH is None else jnp.take(v_AKWH, first_C[1] + entry_BC, axis=0, mode="clip")
-    v_BCKWH = jnp.where(used_BC1W1, v_BCKWH, 0)
-    return (v_BCKWH if v_AKWH is None else k_BCKWH), v_BCKWH
+def _gather_pages(pages: Array | QuantisedPages, page_BC: Array, dtype: DTypeLike) -> Array:
+    """Return some pages [B, C, K, W, H] as an array of `dtype`."""
+    gathered = jax.tree.map(lambda x_AKWH: jnp.take(x_AKWH, page_BC, axis=0, mode="clip"), pages)
+    return dequantise(gathered, dtype) if isinstance(gathered, QuantisedPages) else gathered.astype(dtype)
+
+
+def _gathered_dtype(q_BTNH: Array, pages: Array | QuantisedPages) -> jnp.dtype:
+    """Return the type that pages have when they are multiplied."""
+    quantised = isinstance(pages, QuantisedPages)
+    return q_BTNH.dtype if quantised else jnp.promote_types(q_BTNH.dtype, pages.dtype)
 
 
 def _concatenate_pages(x_BCKWX: Array) -> Array:

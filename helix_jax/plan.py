@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
@@ -12,9 +13,12 @@ from helix_jax.kernels import KERNELS, check_device, choose_backend
 from helix_jax.kernels.page_format import PageFormat, stored_width
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import CP, DP, EXPERT_WEIGHTS, TP, AnyMesh, first_device, flat_size
+from helix_jax.quantisation import FLOAT8
 from helix_jax.validation import check_choice
 
 EXPERTS = tuple(EXPERT_WEIGHTS)
+_CACHE_DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "fp8": FLOAT8}
+CACHE_DTYPES = ("auto", *_CACHE_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Plan:
         kernel: The attention kernel: "auto", "xla", "mosaic_gpu" or "tpu".
         experts: How experts are sharded: "flat", whole experts over all devices; or "cp", whole experts over cp and
             the width of each over tp.
+        cache_dtype: The type of the cache: "auto", that of the model; "bfloat16", "float32" or "fp8", see
+            `helix_jax.quantisation`.
 
     Raises:
         TypeError: `block` is not an int.
@@ -42,6 +48,7 @@ class Plan:
     combine: str = "psum"
     kernel: str = "auto"
     experts: str = "flat"
+    cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         axes = (DP, TP, CP)
@@ -53,6 +60,7 @@ class Plan:
         check_choice("combine", self.combine, COMBINES)
         check_choice("kernel", self.kernel, KERNELS)
         check_choice("experts", self.experts, EXPERTS)
+        check_choice("cache_dtype", self.cache_dtype, CACHE_DTYPES)
         check_device(self.kernel, first_device(self.mesh))
         _ = self.layout  # validates block and placement
 
@@ -60,6 +68,10 @@ class Plan:
     def layout(self) -> BlockLayout:
         """The assignment of positions to the cp ranks."""
         return BlockLayout(self.mesh.shape[CP], self.block, self.placement)
+
+    def cache_dtype_for(self, dtype: DTypeLike) -> DTypeLike:
+        """Return the type of the cache of a model of type `dtype`."""
+        return _CACHE_DTYPES.get(self.cache_dtype, dtype)
 
     def kernel_for(self, pages: PageFormat) -> str:
         """Return the name of the attention kernel for pages of a format. It is never "auto".
@@ -75,12 +87,13 @@ class Plan:
         Args:
             config: The model.
             page: Tokens per page.
-            dtype: The type of the cache.
+            dtype: The type of the model.
 
         Raises:
             ValueError: The kernel of the plan cannot read such pages.
         """
         width = stored_width(config.cache_width, first_device(self.mesh))
+        dtype = self.cache_dtype_for(dtype)
         return self.kernel_for(PageFormat(width, page, dtype, config.latent.width if config.latent else None))
 
     def check_kv_heads(self, kv_heads: int) -> None:

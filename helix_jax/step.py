@@ -22,10 +22,21 @@ from helix_jax.sampling import MAX_LOGPROBS, Logprobs, RowSampling, Sampling, ch
 
 DEFAULT_STEPS = 32  # decode steps per call
 
-# What XLA may record as CUDA graphs: its defaults, and loops and branches. If a graph contains the loop of `decode`,
-# the host does not read its condition in each step, and a call returns before the devices have begun. Other platforms
-# ignore this option.
-_CUDA_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"
+# What XLA may record as CUDA graphs. Other platforms ignore these options. On one GPU a graph contains the whole loop
+# of `decode`, so that the host does not read its condition in each step, and a call returns before the device begins.
+_CUDA_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
+_ONE_GPU = {"xla_gpu_enable_command_buffer": f"{_CUDA_GRAPHS},WHILE,CONDITIONAL"}
+
+# On several GPUs a graph contains a step. Its collectives are those of NCCL, because XLA's own all-reduce cannot be
+# recorded, and ends a graph before and after it. CUDA does not accept a loop around NCCL's kernels.
+_GRAPH_COLLECTIVES = "ALLREDUCE,ALLGATHER,ALLTOALL,REDUCESCATTER"
+_SEVERAL_GPUS = {
+    "xla_gpu_enable_command_buffer": f"{_CUDA_GRAPHS},COLLECTIVES",
+    "xla_gpu_enable_collectives_command_buffer_filter": _GRAPH_COLLECTIVES,
+    "xla_gpu_experimental_use_collective_kernels": "",
+    "xla_gpu_unsupported_use_all_reduce_one_shot_kernel": False,
+}
+_COLLECTIVES_IN_GRAPHS_SINCE = (0, 11)  # the JAX whose XLA has these options
 
 
 CachesAndLayer = tuple[tuple[KVCache, ...], int]  # what attention passes on from layer to layer
@@ -237,9 +248,9 @@ def _decode(
 def decode_steps(plan: Plan, max_steps: int) -> tuple[int, ...]:
     """Return the values of `max_steps` for which an engine compiles `decode`, in ascending order.
 
-    On several GPUs a call always takes all of its steps. XLA does not record collectives in a CUDA graph, so the host
-    would read the condition of a loop in every step, and each call would return only after its last step: 1.23 ms per
-    token instead of 1.14 (two H200s, 8 layers of Llama-3.1-8B). There a second program decodes a single token.
+    On several GPUs a call always takes all of its steps. A CUDA graph with collectives cannot contain the loop, so the
+    host would read its condition in every step, and each call would return only after its last step: 1.23 ms per token
+    instead of 1.14 (two H200s, 8 layers of Llama-3.1-8B). There a second program decodes a single token.
     """
     return tuple(sorted({1, max_steps})) if _has_fixed_length(plan) else (max_steps,)
 
@@ -247,6 +258,12 @@ def decode_steps(plan: Plan, max_steps: int) -> tuple[int, ...]:
 def _has_fixed_length(plan: Plan) -> bool:
     device = first_device(plan.mesh)
     return device is not None and device.platform == "gpu" and plan.mesh.size > 1
+
+
+def decode_program(plan: Plan) -> Any:
+    """Return `decode`, jitted with the compiler options that are fastest on the devices of a plan."""
+    recent = jax.__version_info__ >= _COLLECTIVES_IN_GRAPHS_SINCE
+    return _decode_on_several_gpus if recent and _has_fixed_length(plan) else decode
 
 
 def _decode_token(
@@ -287,12 +304,9 @@ def _empty_output(plan: Plan, state: DecodeState, max_steps: int, greedy: bool) 
 
 
 step = partial(jax.jit, static_argnames=("config", "plan"), donate_argnames="caches")(_step)
-decode = partial(
-    jax.jit,
-    static_argnames=("config", "plan", "max_steps", "greedy"),
-    donate_argnames="state",
-    compiler_options={"xla_gpu_enable_command_buffer": _CUDA_GRAPHS},
-)(_decode)
+_jit_decode = partial(jax.jit, static_argnames=("config", "plan", "max_steps", "greedy"), donate_argnames="state")
+decode = _jit_decode(_decode, compiler_options=_ONE_GPU)
+_decode_on_several_gpus = _jit_decode(_decode, compiler_options=_SEVERAL_GPUS)
 
 
 def check_model_placement(model: Transformer, plan: Plan) -> None:

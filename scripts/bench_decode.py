@@ -47,7 +47,7 @@ from helix_jax.layout import PLACEMENTS
 from helix_jax.mesh import CP, ROWS_B, TP, make_mesh
 from helix_jax.models.transformer import Transformer, Weights, assemble
 from helix_jax.plan import Plan
-from helix_jax.step import DEFAULT_STEPS, DecodeState, decode
+from helix_jax.step import DEFAULT_STEPS, DecodeState, decode_program
 from helix_jax.validation import check_int
 
 PROGRAM = "bench_decode.py"
@@ -242,12 +242,13 @@ def time_decode(job: Job, plan: Plan, weights: Weights, case: Case) -> dict[str,
     options, config, steps = job.options, job.config, job.options.steps_per_call
     length = case.context + options.decoded
     lens = ([case.context] * case.rows, [length + (2 + CALLS) * steps] * case.rows)
-    caches, rows = make_caches(plan, cache_specs(config, options.dtype), *lens, page=options.page)
+    caches, rows = make_caches(plan, cache_specs(config, plan.cache_dtype_for(options.dtype)), *lens, page=options.page)
     cache_bytes = bytes_per_device(caches)
     caches = jax.tree.map(lambda pool_XKWH: fill_with_noise(pool_XKWH, 0), caches)
     rows = rows._replace(length_B=per_row(plan, [length] * case.rows))
     token_B, finished_B = np.arange(case.rows) % config.vocab, np.zeros(case.rows, bool)
     state = DecodeState(caches, rows, per_row(plan, token_B), put(finished_B, plan.mesh, ROWS_B))
+    decode = decode_program(plan)
     call = partial(decode, config, plan, weights)
     count_B, seconds = per_row(plan, [steps] * case.rows), []
     start = time.perf_counter()

@@ -21,6 +21,7 @@ PACKAGE = ROOT / "helix_jax"
 # What each module or subpackage of helix_jax may import from the others. Imports go one way.
 MAY_IMPORT = {
     "numerics": set(),
+    "quantisation": set(),
     "validation": set(),
     "processes": set(),
     "parsing": {"validation"},
@@ -30,11 +31,11 @@ MAY_IMPORT = {
     "sampling": {"validation"},
     "arrays": {"mesh"},
     "text": {"config", "validation"},
-    "attention": {"numerics"},
+    "attention": {"numerics", "quantisation"},
     "combine": {"attention", "validation"},
-    "kernels": {"attention", "mesh", "numerics", "validation"},
-    "plan": {"combine", "config", "kernels", "layout", "mesh", "validation"},
-    "cache": {"arrays", "config", "kernels", "layout", "mesh", "plan", "validation"},
+    "kernels": {"attention", "mesh", "numerics", "quantisation", "validation"},
+    "plan": {"combine", "config", "kernels", "layout", "mesh", "quantisation", "validation"},
+    "cache": {"arrays", "config", "kernels", "layout", "mesh", "plan", "quantisation", "validation"},
     "helix": {"attention", "cache", "combine", "kernels", "mesh", "plan", "validation"},
     "models": {"combine", "config", "mesh", "numerics"},
     "families": {"config", "parsing", "validation"},
@@ -42,8 +43,8 @@ MAY_IMPORT = {
     "abstract": {"cache", "checkpoint", "config", "kernels", "mesh", "models", "plan", "sampling"},
     "step": {"cache", "config", "helix", "mesh", "models", "plan", "sampling"},
     "engine": {
-        *("arrays", "cache", "config", "layout", "mesh", "models", "plan", "processes", "sampling", "step", "text"),
-        "validation",
+        *("arrays", "cache", "config", "layout", "mesh", "models", "plan", "processes", "quantisation"),
+        *("sampling", "step", "text", "validation"),
     },
     "generation": {"engine", "mesh", "models", "plan"},
     "training": {

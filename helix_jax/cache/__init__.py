@@ -3,6 +3,7 @@
 from helix_jax.cache.pages import (
     KVCache,
     Rows,
+    abstract_pool,
     append,
     fixed_page_table,
     fixed_pages,
@@ -11,8 +12,6 @@ from helix_jax.cache.pages import (
     make_pool,
     pad_width,
     per_row,
-    pool_shape,
-    pool_sharding,
     tokens_per_rank,
 )
 from helix_jax.cache.paging import max_pages_per_row, pages_needed, ring_pages, split_slot
@@ -22,6 +21,7 @@ __all__ = [
     "CacheSpec",
     "KVCache",
     "Rows",
+    "abstract_pool",
     "append",
     "cache_specs",
     "fixed_page_table",
@@ -34,8 +34,6 @@ __all__ = [
     "pad_width",
     "pages_needed",
     "per_row",
-    "pool_shape",
-    "pool_sharding",
     "ring_pages",
     "split_slot",
     "tokens_per_rank",

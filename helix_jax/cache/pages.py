@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from helix_jax.arrays import put
@@ -17,6 +17,7 @@ from helix_jax.kernels.page_format import stored_width
 from helix_jax.layout import Integer
 from helix_jax.mesh import CP, DP, POOL_LATENT_XKWH, POOL_XKWH, ROWS_B, TABLE_RBM, first_device, sharding
 from helix_jax.plan import Plan
+from helix_jax.quantisation import EXACT, QuantisedPages, quantise
 from helix_jax.validation import check_int
 
 
@@ -28,11 +29,12 @@ class KVCache(NamedTuple):
     token stands for the keys and values of all heads.
 
     Attributes:
-        pool_XKWH: The pages. X counts those of all ranks, layers and parts; under `shard_map`, those of this rank.
+        pool_XKWH: The pages, quantised if the spec says so. X counts those of all ranks, layers and parts; under
+            `shard_map`, those of this rank.
         spec: What is cached.
     """
 
-    pool_XKWH: Float[Array, "X K W H"]
+    pool_XKWH: Float[Array, "X K W H"] | QuantisedPages
     spec: CacheSpec
 
     @property
@@ -105,19 +107,25 @@ def make_pool(plan: Plan, spec: CacheSpec, pages: int, page: int) -> KVCache:
         pages: The number of pages of each layer, over all ranks.
         page: Tokens per page.
     """
-    shape = pool_shape(plan, spec, pages, page)
-    return KVCache(jnp.zeros(shape, spec.dtype, device=pool_sharding(plan, spec)), spec)
+    return jax.tree.map(
+        lambda like: jnp.zeros(like.shape, like.dtype, device=like.sharding), abstract_pool(plan, spec, pages, page)
+    )
 
 
-def pool_shape(plan: Plan, spec: CacheSpec, pages: int, page: int) -> tuple[int, ...]:
-    """Return the shape of the pool of a cache with `pages` pages per layer, over all ranks, of `page` tokens."""
+def abstract_pool(plan: Plan, spec: CacheSpec, pages: int, page: int) -> KVCache:
+    """Return the cache of `make_pool` with `jax.ShapeDtypeStruct` in place of its arrays."""
+    placed = sharding(plan.mesh, POOL_LATENT_XKWH if spec.latent else POOL_XKWH)
+
+    def like(width: int, dtype: DTypeLike) -> Any:
+        shape = (spec.layers * spec.parts * pages, spec.kv_heads, page, width)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+
     width = stored_width(spec.head_width, first_device(plan.mesh))
-    return (spec.layers * spec.parts * pages, spec.kv_heads, page, width)
-
-
-def pool_sharding(plan: Plan, spec: CacheSpec) -> NamedSharding:
-    """Return the sharding of the pool of a cache."""
-    return sharding(plan.mesh, POOL_LATENT_XKWH if spec.latent else POOL_XKWH)
+    if not spec.quantised:
+        return KVCache(like(width, spec.dtype), spec)
+    quantised = (width if spec.exact_width == 0 else spec.head_width) - spec.exact_width
+    pool = QuantisedPages(like(quantised, spec.dtype), like(spec.scales, jnp.float32), like(width - quantised, EXACT))
+    return KVCache(pool, spec)
 
 
 def fixed_page_table(plan: Plan, rows: int, pages_per_row: int) -> Array:
@@ -181,12 +189,18 @@ def append(
     page_BTC = page_BT[..., None] + (layer * parts + jnp.arange(parts)) * pages
     page_BTC = jnp.where((owned_BT & (page_BT >= 0))[..., None], page_BTC, X)
     new_BTCKH = jnp.stack([x for x in (k_BTKH, v_BTKH) if x is not None], axis=2)
-    new_BTCKH = pad_width(new_BTCKH, H).astype(pool_XKWH.dtype)
+    new_BTCKH = pad_width(new_BTCKH, H)
+    if isinstance(pool_XKWH, QuantisedPages):
+        new_BTCKH = quantise(new_BTCKH, cache.spec.scales, pool_XKWH.exact_AKWR.shape[-1])
 
     # The heads are indexed too: as a slice between page and offset, they make XLA transpose the whole pool. Keys and
     # values are one scatter, because each scatter is a kernel.
     index = (page_BTC[..., None], jnp.arange(K), offset_BT[..., None, None])
-    return cache._replace(pool_XKWH=pool_XKWH.at[index].set(new_BTCKH, mode="drop"))
+
+    def write(pool_XKWH: Array, new_BTCKH: Array) -> Array:
+        return pool_XKWH.at[index].set(new_BTCKH.astype(pool_XKWH.dtype), mode="drop")
+
+    return cache._replace(pool_XKWH=jax.tree.map(write, pool_XKWH, new_BTCKH))
 
 
 def pad_width(x: Array, width: int) -> Array:

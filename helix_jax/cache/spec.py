@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from helix_jax.config import ModelConfig
+from helix_jax.quantisation import FLOAT8
+
+_GROUP = 128  # numbers of a latent that share a scale
 
 
 @jax.tree_util.register_static  # a cache carries its spec, which is static in a jitted program
@@ -22,10 +25,13 @@ class CacheSpec:
         layers: The number of layers.
         kv_heads: Key/value heads. 1 for a latent.
         head_width: Numbers per token and head.
-        dtype: The type of the cached numbers.
+        dtype: The type of the cached numbers. float8_e4m3 numbers have scales, see `helix_jax.quantisation`: one per
+            token and head, or per 128 numbers of a latent.
         latent: Whether one vector per token stands for the keys and values of all heads. Such a layer has one array
             instead of two, and every device of tp stores all of it.
         window: How many positions a query sees, its own included. Older ones need not be kept. None: all.
+        exact_width: How many numbers at the end of each vector are bfloat16 if the others are float8: the rotary part
+            of a latent.
     """
 
     layers: int
@@ -34,6 +40,7 @@ class CacheSpec:
     dtype: DTypeLike
     latent: bool = False
     window: int | None = None
+    exact_width: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # one form, because a program is compiled for each
@@ -43,16 +50,27 @@ class CacheSpec:
         """The arrays of numbers per token: keys and values, or the latent."""
         return 1 if self.latent else 2
 
+    @property
+    def quantised(self) -> bool:
+        """Whether the numbers have scales."""
+        return self.dtype == FLOAT8
+
+    @property
+    def scales(self) -> int:
+        """The scales per vector, if it is quantised."""
+        return -(-(self.head_width - self.exact_width) // _GROUP) if self.latent else 1
+
 
 def cache_specs(config: ModelConfig, dtype: DTypeLike) -> tuple[CacheSpec, ...]:
     """Return the spec of each cache group of a model. The group of layers that see all positions is the first.
 
     Args:
         config: The model.
-        dtype: The type of the cached numbers.
+        dtype: The type of the cached numbers, `plan.cache_dtype_for` that of the model.
     """
     same = {"kv_heads": config.kv_heads, "head_width": config.cache_width, "dtype": dtype}
-    same["latent"] = config.latent is not None
+    if config.latent:
+        same |= {"latent": True, "exact_width": config.cache_width - config.latent.width}
     return tuple(CacheSpec(layers, window=window, **same) for window, layers in _layers_by_window(config).items())
 
 

@@ -195,7 +195,8 @@ def _open_task(
     text = held_out_text(_read_text(options.text), options.held_out, filled_in.max_len)
     figure = new_figure("--plot", options.plot) if options.plot else None
     mesh = open_devices(options)
-    plans = make_plans(mesh, options.placement or PLACEMENTS, options.block, options.kernel)
+    choices = {"kernel": options.kernel, "cache_dtype": options.kv_cache_dtype}
+    plans = make_plans(mesh, options.placement or PLACEMENTS, options.block, **choices)
     for plan in plans.values():
         plan.check_model(config)
 

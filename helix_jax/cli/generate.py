@@ -124,6 +124,7 @@ def _decode(job: GenerateJob, model: Transformer, reporter: Reporter, *, quiet: 
     """Decode, and unless `quiet`, write the text to stdout as it arrives. Return the output and the compile time."""
     engine = job.make_engine(model, job.setup.plan)
     job.setup.report_devices(reporter)  # not before all input is known to be valid
+    reporter.info(f"the cache stores {engine.stats().capacity:,} tokens as {job.setup.cache_dtype}")
     compile_s = engine.warm_up(greedy=job.params.is_greedy, sampling=not job.params.is_greedy)
     seed = engine.requests[engine.submit(job.prompt, job.params)].params.seed
     if seed is not None:
@@ -150,7 +151,8 @@ def _write(text: str) -> None:
 def _find_difference(job: GenerateJob, output: RequestOutput, reporter: Reporter) -> str | None:
     """Decode again on one device, and return a message about the first token that differs, if any does."""
     devices = [device for device in job.setup.mesh.devices.flat if device.process_index == process_index()]
-    plan = Plan(make_mesh(1, 1, devices=devices), job.setup.plan.block)
+    chosen = job.setup.plan
+    plan = Plan(make_mesh(1, 1, devices=devices), chosen.block, cache_dtype=chosen.cache_dtype)
     engine = job.make_engine(job.setup.load(reporter, plan), plan)
     [alone] = engine.generate([job.prompt], replace(job.params, seed=output.seed, logprobs=2))
     assert alone.logprobs is not None

@@ -21,7 +21,7 @@ from helix_jax.kernels import KERNELS
 from helix_jax.layout import PLACEMENTS
 from helix_jax.mesh import TP
 from helix_jax.models.transformer import Transformer
-from helix_jax.plan import EXPERTS, Plan
+from helix_jax.plan import CACHE_DTYPES, EXPERTS, Plan
 from helix_jax.processes import Processes
 from helix_jax.validation import check_choice, check_int
 
@@ -79,7 +79,7 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
     add_choice(parser, "--combine", COMBINES, "collective that combines the ranks' partial results", default="psum")
     add_choice(parser, "--experts", EXPERTS, "devices that share the experts: all (flat) or cp", default="flat")
     add_kernel_arguments(parser)
-    add_choice(parser, "--dtype", DTYPES, "type of weights and cache (default: bfloat16; float32 on a CPU)")
+    add_choice(parser, "--dtype", DTYPES, "type of the weights (default: bfloat16; float32 on a CPU)")
     add_device_arguments(parser)
 
 
@@ -102,8 +102,10 @@ def add_mesh_arguments(parser: argparse.ArgumentParser, *, training: bool = Fals
 
 
 def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --kernel and --prefill-chunk."""
+    """Add --kernel, --kv-cache-dtype and --prefill-chunk."""
     add_choice(parser, "--kernel", KERNELS, "attention kernel", default="auto")
+    text = "type of the key/value cache; auto is that of the weights"
+    add_choice(parser, "--kv-cache-dtype", CACHE_DTYPES, text, default="auto")
     parser.add_argument(
         "--prefill-chunk",
         type=int,
@@ -152,7 +154,7 @@ class DecodeSetup:
         plan: How the mesh decodes.
         page: Tokens per cache page.
         chunk: Prompt tokens per prefill step.
-        dtype: The dtype of the weights and the cache.
+        dtype: The dtype of the weights.
         platform: The platform of the devices.
         kernel: The attention kernel.
     """
@@ -165,6 +167,11 @@ class DecodeSetup:
     dtype: str
     platform: str
     kernel: str
+
+    @property
+    def cache_dtype(self) -> str:
+        """The type of the cache."""
+        return jnp.dtype(self.plan.cache_dtype_for(self.dtype)).name
 
     @property
     def mesh(self) -> Mesh:
@@ -203,7 +210,8 @@ def make_setup(options: argparse.Namespace, config: ModelConfig, mesh: Mesh) -> 
     check_int("--page", options.page, least=1)
     if options.prefill_chunk is not None:
         check_int("--prefill-chunk", options.prefill_chunk, least=1)
-    plan = Plan(mesh, options.block, options.placement, options.combine, options.kernel, options.experts)
+    choices = (options.placement, options.combine, options.kernel, options.experts, options.kv_cache_dtype)
+    plan = Plan(mesh, options.block, *choices)
     plan.check_model(config)
     platform = mesh.devices.flat[0].platform
     dtype = options.dtype or default_dtype(mesh)

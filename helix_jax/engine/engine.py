@@ -310,6 +310,7 @@ class Engine:
             waiting=len(scheduler.waiting),
             running=len(scheduler.running),
             finished=self._finished,
+            capacity=len(allocators) * allocators[0].pages * self.plan.layout.ranks * self.page,
             pages=allocators[0].pages,
             pages_in_use=tuple(count for allocator in allocators for count in allocator.pages_in_use),
             pages_cached=sum(allocator.pages_cached for allocator in allocators),

@@ -89,6 +89,7 @@ class EngineStats:
         waiting: Requests that wait for a row.
         running: Requests that have a row.
         finished: Requests that have finished.
+        capacity: Tokens that the pages of all ranks can store.
         pages: Pages per rank.
         pages_in_use: Pages on each rank that rows use.
         pages_cached: Pages per rank that are cached with prefixes that no row uses.
@@ -104,6 +105,7 @@ class EngineStats:
     waiting: int
     running: int
     finished: int
+    capacity: int
     pages: int
     pages_in_use: tuple[int, ...]
     pages_cached: int

@@ -35,7 +35,7 @@ from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.processes import min_over_processes
 from helix_jax.sampling import RowSampling, make_sampling
-from helix_jax.step import DecodeOutput, DecodeState, decode, decode_steps
+from helix_jax.step import DecodeOutput, DecodeState, decode_program, decode_steps
 
 _MEMORY_FRACTION = 0.9  # of a device's free memory, for pages
 _EDITS_PER_CALL = 64
@@ -81,8 +81,8 @@ class Runner:
         max_steps: int,
     ):
         self.config, self.plan, self.rows = model.config, plan, rows
-        self._decode_steps = decode_steps(plan, max_steps)
-        self.specs, self.page = cache_specs(model.config, model.dtype), page
+        self._decode_steps, self._decode_program = decode_steps(plan, max_steps), decode_program(plan)
+        self.specs, self.page = cache_specs(model.config, plan.cache_dtype_for(model.dtype)), page
         self._weights = model.weights()
         self._device = min(model.embed_VD[...].sharding.addressable_devices, key=lambda device: device.id)
         self.pages_per_row = [_most_pages(plan, spec, max_len, chunk, page) for spec in self.specs]
@@ -114,7 +114,7 @@ class Runner:
             self._prefill(shape, {}, uses_sampler=sampling)
         for needed, is_greedy in ((greedy, True), (sampling, False)):
             for steps in self._decode_steps if needed else ():
-                _, self.state = self.call(decode, *self._decode_arguments({}, is_greedy, steps))
+                _, self.state = self.call(self._decode_program, *self._decode_arguments({}, is_greedy, steps))
         jax.block_until_ready(self.state)
         return time.perf_counter() - start
 
@@ -186,7 +186,9 @@ class Runner:
                 logits_XV = jax.ShapeDtypeStruct(logits_shape, jnp.float32, sharding=where)
                 calls.append((programs.choose_first, (self.plan, self.state, arguments[-1], logits_XV)))
         for is_greedy in [True] * greedy + [False] * sampling:
-            calls += [(decode, self._decode_arguments({}, is_greedy, steps)) for steps in self._decode_steps]
+            calls += [
+                (self._decode_program, self._decode_arguments({}, is_greedy, steps)) for steps in self._decode_steps
+            ]
         with ThreadPoolExecutor(len(calls)) as pool:
             for compiling in [pool.submit(program.lower(*arguments).compile) for program, arguments in calls]:
                 compiling.result()
@@ -217,7 +219,7 @@ class Runner:
 
     def _decode(self, counts: Mapping[Request, int], greedy: bool) -> DecodeOutput:
         steps = next(steps for steps in self._decode_steps if steps >= max(counts.values()))
-        output, self.state = self.call(decode, *self._decode_arguments(counts, greedy, steps))
+        output, self.state = self.call(self._decode_program, *self._decode_arguments(counts, greedy, steps))
         return output
 
     def _decode_arguments(self, counts: Mapping[Request, int], greedy: bool, steps: int) -> tuple[Any, ...]:

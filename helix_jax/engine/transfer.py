@@ -13,9 +13,12 @@ from helix_jax.cache import KVCache, split_slot
 from helix_jax.engine.engine import Engine
 from helix_jax.engine.requests import Request
 from helix_jax.mesh import REPLICATED, sharding
+from helix_jax.quantisation import QuantisedPages
 
 _POSITIONS_PER_CALL = 256  # bounds the memory that both meshes need besides their caches
 _NO_PAGE = np.iinfo(np.int32).max
+
+Pages = Array | QuantisedPages
 
 
 class Places(NamedTuple):
@@ -100,19 +103,29 @@ def _locate(engine: Engine, request: Request, position_X: np.ndarray) -> list[Pl
 
 
 @jax.jit
-def _read(caches: tuple[KVCache, ...], places: list[Places]) -> list[Array]:
+def _read(caches: tuple[KVCache, ...], places: list[Places]) -> list[Pages]:
     """Return what each cache group has at some places, [Y, X, K, H]. The values of padding are undefined."""
-    pairs = zip(caches, places, strict=True)
-    return [cache.pool_XKWH.at[_index(cache, at)].get(mode="clip") for cache, at in pairs]
+
+    def read(cache: KVCache, at: Places) -> Pages:
+        index = _index(cache, at)
+        return jax.tree.map(lambda pool_XKWH: pool_XKWH.at[index].get(mode="clip"), cache.pool_XKWH)
+
+    return [read(*each) for each in zip(caches, places, strict=True)]
 
 
 @partial(jax.jit, donate_argnames="caches")
-def _write(caches: tuple[KVCache, ...], values: list[Array], places: list[Places]) -> tuple[KVCache, ...]:
+def _write(caches: tuple[KVCache, ...], values: list[Pages], places: list[Places]) -> tuple[KVCache, ...]:
     """Write to some places. Padding is dropped."""
-    return tuple(
-        cache._replace(pool_XKWH=cache.pool_XKWH.at[_index(cache, at)].set(values_YXKH, mode="drop"))
-        for cache, values_YXKH, at in zip(caches, values, places, strict=True)
-    )
+
+    def write(cache: KVCache, values: Pages, at: Places) -> KVCache:
+        index = _index(cache, at)
+
+        def set_values(pool_XKWH: Array, values_YXKH: Array) -> Array:
+            return pool_XKWH.at[index].set(values_YXKH, mode="drop")
+
+        return cache._replace(pool_XKWH=jax.tree.map(set_values, cache.pool_XKWH, values))
+
+    return tuple(write(*each) for each in zip(caches, values, places, strict=True))
 
 
 def _index(cache: KVCache, at: Places) -> tuple[Array, ...]:

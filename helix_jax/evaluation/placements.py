@@ -1,6 +1,7 @@
 """The plans that an evaluation compares: one device, and a mesh under several placements."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -15,21 +16,21 @@ LoadModel = Callable[[Plan], Transformer]
 OnProgress = Callable[[str, int, int], None]
 
 
-def make_plans(mesh: Mesh, placements: Iterable[str], block: int = 16, kernel: str = "auto") -> dict[str, Plan]:
+def make_plans(mesh: Mesh, placements: Iterable[str], block: int = 16, **options: Any) -> dict[str, Plan]:
     """Return the plans to compare, by name: `ONE_DEVICE` first, then one per placement.
 
     Args:
         mesh: The mesh of the placements. The first of its devices is the one device.
         placements: Names of placements, see `BlockLayout`.
         block: Positions per decode block.
-        kernel: The attention kernel of every plan.
+        **options: Other arguments of every `Plan`, such as `kernel`.
 
     Raises:
-        ValueError: A placement or kernel is unknown, the block is below 1, or the kernel does not run on these devices.
+        ValueError: A placement is unknown, or the plan refuses an option.
     """
     alone = make_mesh(1, 1, devices=list(mesh.devices.flat))
-    plans = {ONE_DEVICE: Plan(alone, block, kernel=kernel)}
-    return plans | {name: Plan(mesh, block, name, kernel=kernel) for name in placements}
+    plans = {ONE_DEVICE: Plan(alone, block, **options)}
+    return plans | {name: Plan(mesh, block, name, **options) for name in placements}
 
 
 def ignore_progress(name: str, done: int, total: int) -> None:

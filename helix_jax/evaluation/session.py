@@ -12,7 +12,7 @@ from helix_jax.engine.runner import default_chunk
 from helix_jax.mesh import CP, ROWS_B
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
-from helix_jax.step import DEFAULT_STEPS, DecodeState, StepOutput, check_model_placement, decode, step
+from helix_jax.step import DEFAULT_STEPS, DecodeState, StepOutput, check_model_placement, decode_program, step
 
 APPEND_CHUNK = 64  # tokens per step of texts that are appended to a prompt, such as questions
 
@@ -44,7 +44,7 @@ class CacheSession:
         chunk: int | None = None,
     ):
         check_model_placement(model, plan)
-        specs = cache_specs(model.config, model.dtype)
+        specs = cache_specs(model.config, plan.cache_dtype_for(model.dtype))
         lens = [len(prompt) for prompt in prompts]
         self.model, self.plan, self.max_len = model, plan, max_len
         self.caches, self.rows = make_caches(plan, specs, lens, [max_len] * len(lens), page=DEFAULT_PAGE)
@@ -133,7 +133,7 @@ class CacheSession:
         running_B = put(np.zeros(rows, bool), self.plan.mesh, ROWS_B)
         state = DecodeState(self.caches, self.rows, per_row(self.plan, self._next_B), running_B)
         arguments = self.model.config, self.plan, self._weights, state, per_row(self.plan, np.full(rows, count))
-        out, state = jax.block_until_ready(decode(*arguments))
+        out, state = jax.block_until_ready(decode_program(self.plan)(*arguments))
         self.caches, self.rows = state.caches, state.rows
         self._length_B = self._length_B + count
         tokens_BS = np.asarray(out.tokens_BS)[:, :count]
