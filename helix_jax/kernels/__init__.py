@@ -14,6 +14,7 @@ from jax import Array
 from helix_jax.attention import Partial, attend
 from helix_jax.kernels.page_format import PageFormat
 from helix_jax.mesh import Device
+from helix_jax.quantisation import FLOAT8, QuantisedPages
 from helix_jax.validation import check_choice
 
 _SHORT_PAGES = (8, 16, 32, 64)
@@ -73,7 +74,13 @@ def check_pages(kernel: str, pages: PageFormat) -> None:
         _raise_for(kernel, _BACKENDS[kernel].pages_unsupported_reason(pages))
 
 
-def check_arrays(kernel: str, q_BTNH: Array, k_AKWH: Array, v_AKWH: Array | None, v_width: int | None) -> None:
+def check_arrays(
+    kernel: str,
+    q_BTNH: Array,
+    k_AKWH: Array | QuantisedPages,
+    v_AKWH: Array | QuantisedPages | None,
+    v_width: int | None,
+) -> None:
     """Check that queries, keys and values fit each other, and that the kernel can read them.
 
     Raises:
@@ -139,8 +146,11 @@ def _not_tpu(device: Device | None) -> str | None:
 
 
 def _not_readable_on_hopper(pages: PageFormat) -> str | None:
-    if jnp.dtype(pages.dtype) != jnp.bfloat16:
-        return f"reads bfloat16, and the cache is {jnp.dtype(pages.dtype)}: choose bfloat16"
+    dtype = jnp.dtype(pages.dtype)
+    if dtype not in (jnp.bfloat16, FLOAT8):
+        return f"reads bfloat16 and fp8, and the cache is {dtype}: choose one of these"
+    if dtype == FLOAT8 and pages.v_width is not None:
+        return f"reads latents of bfloat16, and the cache is {dtype}: choose bfloat16"
     if pages.page not in _SHORT_PAGES and (pages.page < 1 or pages.page % 128):
         return f"reads pages of {_SHORT} or a multiple of 128 tokens, not {pages.page}: choose 64"
     return _unsupported_width(pages, (64, 128, 256), latent=576)

@@ -21,6 +21,8 @@ from helix_jax.kernels.mosaic_gpu import grouped as _grouped
 from helix_jax.kernels.mosaic_gpu import latent as _latent
 from helix_jax.kernels.mosaic_gpu.merging import merge_parts
 from helix_jax.kernels.mosaic_gpu.work import make_schedule
+from helix_jax.kernels.page_format import PageFormat
+from helix_jax.quantisation import QuantisedPages
 
 _HOPPER_PROCESSORS = 132  # the multiprocessors of an H100 or H200
 
@@ -29,8 +31,8 @@ _HOPPER_PROCESSORS = 132  # the multiprocessors of an H100 or H200
 @partial(jax.jit, static_argnames=["scale", "v_width"])
 def attend(
     q_BTNH: Float[Array, "B T N H"],
-    k_AKWH: Float[Array, "A K W H"],
-    v_AKWH: Float[Array, "A K W H"] | None,
+    k_AKWH: Float[Array, "A K W H"] | QuantisedPages,
+    v_AKWH: Float[Array, "A K W H"] | QuantisedPages | None,
     table_BM: Int[Array, "B M"] | PageTable,
     lo_BT: Int[Array, "B T"],
     hi_BT: Int[Array, "B T"],
@@ -38,11 +40,11 @@ def attend(
     scale: float,
     v_width: int | None = None,
 ) -> Partial:
-    """Attend over bfloat16 pages. Arguments and result are those of `helix_jax.attend`.
+    """Attend over bfloat16 or quantised pages. Arguments and result are those of `helix_jax.attend`.
 
-    Queries and weights are rounded to bfloat16 too. Slots below the least `lo` of a row, and from its greatest `hi` on,
-    may contain anything; the slots between must be finite. A repeated call gives the same bits. The result of a row may
-    differ in its last bits from batch to batch, because its tiles are split at other places.
+    Queries, weights and dequantised numbers are rounded to bfloat16. Slots below the least `lo` of a row, and from its
+    greatest `hi` on, may contain anything; the slots between must be finite. A repeated call gives the same bits. The
+    result of a row may differ in its last bits from batch to batch, because its tiles are split at other places.
 
     Raises:
         ValueError: The kernel cannot read the pages, keys and values have different shapes, the query heads are not a
@@ -52,7 +54,7 @@ def attend(
     check_arrays("mosaic_gpu", q_BTNH, k_AKWH, v_AKWH, v_width)
     (B, T, N, H), K = q_BTNH.shape, k_AKWH.shape[1]
     table, hi_BT = PageTable.of(table_BM, hi_BT, k_AKWH.shape[2])
-    q_BKTGH = q_BTNH.astype(k_AKWH.dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4)
+    q_BKTGH = q_BTNH.astype(jnp.bfloat16).reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4)
     run = partial(_attend, scale, v_width if latent else None)
     o_BKQH, lse_BKQ = run(q_BKTGH.reshape(B * K, -1, H), k_AKWH, v_AKWH, table, lo_BT, hi_BT)
     o_BTKGH = o_BKQH.reshape(B, K, T, N // K, -1).transpose(0, 2, 1, 3, 4)
@@ -65,8 +67,8 @@ def _attend(
     scale: float,
     v_width: int | None,
     q_XQH: Array,
-    k_AKWH: Array,
-    v_AKWH: Array | None,
+    k_AKWH: Array | QuantisedPages,
+    v_AKWH: Array | QuantisedPages | None,
     table: PageTable,
     lo_BT: Array,
     hi_BT: Array,
@@ -76,15 +78,16 @@ def _attend(
     X counts pairs of row and key/value head, and Q counts pairs of new token and query head of a group.
     """
     (_, K, W, H), (B, _), (_, Q, _) = k_AKWH.shape, lo_BT.shape, q_XQH.shape
-    q_XQH, k_XH = _pad_queries(q_XQH), k_AKWH.reshape(-1, H)
+    q_XQH = _pad_queries(q_XQH)
     if v_AKWH is None:
+        assert not isinstance(k_AKWH, QuantisedPages)  # check_arrays has refused quantised latents
         latent = _latent.choose_shape(B, Q, H, v_width or H, W, count_processors(), scale)
         work, schedule = latent.work, make_schedule(latent.work, lo_BT, hi_BT)
-        parts = _latent.compute_parts(latent, q_XQH, k_XH, table, schedule)
+        parts = _latent.compute_parts(latent, q_XQH, k_AKWH.reshape(-1, H), table, schedule)
     else:
-        grouped = _grouped.choose_shape(B, Q, K, H, W, count_processors(), scale)
+        grouped = _grouped.choose_shape(B, Q, K, PageFormat(H, W, k_AKWH.dtype), count_processors(), scale)
         work, schedule = grouped.work, make_schedule(grouped.work, lo_BT, hi_BT)
-        parts = _grouped.compute_parts(grouped, q_XQH, k_XH, v_AKWH.reshape(-1, H), table, schedule)
+        parts = _grouped.compute_parts(grouped, q_XQH, k_AKWH, v_AKWH, table, schedule)
     return merge_parts(work, *parts, schedule)
 
 

@@ -22,9 +22,15 @@ _SWIZZLE = 128
 
 
 def allocate_tiled(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-    """Describe shared memory in the layout of the matrix unit: rows of 128 bytes, swizzled in groups of eight."""
-    row = _SWIZZLE // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(_SWIZZLE)))
+    """Describe shared memory in the layout of the matrix unit: rows of 128 bytes, swizzled in groups of eight.
+
+    If the vectors are shorter, the rows are too.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    row = min(_SWIZZLE, shape[-1] * itemsize)
+    return plgpu.SMEM(
+        shape, dtype, transforms=(plgpu.TilingTransform((8, row // itemsize)), plgpu.SwizzleTransform(row))
+    )
 
 
 def copies_per_tile(tile: int, page: int) -> int:
