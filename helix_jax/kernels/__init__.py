@@ -151,8 +151,12 @@ def _not_readable_on_hopper(pages: PageFormat) -> str | None:
         return f"reads bfloat16 and fp8, and the cache is {dtype}: choose one of these"
     if dtype == FLOAT8 and pages.v_width is not None:
         return f"reads latents of bfloat16, and the cache is {dtype}: choose bfloat16"
-    if pages.page not in _SHORT_PAGES and (pages.page < 1 or pages.page % 128):
-        return f"reads pages of {_SHORT} or a multiple of 128 tokens, not {pages.page}: choose 64"
+    short_pages = _SHORT_PAGES
+    if dtype == FLOAT8:  # copies of 4-byte scales begin at multiples of 128 bytes
+        short_pages = (32, 64)
+    if pages.page not in short_pages and (pages.page < 1 or pages.page % 128):
+        short = ", ".join(map(str, short_pages))
+        return f"reads pages of {short} or a multiple of 128 tokens, not {pages.page}: choose 64"
     return _unsupported_width(pages, (64, 128, 256), latent=576)
 
 

@@ -19,6 +19,7 @@ from helix_jax.attention import PageTable, Partial
 from helix_jax.kernels import check_arrays
 from helix_jax.kernels.mosaic_gpu import grouped as _grouped
 from helix_jax.kernels.mosaic_gpu import latent as _latent
+from helix_jax.kernels.mosaic_gpu.grouped_shape import choose_shape
 from helix_jax.kernels.mosaic_gpu.merging import merge_parts
 from helix_jax.kernels.mosaic_gpu.work import make_schedule
 from helix_jax.kernels.page_format import PageFormat
@@ -42,7 +43,7 @@ def attend(
 ) -> Partial:
     """Attend over bfloat16 or quantised pages. Arguments and result are those of `helix_jax.attend`.
 
-    Queries, weights and dequantised numbers are rounded to bfloat16. Slots below the least `lo` of a row, and from its
+    Queries and weights are rounded to bfloat16. Slots below the least `lo` of a row, and from its
     greatest `hi` on, may contain anything; the slots between must be finite. A repeated call gives the same bits. The
     result of a row may differ in its last bits from batch to batch, because its tiles are split at other places.
 
@@ -85,7 +86,7 @@ def _attend(
         work, schedule = latent.work, make_schedule(latent.work, lo_BT, hi_BT)
         parts = _latent.compute_parts(latent, q_XQH, k_AKWH.reshape(-1, H), table, schedule)
     else:
-        grouped = _grouped.choose_shape(B, Q, K, PageFormat(H, W, k_AKWH.dtype), count_processors(), scale)
+        grouped = choose_shape(B, Q, K, PageFormat(H, W, k_AKWH.dtype), count_processors(), scale)
         work, schedule = grouped.work, make_schedule(grouped.work, lo_BT, hi_BT)
         parts = _grouped.compute_parts(grouped, q_XQH, k_AKWH, v_AKWH, table, schedule)
     return merge_parts(work, *parts, schedule)

@@ -12,6 +12,7 @@ from helix_jax.kernels.mosaic_gpu.work import ROWS, Segment
 
 TILE = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
 _LOG2E = math.log2(math.e)
 _PIECE = 64  # a warpgroup changes 64 rows and 64 columns at once
 
@@ -19,6 +20,11 @@ _PIECE = 64  # a warpgroup changes 64 rows and 64 columns at once
 def repeat_along_rows(per_query: Array, columns: int) -> Array:
     """Repeat the number of each query along its row."""
     return lax.broadcast_in_dim(per_query, (ROWS, columns), [0])
+
+
+def repeat_along_columns(per_slot: Array, rows: int) -> Array:
+    """Repeat the number of each slot along its column."""
+    return lax.broadcast_in_dim(per_slot, (rows, per_slot.shape[0]), [1])
 
 
 def mask_unseen(s: Array, spans_staged: Any, first_slot: Array) -> Array:
@@ -47,6 +53,12 @@ def finish(m: Array, l: Array) -> tuple[Array, Array]:
     seen = l > 0
     l = jnp.where(seen, l, 1.0)
     return jnp.where(seen, 1 / l, 0.0), jnp.where(seen, m / _LOG2E + jnp.log(l), -jnp.inf)
+
+
+def clear_unseen_scales(scales: Array, segment: Segment, first_slot: Array) -> Array:
+    """Return the scales of a tile, with 0 for values that no query sees, because a weight of 0 times NaN is NaN."""
+    slot = first_slot + plgpu.broadcasted_iota(jnp.int32, scales.shape, 0, layout=COLUMN)
+    return jnp.where((segment.lo <= slot) & (slot < segment.hi), scales, jnp.zeros_like(scales))
 
 
 def clear_unseen(
