@@ -3,13 +3,14 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
 FLOAT8 = jnp.float8_e4m3fn
 EXACT = jnp.bfloat16
-_LARGEST = 448.0  # the largest number of FLOAT8
+_SCALE = np.float32(1 / 448)  # 448 is the largest number of FLOAT8
 
 
 class QuantisedPages(NamedTuple):
@@ -46,7 +47,7 @@ def quantise(x_BKWH: Float[Array, "*B H"], scales: int, exact: int = 0) -> Quant
     """
     numbers, rest = jnp.split(x_BKWH, [x_BKWH.shape[-1] - exact], axis=-1)
     groups = numbers.astype(jnp.float32).reshape(*numbers.shape[:-1], scales, -1)
-    scale = jnp.abs(groups).max(-1) / _LARGEST
+    scale = jnp.abs(groups).max(-1) * _SCALE
     scaled = groups / jnp.where(scale == 0, 1, scale)[..., None]
     return QuantisedPages(scaled.reshape(numbers.shape).astype(FLOAT8), scale, rest.astype(EXACT))
 

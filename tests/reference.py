@@ -69,6 +69,19 @@ def causal_attention(
     return merge_sink(Partial(o_BTNH, lse_BTN.astype(jnp.float32)), sink_N).o_BTNH.astype(q_BTNH.dtype), state
 
 
+def quantise_in_numpy(x, scales: int = 1, exact: int = 0) -> np.ndarray:
+    """Return vectors as an fp8 cache stores them: each group of numbers divided by its scale, rounded, and multiplied.
+
+    The last `exact` numbers are rounded to bfloat16.
+    """
+    x = np.asarray(x, np.float32)
+    numbers, rest = np.split(x, [x.shape[-1] - exact], axis=-1)
+    groups = numbers.reshape(*numbers.shape[:-1], scales, -1)
+    scale = np.abs(groups).max(-1, keepdims=True) * np.float32(1 / 448)
+    rounded = (groups / np.where(scale == 0, np.float32(1), scale)).astype(jnp.float8_e4m3fn).astype(np.float32)
+    return np.concatenate([(rounded * scale).reshape(numbers.shape), rest.astype(jnp.bfloat16)], -1, dtype=np.float32)
+
+
 def softmax_attention(q_TNH, k_SKH, v_SKH, visible_TS, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """Return outputs [T, N, H] and log-sum-exps [T, N] of one row in float64; (0, -inf) where nothing is visible."""
     q, k, v = (np.asarray(jnp.asarray(x, jnp.float32), np.float64) for x in (q_TNH, k_SKH, v_SKH))

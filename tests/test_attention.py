@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helix_jax.attention import PageTable, Partial, PassOptions, attend, attend_in_passes, merge, visible_span
-from tests.reference import relative_error, softmax_attention
+from helix_jax.quantisation import dequantise, quantise
+from tests.reference import quantise_in_numpy, relative_error, softmax_attention
 
 B, T, N, K, H, W, M, A = 3, 4, 6, 2, 8, 4, 7, 30
 S = M * W
@@ -66,6 +67,11 @@ def in_one_pool(q_BTNH, k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT):
     return attend(q_BTNH, pool_XKWH, pool_XKWH, table, lo_BT, hi_BT, scale=SCALE)
 
 
+def as_fp8(k_AKWH, v_AKWH):
+    """Quantise pages. Vectors that are NaN get a scale of NaN."""
+    return quantise(k_AKWH, scales=1), quantise(v_AKWH, scales=1)
+
+
 FORMS = {
     "attend": jax.jit(functools.partial(attend, scale=SCALE)),
     "1 page per pass": in_passes(1, by_page=False),
@@ -94,7 +100,52 @@ def test_attend_equals_float64_softmax(form, dtype, bound):
         check(partial, *expected(q_BTNH, k_BSKH, v_BSKH, lo_BT, hi_BT), bound)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["attend", "3 pages per pass", "3 pages per pass, by page"])
+def test_attention_over_quantised_pages_equals_that_over_the_quantised_numbers(form):
+    """It also equals attention over the numbers before quantisation, up to the error of their rounding."""
+    random = np.random.default_rng(0)
+    k_BSKH, v_BSKH, k_AKWH, v_AKWH, table_BM = pages_of(random)
+    q_BTNH = jnp.asarray(random.normal(size=(B, T, N, H)), jnp.float32)
+    lo_BT, hi_BT = np.sort(random.integers(0, S + 1, (2, B, T)), axis=0)
+    partial = FORMS[form](q_BTNH, *as_fp8(k_AKWH, v_AKWH), table_BM, lo_BT, hi_BT)
+    check(partial, *expected(q_BTNH, *map(quantise_in_numpy, (k_BSKH, v_BSKH)), lo_BT, hi_BT), 2e-6)
+    assert relative_error(partial.o_BTNH, expected(q_BTNH, k_BSKH, v_BSKH, lo_BT, hi_BT)[0]) <= 4e-2
+
+
+def test_attention_over_quantised_latents_equals_that_over_the_quantised_numbers():
+    """Their rotary part is bfloat16, and each 128 of their other numbers have a scale."""
+    random = np.random.default_rng(0)
+    width, v_width, slots = 256 + 8, 256, 12
+    k_SH, q_BTNH = random.normal(size=(slots, width)), jnp.asarray(random.normal(size=(1, 2, N, width)), jnp.float32)
+    k_SH[:, :128] *= 30  # the scales of the groups differ
+    pages = quantise(jnp.asarray(k_SH, jnp.float32).reshape(3, 1, 4, width), scales=2, exact=8)
+    hi_BT, table_BM = jnp.asarray([[slots - 1, slots]]), jnp.arange(3)[None]
+    partial = attend(q_BTNH, pages, None, table_BM, 0 * hi_BT, hi_BT, scale=0.01, v_width=v_width)
+    k_SKH = quantise_in_numpy(k_SH, 2, 8)[:, None]
+    visible_TS = np.arange(slots) < hi_BT[0][:, None]
+    o_TNH, lse_TN = softmax_attention(q_BTNH[0], k_SKH, k_SKH[..., :v_width], visible_TS, 0.01)
+    check(partial, o_TNH[None], lse_TN[None], 2e-6)
+
+
+def test_vectors_are_quantised_like_in_numpy():
+    """Also zeros, which have no largest number, and very large and small numbers."""
+    random = np.random.default_rng(0)
+    x_BH = random.normal(size=(40, 256)).astype(np.float32) * np.logspace(-30, 30, 40, dtype=np.float32)[:, None]
+    x_BH[7], x_BH[8, :128] = 0, 0
+    for scales, exact in ((1, 0), (2, 0), (1, 128)):
+        pages = jax.jit(quantise, static_argnums=(1, 2))(x_BH, scales, exact)
+        assert (pages.numbers_AKWH.dtype, pages.scales_AKWX.dtype) == (jnp.float8_e4m3fn, jnp.float32)
+        np.testing.assert_array_equal(dequantise(pages, jnp.float32), quantise_in_numpy(x_BH, scales, exact))
+    error_BH = np.abs(quantise_in_numpy(x_BH) - x_BH)
+    assert (error_BH <= np.maximum(np.abs(x_BH) / 16, np.abs(x_BH).max(-1, keepdims=True) / 448 / 2**9)).all()
+
+
+@jax.jit
+def over_fp8(q_BTNH, k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT):
+    return attend(q_BTNH, *as_fp8(k_AKWH, v_AKWH), table_BM, lo_BT, hi_BT, scale=SCALE)
+
+
+@pytest.mark.parametrize("form", [*FORMS, "fp8"])
 def test_slots_that_no_query_sees_may_be_nan(form):
     """Unused slots, freed pages and invalid table entries change nothing. A used slot that is NaN does."""
     random = np.random.default_rng(1)
@@ -113,11 +164,13 @@ def test_slots_that_no_query_sees_may_be_nan(form):
         return jnp.asarray(k), jnp.asarray(v)
 
     def run(k_AKWH, v_AKWH, table_BM):
-        return FORMS[form](q_BTNH, k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT)
+        return (FORMS | {"fp8": over_fp8})[form](q_BTNH, k_AKWH, v_AKWH, table_BM, lo_BT, hi_BT)
 
     invalid_BM = np.array(table_BM)
     invalid_BM[:, 3:] = [[-1, 10**6, 3, 29]] * B
     partial = run(*poisoned(hidden, table_BM), jnp.asarray(invalid_BM))
+    if form == "fp8":
+        k_BSKH, v_BSKH = map(quantise_in_numpy, (k_BSKH, v_BSKH))
     check(partial, *expected(q_BTNH, k_BSKH, v_BSKH, lo_BT, hi_BT), 2e-6)
 
     hidden[7] = True

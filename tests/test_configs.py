@@ -125,6 +125,21 @@ def test_a_decode_step_over_a_million_tokens_needs_the_expected_memory(name: str
     assert bytes_per_device(weights) == weights_by_arithmetic(config, tp, tp * cp)
 
 
+@pytest.mark.parametrize(("name", "scales", "exact"), [("llama-3.1-8b", 2 * 8, 0), ("deepseek-v2-lite", 4, 64)])
+def test_an_fp8_cache_has_the_expected_size(name: str, scales: int, exact: int):
+    """A byte per number, four per scale, and two per number of the rotary part of latents."""
+    config = config_of(name)
+    mesh = AbstractMesh((1, 1, 4), (DP, TP, CP), axis_types=(AxisType.Auto,) * 3)
+    options = {"rows": 1, "slots": TOKENS // 4, "T": 1, "page": PAGE, "dtype": jnp.bfloat16}
+    size, unquantised = (
+        bytes_per_device(abstract_arguments(config, Plan(mesh, cache_dtype=dtype), **options)[3])
+        for dtype in ("fp8", "auto")
+    )
+    numbers = config.cache_width - exact if config.latent else 2 * config.kv_heads * config.head_width
+    assert size == config.layers * TOKENS // 4 * (numbers + 4 * scales + 2 * exact)
+    assert 0.5 < size / unquantised < 0.58
+
+
 @pytest.mark.parametrize(("name", "most"), [("gemma-3-1b", 0.22), ("gpt-oss-20b", 0.55)])
 def test_layers_with_windows_keep_little_of_a_million_tokens(name: str, most: float):
     """Compared with the same model without windows. Prompts are prefilled in chunks of 2,048."""

@@ -174,6 +174,49 @@ def test_outputs_of_other_families_do_not_change_when_pages_run_out(family: str,
     check_greedy(load(GOLDEN / family, plan_of(), jnp.float32), results)
 
 
+@pytest.mark.parametrize(
+    ("family", "tp", "cp", "options"),
+    [
+        ("llama", 2, 4, {"placement": "helix", "steps_per_call": 4}),
+        ("deepseek_v3", 1, 4, {"placement": "striped", "steps_per_call": 32}),
+        pytest.param("gpt_oss", 2, 2, {"placement": "helix"}, marks=pytest.mark.slow),
+    ],
+)
+def test_outputs_with_an_fp8_cache_depend_on_nothing_else(family: str, tp: int, cp: int, options: dict):
+    """Neither on the mesh, the placement, the pages and chunks, nor on preemption and the steps per call."""
+    alone = plan_of(cache_dtype="fp8")
+    plan = plan_of(tp, cp, block=BLOCK, placement=options.pop("placement"), cache_dtype="fp8")
+    options |= {"rows": 6, "pages": 6 * 4 // cp, "page": 4, "max_len": 100, "chunk": 3, "budget": 24}
+    engine = Engine(load(GOLDEN / family, plan, jnp.float32), plan, **options)
+    assert all(cache.spec.quantised for cache in engine.runner.state.caches)
+    results = run_random_requests(engine, requests=16, longest=60, most=30, cancelled=2)
+    assert engine.stats().preemptions >= 1
+    prompts, outputs = zip(*results.values(), strict=True)
+    params = [SamplingParams(max_new_tokens=len(output.tokens)) for output in outputs]
+    model = load(GOLDEN / family, alone, jnp.float32)
+    assert generate(model, prompts, alone, params) == [list(output.tokens) for output in outputs]
+
+
+def test_a_request_with_an_fp8_cache_can_be_transferred():
+    """Its scales move with it. An engine with another type of cache is refused."""
+    plans = plan_of(1, 4, block=BLOCK, cache_dtype="fp8"), plan_of(2, 2, placement="striped", cache_dtype="fp8")
+    source, target = (
+        Engine(shard(tiny_model(), plan), plan, rows=2, page=page, max_len=200, chunk=16, steps_per_call=4)
+        for plan, page in zip(plans, (4, 8), strict=True)
+    )
+    prompt, params = [1, 2, 3, 4] * 12, SamplingParams(max_new_tokens=40)
+    id = source.submit(prompt, params)
+    events = [event for _ in range(5) for event in source.step()]
+    unquantised = plan_of(1, 2)
+    other = Engine(shard(tiny_model(), unquantised), unquantised, **SHAPE)
+    with pytest.raises(ValueError, match="different models or types of cache: create both from the same config, dtype"):
+        transfer(id, source, other)
+    transfer(id, source, target)
+    tokens = [event.token for event in [*events, *source.events(), *target.events()] if isinstance(event, TokenEvent)]
+    alone = plan_of(cache_dtype="fp8")
+    assert [tokens] == generate(shard(tiny_model(), alone), [prompt], alone, params)
+
+
 WINDOW = 6
 
 

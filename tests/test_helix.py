@@ -29,7 +29,8 @@ from helix_jax.helix import helix_attention
 from helix_jax.layout import PLACEMENTS
 from helix_jax.mesh import make_mesh
 from helix_jax.plan import Plan
-from tests.reference import relative_error, softmax_attention
+from helix_jax.quantisation import FLOAT8
+from tests.reference import quantise_in_numpy, relative_error, softmax_attention
 
 B, H, PAGE, SCALE = 4, 8, 4, 0.4
 LAYERS = 2  # of which the second is used
@@ -62,7 +63,9 @@ class Case(NamedTuple):
     ring: int | None = None  # pages per row and rank that are reused; None: no page is
 
     def make_cache(self, plan: Plan) -> tuple[KVCache, Rows]:
-        spec = CacheSpec(LAYERS, self.kv_heads, H, self.dtype, latent=self.v_width is not None)
+        latent = self.v_width is not None
+        exact_width = H - self.v_width if self.v_width else 0
+        spec = CacheSpec(LAYERS, self.kv_heads, H, self.dtype, latent, exact_width=exact_width)
         if self.ring is None:
             return make_cache(plan, spec, PROMPT_LENS, MAX_LENS, page=PAGE)
         cache = make_pool(plan, dataclasses.replace(spec, window=self.window), plan.layout.ranks * B * self.ring, PAGE)
@@ -71,9 +74,9 @@ class Case(NamedTuple):
 
 def decode_all(plan: Plan, case: Case) -> tuple[np.ndarray, np.ndarray, KVCache]:
     """Append whole rows in chunks to the last layer. Return the outputs, those of float64 attention, and the cache."""
-    random = np.random.default_rng(0)
+    random, fp8 = np.random.default_rng(0), case.dtype == FLOAT8
     q_BSNH, *kv_BSKH = (
-        jnp.asarray(random.normal(size=(B, max(MAX_LENS), heads, H)), case.dtype)
+        jnp.asarray(random.normal(size=(B, max(MAX_LENS), heads, H)), jnp.float32 if fp8 else case.dtype)
         for heads in (case.heads, case.kv_heads, case.kv_heads)
     )
     k_BSKH, v_BSKH = kv_BSKH if case.v_width is None else (kv_BSKH[0], kv_BSKH[0][..., : case.v_width])
@@ -94,6 +97,11 @@ def decode_all(plan: Plan, case: Case) -> tuple[np.ndarray, np.ndarray, KVCache]
         for row, count in enumerate(count_B):
             outputs[row].append(o_BTNH[row, :count])
             assert (o_BTNH[row, count:] == 0).all()
+    if fp8:
+        k_BSKH, v_BSKH = (
+            quantise_in_numpy(x, exact=0 if case.v_width is None else H - case.v_width) for x in (k_BSKH, v_BSKH)
+        )
+        v_BSKH = v_BSKH if case.v_width is None else k_BSKH[..., : case.v_width]
     ours = np.concatenate([np.concatenate(row) for row in outputs])
     rows_of = zip(q_BSNH, k_BSKH, v_BSKH, MAX_LENS, strict=True)
     theirs = np.concatenate([expected(q[:n], k[:n], v[:n], case.window, case.sink_N) for q, k, v, n in rows_of])
@@ -236,6 +244,25 @@ def test_a_cache_of_grouped_heads_is_sharded_over_tp_and_cp(tp: int, cp: int):
 @pytest.mark.parametrize("how", ["psum", slow("psum_scatter"), slow("all_to_all")])
 def test_a_bfloat16_cache_has_an_error_of_at_most_4e_3(how: str):
     assert_exact(plan_on(1, 8, "helix", how), Case(dtype=jnp.bfloat16), 4e-3)
+
+
+@pytest.mark.parametrize(
+    ("plan", "case"),
+    [
+        ((2, 4, "helix", "psum"), Case()),
+        ((1, 8, "striped", "all_to_all"), Case(window=5)),
+        slow((2, 4, "last_rank", "psum_scatter"), Case()),
+        ((2, 4, "helix", "psum"), Case(8, 1, v_width=6)),
+        slow((1, 1, "helix", "psum"), Case(8, 1, v_width=6)),
+    ],
+)
+def test_an_fp8_cache_stores_what_numpy_quantises(plan, case: Case):
+    """The only error is that of the quantisation. Slots that are not written are NaN, and so are their scales."""
+    cache = assert_exact(plan_on(*plan), case._replace(dtype=FLOAT8, fill=np.nan))
+    numbers, scales, exact = jax.tree.leaves(cache)
+    assert (numbers.dtype, scales.dtype, exact.dtype) == (FLOAT8, jnp.float32, jnp.bfloat16)
+    assert numbers.shape[:3] == scales.shape[:3] == exact.shape[:3]
+    assert exact.shape[3] == (2 if case.v_width else 0)
 
 
 @pytest.mark.parametrize(("tp", "cp"), [(1, 1), (1, 3), (2, 3), slow(1, 5), slow(3, 2), (1, 7), slow(8, 1)])

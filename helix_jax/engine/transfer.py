@@ -45,11 +45,13 @@ def transfer(id: str, source: Engine, target: Engine) -> None:
         target: The engine that continues it.
 
     Raises:
-        ValueError: `source` does not have the request (any more), `target` has one of this id, the models differ, or
-            `target` has no free row or too few free pages. Then nothing changed.
+        ValueError: `source` does not have the request (any more), `target` has one of this id, the models or the types
+            of their caches differ, or `target` has no free row or too few free pages. Then nothing changed.
     """
     if (source.config, source.runner.specs) != (target.config, target.runner.specs):
-        raise ValueError("the engines have different models: create both from the same config and dtype")
+        raise ValueError(
+            "the engines have different models or types of cache: create both from the same config, dtype, cache_dtype"
+        )
     if id in target.requests:
         raise ValueError(f"the other engine has a request '{id}' already: cancel it, or wait until it has finished")
     source.drain()
