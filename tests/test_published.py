@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from helix_jax.checkpoint import load, read_config, save, writing
 from helix_jax.checkpoint.tensors import open_tensors
@@ -68,6 +70,24 @@ def assert_equal_weights(weights: dict, expected: dict) -> None:
 
 def flat_weights(model) -> dict:
     return {path: np.asarray(param[...]) for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def test_scales_of_a_quantised_cache_are_refused_by_name_and_its_scheme_is_ignored(tmp_path: Path):
+    """The cache is quantised here with scales of its own, or not at all."""
+    folder = Path(shutil.copytree(GOLDEN / "deepseek_v3_fp8", tmp_path / "scheme"))
+    published = json.loads((folder / "config.json").read_text())
+    published["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
+    (folder / "config.json").write_text(json.dumps(published))
+    assert_equal_weights(
+        flat_weights(load(folder, plan_of())), flat_weights(load(GOLDEN / "deepseek_v3_fp8", plan_of()))
+    )
+
+    folder = Path(shutil.copytree(GOLDEN / "llama", tmp_path / "scales"))
+    [file] = folder.glob("*.safetensors")
+    name = "model.layers.0.self_attn.k_scale"
+    save_file(load_file(file) | {name: np.ones(1, np.float32)}, file)
+    with pytest.raises(ValueError, match=f"has the tensor '{name}', which a model of 3 layers does not have"):
+        load(folder, plan_of())
 
 
 def test_skipped_tensors_are_named_and_read_bytes_are_counted(caplog):
