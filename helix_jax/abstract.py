@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from helix_jax.cache import Rows, abstract_pool, cache_specs, pages_needed, ring_pages
 from helix_jax.checkpoint.parameters import parameter_dtype
 from helix_jax.config import ModelConfig
+from helix_jax.heads import HeadLayout
 from helix_jax.mesh import (
     CP,
     ROWS_B,
@@ -35,9 +36,11 @@ def abstract_weights(config: ModelConfig, mesh: AnyMesh, dtype: DTypeLike, exper
         experts: How experts are sharded, as in `Plan`.
     """
     padded = nnx.to_flat_state(nnx.state(Transformer(config, devices=flat_size(mesh), rngs=None), nnx.Param))
+    layout = HeadLayout.of(config, mesh)
 
     def describe(path: Any, shape: tuple[int, ...]) -> Any:
-        where = weight_sharding(mesh, str(path[-1]), experts)
+        name = str(path[-1])
+        shape, where = layout.padded_shape(name, shape), weight_sharding(mesh, name, experts)
         return jax.ShapeDtypeStruct(shape, parameter_dtype(path, dtype), sharding=where)
 
     return nnx.to_pure_dict(nnx.from_flat_state([(path, describe(path, x.shape)) for path, x in padded]))

@@ -31,20 +31,23 @@ def combine(partial: Partial, how: str = "psum", axis: str = "cp") -> Partial:
         axis: The mesh axis.
 
     Returns:
-        The partial over the slots of all ranks, for this rank's N / ranks heads (o_BTnH, lse_BTn).
+        The partial over the slots of all ranks, for this rank's N / ranks heads (o_BTnH, lse_BTn). If the ranks do not
+        divide the heads, empty partials (0, -inf) take the place of the missing heads of the last ranks.
 
     Raises:
-        ValueError: The method is unknown, or the ranks do not divide the heads.
+        ValueError: The method is unknown.
     """
     check_choice("combine", how, COMBINES)
     ranks = lax.axis_size(axis)
-    heads = partial.lse_BTN.shape[-1]
-    if heads % ranks:
-        raise ValueError(
-            f"{axis} {ranks} does not divide the {heads} heads of a device: choose a {axis} that divides them"
-        )
     methods = {"psum": _by_psum, "psum_scatter": _by_psum_scatter, "all_to_all": _by_all_to_all}
-    return methods[how](partial, axis, ranks)
+    return methods[how](_pad_heads(partial, -partial.lse_BTN.shape[-1] % ranks), axis, ranks)
+
+
+def _pad_heads(partial: Partial, missing: int) -> Partial:
+    if not missing:
+        return partial
+    o_BTNH = jnp.pad(partial.o_BTNH, ((0, 0),) * 2 + ((0, missing), (0, 0)))
+    return Partial(o_BTNH, jnp.pad(partial.lse_BTN, ((0, 0),) * 2 + ((0, missing),), constant_values=-jnp.inf))
 
 
 def sum_over_devices(x: Array, axes: tuple[str, ...]) -> Array:

@@ -29,6 +29,7 @@ from helix_jax.mesh import (
     ROWS_B,
     SINK_N,
     TABLE_RBM,
+    TP,
 )
 from helix_jax.plan import Plan
 from helix_jax.validation import check_int
@@ -59,9 +60,9 @@ def helix_attention(
     group: int = 0,
     scale: float,
     window: int | None = None,
-    sink_N: Float[Array, "N"] | None = None,
+    sink_N: Float[Array, "P"] | None = None,
     v_width: int | None = None,
-) -> tuple[Float[Array, "B T N Hv"], KVCache]:
+) -> tuple[Float[Array, "B T P Hv"], KVCache]:
     """Append new tokens to the cache, and compute causal attention of these tokens over the cache of their rows.
 
     The result is exact: meshes, placements and combines differ only by rounding. `cache` is updated in place if
@@ -76,21 +77,23 @@ def helix_attention(
         group: The index of the cache group, whose page table in `rows` is used.
         scale: The scale of the attention scores, usually `head_width**-0.5`.
         window: How many positions a query sees, its own included. None: all.
-        sink_N: A score per head that is added to the softmax denominator and has no value (an attention sink).
+        sink_N: A score per head that is added to the softmax denominator and has no value (an attention sink). If the
+            output is padded, so are the sinks.
         v_width: For latent attention, with `v_BTKH` None and one head: the values are the first `v_width` numbers of
             the keys, and the pages come from a `CacheSpec` with `latent=True`.
 
     Returns:
-        The output in the type of `q_BTNH`, its heads sharded over the flat axis (tp, cp); and the cache.
+        The output in the type of `q_BTNH`, its P heads sharded over the flat axis (tp, cp); and the cache. P is N if cp
+        divides the heads of a tp rank. If not, zeros follow the heads of each tp rank, so that it does.
 
     Raises:
-        ValueError: tp does not divide the key/value heads, or tp * cp the query heads; the kernel cannot read the
-            pages; the window is below 1; or the cache keeps fewer positions than it.
+        ValueError: tp does not divide the heads, or the cache is one of other heads; the kernel cannot read the pages;
+            the window is below 1; or the cache keeps fewer positions than it.
 
     Source: arXiv 2507.07120, section 2; sinks: arXiv 2309.17453; latents: arXiv 2405.04434.
     """
     latent = v_BTKH is None
-    plan.check_heads(q_BTNH.shape[2], None if latent else k_BTKH.shape[2])
+    _check_heads(plan, cache, q_BTNH, k_BTKH)
     if window is not None:
         check_int("window", window, least=1)
     kept = cache.spec.window
@@ -105,6 +108,16 @@ def helix_attention(
         out_specs=(ATTENTION_OUT_BTNH, pool_spec),
     )
     return sharded(cache, jnp.asarray(layer, jnp.int32), (q_BTNH, k_BTKH, v_BTKH), rows, count_B, sink_N)
+
+
+def _check_heads(plan: Plan, cache: KVCache, q_BTNH: Array, k_BTKH: Array) -> None:
+    tp, heads, kv_heads, stored = plan.mesh.shape[TP], q_BTNH.shape[2], k_BTKH.shape[2], cache.pool_XKWH.shape[1]
+    if kv_heads != stored:
+        raise ValueError(
+            f"there are {kv_heads} key/value heads, but with tp {tp} the cache stores {stored}: give {stored}"
+        )
+    if heads % tp:
+        raise ValueError(f"tp {tp} does not divide the {heads} query heads: choose a tp that does")
 
 
 def _attention_shard(

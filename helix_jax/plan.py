@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
+from helix_jax.heads import unsupported_tp_reason
 from helix_jax.kernels import KERNELS, check_device, choose_backend
 from helix_jax.kernels.page_format import PageFormat, stored_width
 from helix_jax.layout import BlockLayout
@@ -96,54 +97,27 @@ class Plan:
         dtype = self.cache_dtype_for(dtype)
         return self.kernel_for(PageFormat(width, page, dtype, config.latent.width if config.latent else None))
 
-    def check_kv_heads(self, kv_heads: int) -> None:
-        """Check that tp divides the key/value heads.
-
-        Raises:
-            ValueError: It does not. The message names the nearest sizes that do.
-        """
-        tp = self.mesh.shape[TP]
-        if kv_heads % tp:
-            raise ValueError(
-                f"tp {tp} does not divide the {kv_heads} key/value heads: choose tp {_nearest_divisors(tp, kv_heads)}"
-            )
-
     def check_heads(self, heads: int, kv_heads: int | None) -> None:
-        """Check that the mesh divides the heads.
+        """Check that tp can share the heads of attention. cp can always share them.
 
         Args:
             heads: Query heads.
             kv_heads: Key/value heads. None for latent attention, where one cached vector serves all heads.
 
         Raises:
-            ValueError: It does not. The message names the nearest sizes that do.
+            ValueError: It cannot. The message lists the meshes of as many devices that can.
         """
-        tp, flat = self.mesh.shape[TP], flat_size(self.mesh)
-        if kv_heads is not None:
-            self.check_kv_heads(kv_heads)
-        elif heads % tp:
-            raise ValueError(
-                f"tp {tp} does not divide the {heads} query heads: choose tp {_nearest_divisors(tp, heads)}"
-            )
-        if heads % flat:
-            cp = flat // tp
-            raise ValueError(
-                f"tp {tp} x cp {cp} = {flat} does not divide the {heads} query heads: "
-                f"choose cp {_nearest_divisors(cp, heads // tp)}"
-            )
+        reason = unsupported_tp_reason(self.mesh.shape[TP], heads, kv_heads)
+        if reason:
+            devices = flat_size(self.mesh)
+            sizes = [tp for tp in range(1, devices + 1) if not unsupported_tp_reason(tp, heads, kv_heads)]
+            meshes = ", ".join(f"{tp} x {devices // tp}" for tp in sizes)
+            raise ValueError(f"{reason}: choose one of these meshes (tp x cp) of up to {devices} devices: {meshes}")
 
     def check_model(self, config: ModelConfig) -> None:
-        """Check that the mesh divides the heads of a model.
+        """Check that the mesh can share the heads of a model.
 
         Raises:
-            ValueError: It does not. The message names the nearest sizes that do.
+            ValueError: It cannot. The message lists the meshes of as many devices that can.
         """
         self.check_heads(config.heads, None if config.latent else config.kv_heads)
-
-
-def _nearest_divisors(wanted: int, whole: int) -> str:
-    """Return the divisors of `whole` next to `wanted`, below and above, as text."""
-    divisors = [d for d in range(1, whole + 1) if whole % d == 0]
-    below = [d for d in divisors if d < wanted][-1:]
-    above = [d for d in divisors if d > wanted][:1]
-    return " or ".join(map(str, below + above))

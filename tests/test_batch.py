@@ -241,7 +241,7 @@ def test_bad_settings_are_one_line_and_exit_2_before_weights_are_read(tmp_path: 
         (["--page", 0], "--page is 0"),
         (["--prefill-chunk", 0], "--prefill-chunk is 0"),
         (["--block", 0], "block is 0"),
-        (["--cp", 3], "does not divide the 8 query heads"),
+        (["--tp", 3, "--cp", 1], "tp 3 neither divides the 2 key/value heads nor is a multiple of them"),
         (["--out", "/nowhere/out.jsonl"], "--out '/nowhere/out.jsonl' cannot be written (No such file or directory)"),
         (["--out", tmp_path], "cannot be written (Is a directory)"),
         (["--out", other], "has no result in line 1"),

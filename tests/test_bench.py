@@ -65,7 +65,7 @@ def test_the_decode_benchmark_reports_what_users_call(config: Path, tmp_path: Pa
         (["--mesh", "2"], "--mesh is '2': give tp x cp, both at least 1, such as 2x4"),
         (["--mesh", "1x2", "--case", "0x8"], "--case is '0x8': give rows x tokens, both at least 1"),
         (["--mesh", "1x2", "--steps-per-call", "0"], "--steps-per-call is 0: give at least 1"),
-        (["--mesh", "1x3"], "does not divide the 4 query heads"),
+        (["--mesh", "3x1"], "tp 3 neither divides the 2 key/value heads nor is a multiple"),
         (["--mesh", "1x2", "--combine", "ring"], "--combine is 'ring': choose one of"),
     ],
 )

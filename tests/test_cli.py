@@ -250,9 +250,12 @@ def test_bad_settings_are_one_line_and_exit_2(tmp_path: Path):
         (["--dtype", "int8"], "--dtype is 'int8': choose one of float32, bfloat16"),
         (["--platform", "npu"], "--platform is 'npu': choose one of auto, cpu, gpu, tpu"),
         (["--chat"], "has no chat template: leave out --chat"),
-        (["--tp", 4, "--cp", 2], "tp 4 does not divide the 2 key/value heads: choose tp 2"),
+        (
+            ["--tp", 3, "--cp", 2],
+            "of them: choose one of these meshes (tp x cp) of up to 6 devices: 1 x 6, 2 x 3, 4 x 1",
+        ),
         (["--tp", 0], "--tp is 0: give at least 1"),
-        (["--cp", 3], "tp 1 x cp 3 = 3 does not divide the 8 query heads: choose cp 2 or 4"),
+        (["--tp", 16, "--cp", 1], "tp 16 is larger than the 8 query heads: choose one of these meshes (tp x cp) of up"),
         (["--block", 0], "block is 0"),
         (["--page", 0], "page is 0"),
         (["--max-new-tokens", 0], "max_new_tokens is 0"),
@@ -267,8 +270,8 @@ def test_bad_settings_are_one_line_and_exit_2(tmp_path: Path):
 
 def test_bad_input_in_a_process_of_its_own_is_one_line_and_exit_2(tmp_path: Path):
     (tmp_path / "ids.json").write_text("[1]")
-    done = helix("generate", "--prompt-ids", tmp_path / "ids.json", "--model", LATENT, "--tp", 2, "--cp", 8)
-    assert_bad_input(done, "tp 2 x cp 8 = 16 does not divide the 8 query heads: choose cp 4")
+    done = helix("generate", "--prompt-ids", tmp_path / "ids.json", "--model", LATENT, "--tp", 3, "--cp", 2)
+    assert_bad_input(done, "tp 3 does not divide the 8 query heads: choose one of these meshes (tp x cp) of up to 6")
 
 
 def test_a_model_folder_without_weights_is_an_error(tmp_path: Path):
@@ -308,7 +311,9 @@ def test_a_folder_continues_greedily_as_in_transformers(folder: Path, tmp_path: 
     assert json_of(done)["tokens"] == golden["greedy"].tolist()
     lines = ["helix-jax: the CPU is split into 4 fake devices"]
     if folder.name.startswith("deepseek"):
-        lines.append("helix-jax: all heads share a latent: the cache is stored 2 times, once per tp rank")
+        copied_bytes = 4 * 3 * (24 + 8)  # of 3 layers in float32
+        text = f"tp 2 stores its latent on 2 devices: the copies take {copied_bytes} bytes of cache per token"
+        lines.append(f"helix-jax: {text}")
     if folder.name == "deepseek_v3":
         skipped = "model.layers.3.eh_proj.weight to model.layers.3.shared_head.norm.weight"
         assert skipped in done.stderr.splitlines()[0]
@@ -319,7 +324,7 @@ def test_a_folder_continues_greedily_as_in_transformers(folder: Path, tmp_path: 
 def test_meshes_that_do_not_divide_latent_attention_are_refused_with_those_that_do(tmp_path: Path):
     (tmp_path / "ids.json").write_text("[1]")
     done = call("generate", "--prompt-ids", tmp_path / "ids.json", "--model", LATENT, "--tp", 3, "--cp", 1)
-    assert_bad_input(done, "tp 3 does not divide the 8 query heads: choose tp 2 or 4")
+    assert_bad_input(done, "choose one of these meshes (tp x cp) of up to 3 devices: 1 x 3, 2 x 1")
 
 
 def test_chat_puts_the_prompt_into_the_models_template(tmp_path: Path):

@@ -358,16 +358,25 @@ def test_the_three_combines_agree_and_ignore_empty_ranks():
         assert not np.isnan(combined.o_BTNH).any()
 
 
-@pytest.mark.parametrize(
-    ("how", "heads", "message"), [("ring", 8, "choose one of psum, ps"), ("psum", 6, "cp 4 does not")]
-)
-def test_an_invalid_combine_is_rejected(how: str, heads: int, message: str):
-    partial = Partial(np.zeros((1, 1, heads, 2), np.float32), np.zeros((1, 1, heads), np.float32))
+@pytest.mark.parametrize("how", COMBINES)
+@pytest.mark.parametrize(("tp", "cp", "heads", "kv_heads"), [(1, 4, 9, 3), (2, 4, 6, 2), slow(1, 8, 9, 1)])
+def test_cp_need_not_divide_the_heads(how: str, tp: int, cp: int, heads: int, kv_heads: int):
+    """Zeros follow the heads of each tp rank, so that there are as many for each of its cp ranks."""
+    plan, case = plan_on(tp, cp, how=how), Case(heads, kv_heads, chunk=16)
+    ours, theirs, _ = decode_all(plan, case)
+    missing = -(heads // tp) % cp
+    ours = ours.reshape(len(ours), tp, heads // tp + missing, H)
+    assert (ours[:, :, heads // tp :] == 0).all()
+    assert relative_error(ours[:, :, : heads // tp].reshape(theirs.shape), theirs) <= 2e-6
+
+
+def test_an_unknown_combine_is_rejected():
+    partial = Partial(np.zeros((1, 1, 8, 2), np.float32), np.zeros((1, 1, 8), np.float32))
     P = jax.sharding.PartitionSpec
     combine_shard = jax.shard_map(
-        functools.partial(combine, how=how), mesh=make_mesh(1, 4), in_specs=(Partial(P(), P()),), out_specs=P("cp")
+        functools.partial(combine, how="ring"), mesh=make_mesh(1, 4), in_specs=(Partial(P(), P()),), out_specs=P("cp")
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="choose one of psum, ps"):
         jax.eval_shape(combine_shard, partial)
 
 
@@ -380,7 +389,7 @@ def test_an_invalid_combine_is_rejected(how: str, heads: int, message: str):
         ([1, 1, 1], [1, 1, 1], {}, ValueError, "dp 2 does not divide 3 rows: give a positive multiple of 2"),
         ([], [], {}, ValueError, "dp 2 does not divide 0 rows: give a positive multiple of 2"),
         ([1, 1], [4], {}, ValueError, "2 prompt_lens, but 1 max_lens: give one of each per row"),
-        ([1, 1], [4, 4], {"kv_heads": 3}, ValueError, "tp 2 does not divide the 3 key/value heads: choose tp 1 or 3"),
+        ([1, 1], [4, 4], {"kv_heads": 3}, ValueError, "tp 2 neither divides the 3 key/value heads nor is a"),
     ],
 )
 def test_an_invalid_cache_is_rejected(prompt_lens, max_lens, change, error, message):
@@ -392,15 +401,15 @@ def test_an_invalid_cache_is_rejected(prompt_lens, max_lens, change, error, mess
         make_cache(plan, spec, prompt_lens, max_lens, page=options["page"])
 
 
-def test_heads_that_the_mesh_does_not_divide_are_rejected():
+def test_heads_that_tp_does_not_divide_are_rejected():
     q, k = np.ones((1, 1, 12, H), np.float32), np.ones((1, 1, 6, H), np.float32)
     cache = KVCache(jnp.ones((2 * 8, 6, PAGE, H)), CacheSpec(1, 6, H, jnp.float32))
     rows = Rows((jnp.zeros((8, 1, 1), jnp.int32),), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
     count = jnp.ones(1, jnp.int32)
-    with pytest.raises(ValueError, match="tp 4 does not divide the 6 key/value heads: choose tp 3 or 6"):
-        helix_attention(plan_on(4, 2), cache, q, k, k, rows, count, scale=1.0)
-    with pytest.raises(ValueError, match="tp 1 x cp 8 = 8 does not divide the 12 query heads: choose cp 6 or 12"):
-        helix_attention(plan_on(1, 8), cache, q, k, k, rows, count, scale=1.0)
+    with pytest.raises(ValueError, match="tp 5 does not divide the 12 query heads: choose a tp that does"):
+        helix_attention(plan_on(5, 1), cache, q, k, k, rows, count, scale=1.0)
+    with pytest.raises(ValueError, match="there are 3 key/value heads, but with tp 2 the cache stores 6: give 6"):
+        helix_attention(plan_on(2, 2), cache, q, k[:, :, :3], k[:, :, :3], rows, count, scale=1.0)
     with pytest.raises(ValueError, match="window is 0: give at least 1"):
         helix_attention(plan_on(1, 2), cache, q, k, k, rows, count, scale=1.0, window=0)
 

@@ -13,9 +13,10 @@ from jaxtyping import Bool, Float, Int
 from helix_jax.arrays import put
 from helix_jax.cache.paging import pages_needed, split_slot
 from helix_jax.cache.spec import CacheSpec
+from helix_jax.heads import stored_kv_heads
 from helix_jax.kernels.page_format import stored_width
 from helix_jax.layout import Integer
-from helix_jax.mesh import CP, DP, POOL_LATENT_XKWH, POOL_XKWH, ROWS_B, TABLE_RBM, first_device, sharding
+from helix_jax.mesh import CP, DP, POOL_LATENT_XKWH, POOL_XKWH, ROWS_B, TABLE_RBM, TP, first_device, sharding
 from helix_jax.plan import Plan
 from helix_jax.quantisation import EXACT, QuantisedPages, quantise
 from helix_jax.validation import check_int
@@ -76,8 +77,8 @@ def make_cache(
 
     Raises:
         TypeError: `page` is not an int.
-        ValueError: `page` is below 1, dp does not divide the batch, a prompt exceeds its `max_lens`, or tp does not
-            divide the key/value heads.
+        ValueError: `page` is below 1, dp does not divide the batch, a prompt exceeds its `max_lens`, or tp neither
+            divides the key/value heads nor is a multiple of them.
     """
     [cache], rows = make_caches(plan, (spec,), prompt_lens, max_lens, page=page)
     return cache, rows
@@ -90,7 +91,7 @@ def make_caches(
     _check_lens(plan, prompt_lens, max_lens, page)
     for spec in specs:
         if not spec.latent:
-            plan.check_kv_heads(spec.kv_heads)
+            plan.check_heads(max(spec.kv_heads, plan.mesh.shape[TP]), spec.kv_heads)
     slots_B = plan.layout.max_filled(np.asarray(max_lens), np.asarray(prompt_lens))
     pages_per_row, B = max(1, pages_needed(int(slots_B.max()), page)), len(prompt_lens)
     table_RBM = fixed_page_table(plan, B, pages_per_row)
@@ -115,9 +116,10 @@ def make_pool(plan: Plan, spec: CacheSpec, pages: int, page: int) -> KVCache:
 def abstract_pool(plan: Plan, spec: CacheSpec, pages: int, page: int) -> KVCache:
     """Return the cache of `make_pool` with `jax.ShapeDtypeStruct` in place of its arrays."""
     placed = sharding(plan.mesh, POOL_LATENT_XKWH if spec.latent else POOL_XKWH)
+    kv_heads = spec.kv_heads if spec.latent else stored_kv_heads(spec.kv_heads, plan.mesh.shape[TP])
 
     def like(width: int, dtype: DTypeLike) -> Any:
-        shape = (spec.layers * spec.parts * pages, spec.kv_heads, page, width)
+        shape = (spec.layers * spec.parts * pages, kv_heads, page, width)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
 
     width = stored_width(spec.head_width, first_device(plan.mesh))

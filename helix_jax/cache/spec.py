@@ -23,7 +23,7 @@ class CacheSpec:
 
     Args:
         layers: The number of layers.
-        kv_heads: Key/value heads. 1 for a latent.
+        kv_heads: Key/value heads. 1 for a latent. A larger tp stores copies of them.
         head_width: Numbers per token and head.
         dtype: The type of the cached numbers. float8_e4m3 numbers have scales, see `helix_jax.quantisation`: one per
             token and head, or per 128 numbers of a latent.
@@ -49,6 +49,14 @@ class CacheSpec:
     def parts(self) -> int:
         """The arrays of numbers per token: keys and values, or the latent."""
         return 1 if self.latent else 2
+
+    @property
+    def bytes_per_token(self) -> int:
+        """The bytes of a token in all layers, if each head is stored once."""
+        vector = self.head_width * jnp.dtype(self.dtype).itemsize
+        if self.quantised:
+            vector = (self.head_width - self.exact_width) + 4 * self.scales + 2 * self.exact_width
+        return self.layers * self.parts * self.kv_heads * vector
 
     @property
     def quantised(self) -> bool:

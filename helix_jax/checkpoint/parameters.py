@@ -1,5 +1,6 @@
 """The parameters of a model and the published tensors that contain them, known before any weight is read."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from helix_jax.arrays import fetch
 from helix_jax.checkpoint.merged_axes import published_shape, select_part
 from helix_jax.config import ModelConfig
 from helix_jax.families import FAMILIES, Family
+from helix_jax.heads import HeadLayout, first_places
 from helix_jax.models.transformer import Transformer
 from helix_jax.validation import check_choice
 
@@ -52,6 +54,7 @@ class TensorLocation(NamedTuple):
         return select_part(published, self.axes, self.letters, {**self.sizes, **sizes})
 
 
+@cache
 def parameter_shapes(config: ModelConfig) -> dict[ParameterPath, tuple[int, ...]]:
     """Return the shape of every parameter, without padding."""
     model = Transformer(config, rngs=None)
@@ -91,10 +94,16 @@ def parameter_dtype(path: ParameterPath, dtype: DTypeLike) -> DTypeLike:
     return np.float32 if path[-1] in _FLOAT32 else dtype
 
 
-def fetch_unpadded(value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Copy a parameter to the host, without its padding.
+def fetch_unpadded(config: ModelConfig, path: ParameterPath, value: Any) -> np.ndarray:
+    """Copy a parameter to the host, without its padding and without copies of heads.
 
     The array is copied on its devices first: JAX caches the host copy of an array, so the whole model would stay on
     the host.
     """
-    return fetch(jnp.copy(value))[tuple(map(slice, shape))]
+    whole, name = fetch(jnp.copy(value)), str(path[-1])
+    for axis, size in enumerate(parameter_shapes(config)[path]):
+        if whole.shape[axis] != size:
+            heads = HeadLayout.of(config, value.sharding.mesh).heads_on(name, axis)
+            places = np.arange(size) if heads is None else first_places(heads, size)
+            whole = np.take(whole, places, axis)
+    return whole

@@ -62,9 +62,11 @@ def load(
         on_read: Called with the bytes of the files that have been read, and the total.
 
     Raises:
-        ValueError: As in `read_config`; or there are no weights, or a tensor is missing, unexpected, of the wrong shape
-            or not a float. All of this is checked before the first tensor is read.
+        ValueError: As in `read_config`; or the mesh cannot share the heads, there are no weights, or a tensor is
+            missing, unexpected, of the wrong shape or not a float. All of this is checked before the first tensor is
+            read.
     """
+    plan.check_model(read_config(folder))
     return _load(Path(folder), cast(Mesh, plan.mesh), dtype, plan.experts, on_read)
 
 

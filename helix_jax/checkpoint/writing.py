@@ -119,7 +119,7 @@ def _published_tensors(
     parameters = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     tensors: dict[str, np.ndarray] = {}
     for path, location in location_of.items():
-        value = fetch_unpadded(parameters[path][...], location.shape)
+        value = fetch_unpadded(model.config, path, parameters[path][...])
         for number, name in enumerate(location.names):
             tensor = tensors.setdefault(name, np.zeros(location.published_shape, parameter_dtype(path, dtype)))
             location.part(tensor)[...] = value[number] if location.per_expert else value

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from helix_jax.cache import cache_specs
 from helix_jax.checkpoint import DEMO_MODEL, load
 from helix_jax.cli.compilation_cache import LIMIT_BYTES, enable_compilation_cache
 from helix_jax.cli.console import Reporter
@@ -17,6 +18,7 @@ from helix_jax.cli.devices import open_mesh
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
 from helix_jax.engine.engine import DEFAULT_PAGE
+from helix_jax.heads import HeadLayout
 from helix_jax.kernels import KERNELS
 from helix_jax.layout import PLACEMENTS
 from helix_jax.mesh import TP
@@ -188,11 +190,17 @@ class DecodeSetup:
         return load_model(self.folder, plan or self.plan, self.dtype, reporter)
 
     def report_devices(self, reporter: Reporter) -> None:
-        """Report fake devices, and copies of the cache of latent attention."""
+        """Report fake devices, and copies of the cache."""
         report_fake_devices(self.mesh, reporter)
         tp = self.mesh.shape[TP]
-        if self.config.latent and tp > 1:
-            reporter.info(f"all heads share a latent: the cache is stored {tp} times, once per tp rank")
+        copies = tp if self.config.latent else HeadLayout.of(self.config, self.mesh).copies
+        if copies > 1:
+            specs = cache_specs(self.config, self.plan.cache_dtype_for(self.dtype))
+            copied = (copies - 1) * sum(spec.bytes_per_token for spec in specs)
+            heads = "its latent" if self.config.latent else f"each of its {self.config.kv_heads} key/value heads"
+            reporter.info(
+                f"tp {tp} stores {heads} on {copies} devices: the copies take {copied:,} bytes of cache per token"
+            )
 
 
 def make_setup(options: argparse.Namespace, config: ModelConfig, mesh: Mesh) -> DecodeSetup:

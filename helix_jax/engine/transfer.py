@@ -109,7 +109,7 @@ def _read(caches: tuple[KVCache, ...], places: list[Places]) -> list[Pages]:
     """Return what each cache group has at some places, [Y, X, K, H]. The values of padding are undefined."""
 
     def read(cache: KVCache, at: Places) -> Pages:
-        index = _index(cache, at)
+        index = _index(at, jnp.arange(cache.spec.kv_heads) * _copies(cache))
         return jax.tree.map(lambda pool_XKWH: pool_XKWH.at[index].get(mode="clip"), cache.pool_XKWH)
 
     return [read(*each) for each in zip(caches, places, strict=True)]
@@ -120,16 +120,22 @@ def _write(caches: tuple[KVCache, ...], values: list[Pages], places: list[Places
     """Write to some places. Padding is dropped."""
 
     def write(cache: KVCache, values: Pages, at: Places) -> KVCache:
-        index = _index(cache, at)
+        copies = _copies(cache)
+        index = _index(at, jnp.arange(cache.spec.kv_heads * copies))
 
         def set_values(pool_XKWH: Array, values_YXKH: Array) -> Array:
-            return pool_XKWH.at[index].set(values_YXKH, mode="drop")
+            return pool_XKWH.at[index].set(jnp.repeat(values_YXKH, copies, axis=2), mode="drop")
 
         return cache._replace(pool_XKWH=jax.tree.map(set_values, cache.pool_XKWH, values))
 
     return tuple(write(*each) for each in zip(caches, values, places, strict=True))
 
 
-def _index(cache: KVCache, at: Places) -> tuple[Array, ...]:
-    """Return the index of the places. The heads are indexed too: as a slice, they make XLA transpose the pool."""
-    return at.page_YX[..., None], jnp.arange(cache.pool_XKWH.shape[1]), at.offset_X[:, None]
+def _copies(cache: KVCache) -> int:
+    """Return how often each key/value head is stored."""
+    return cache.pool_XKWH.shape[1] // cache.spec.kv_heads
+
+
+def _index(at: Places, heads_K: Array) -> tuple[Array, ...]:
+    """Return the index of some heads at the places. As a slice, heads make XLA transpose the pool."""
+    return at.page_YX[..., None], heads_K, at.offset_X[:, None]
