@@ -128,6 +128,19 @@ FAMILIES = {
         },
         offset=8,
     ),
+    # As many heads as SmolLM2-135M, which no power of two divides.
+    "llama_9_heads": Family(
+        ATTENTION
+        | {
+            "model_type": "llama",
+            "hidden_size": 72,
+            "intermediate_size": 40,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+        },
+    ),
     "mistral": Family(
         ATTENTION
         | {

@@ -10,7 +10,7 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from helix_jax.checkpoint import load, read_config, save, shard
+from helix_jax.checkpoint import load, read_config, save, shard, writing
 from helix_jax.config import ModelConfig
 from helix_jax.parsing import parse_dataclass
 from tests.reference import TINY, plan_of, tiny_model
@@ -48,7 +48,7 @@ def test_the_index_determines_which_files_are_read(folder: Path):
     parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
     for file, part in parts.items():
         save_file({name: tensors[name] for name in part}, folder / file)
-    (folder / "model.safetensors").write_bytes(b"not to be read")
+    (folder / "model.safetensors").unlink()
     index = {name: file for file, part in parts.items() for name in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     saved = parameters(tiny_model())
@@ -62,6 +62,63 @@ def test_the_index_determines_which_files_are_read(folder: Path):
         load(folder, plan_of())
 
 
+def test_a_single_file_is_read_before_an_index(folder: Path):
+    """As in transformers, also if the files of the index are missing."""
+    index = dict.fromkeys(load_file(folder / "model.safetensors"), "missing.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert_equals_tiny(load(folder, plan_of(), jnp.float32))
+
+
+def test_an_index_may_name_a_tied_head_that_no_file_contains(tmp_path: Path):
+    model = tiny_model(ModelConfig(**{**vars(TINY), "tied_head": True}))
+    save(model, tmp_path)
+    index = dict.fromkeys([*load_file(tmp_path / "model.safetensors"), "lm_head.weight"], "a.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    saved = parameters(model)
+    for path, value in parameters(load(tmp_path, plan_of(), jnp.float32)).items():
+        np.testing.assert_array_equal(value, saved[path])
+    index["model.norm.weight"] = "b.safetensors"
+    save_file({"other": np.ones(1)}, tmp_path / "b.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(ValueError, match="has the tensor 'other', which a model of 2 layers does not have"):
+        load(tmp_path, plan_of())
+
+
+def test_names_may_lack_the_prefix(folder: Path):
+    tensors = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    assert "lm_head.weight" in bare
+    save_file(bare, folder / "model.safetensors")
+    assert_equals_tiny(load(folder, plan_of(), jnp.float32))
+
+
+def assert_equals_tiny(model) -> None:
+    saved = parameters(tiny_model())
+    for path, value in parameters(model).items():
+        np.testing.assert_array_equal(value, saved[path])
+
+
+@pytest.mark.parametrize(("ids", "kept"), [(-1, ()), ([3, 61, -1], (3,)), ([128009], ())])
+def test_end_tokens_that_cannot_occur_are_ignored(folder: Path, ids, kept: tuple[int, ...], caplog):
+    change_config(eos_token_id=ids)(folder)
+    with caplog.at_level("WARNING", "helix_jax"):
+        assert read_config(folder).eos_token_ids == kept
+    outside = [str(i) for i in np.atleast_1d(ids) if i > 60]
+    expected = f"ignored end tokens outside the vocabulary of 61: {', '.join(outside)}"
+    assert caplog.messages == ([expected] if outside else [])
+
+
+@pytest.mark.parametrize(
+    ("beside", "inside", "expected"), [(None, None, 4096), (None, 16, 16), (64, None, 64), (64, 16, 64)]
+)
+def test_the_original_context_of_yarn_is_that_of_transformers(folder: Path, beside, inside, expected: int):
+    """The key beside the table has priority over that inside of it. Without any, the context is meant."""
+    table = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": inside}
+    change_config(original_max_position_embeddings=beside, rope_scaling=table)(folder)
+    assert read_config(folder).rope.original_positions == expected
+
+
 def test_options_without_an_effect_are_accepted(folder: Path):
     before = read_config(folder)
     change_config(attention_bias=None, rope_scaling={"rope_type": "default"}, quantization_config=None)(folder)
@@ -71,9 +128,17 @@ def test_options_without_an_effect_are_accepted(folder: Path):
 
 def test_a_model_is_not_saved_beside_an_index_that_would_override_it(folder: Path):
     (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="has a model.safetensors.index.json, which would override this model"):
+        save(tiny_model(), folder)
+    (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="weight_map"):
         load(folder, plan_of())
-    with pytest.raises(ValueError, match="has a model.safetensors.index.json, which would override this model"):
+
+
+def test_a_model_in_several_files_is_not_saved_beside_a_single_file(folder: Path, monkeypatch):
+    """Which readers prefer."""
+    monkeypatch.setattr(writing, "_MAX_FILE_BYTES", 2_000)
+    with pytest.raises(ValueError, match="has a model.safetensors, which would override this model: choose another"):
         save(tiny_model(), folder)
 
 
@@ -145,7 +210,6 @@ def change_config(**changes):
         ),
         (change_config(num_attention_heads="8", head_dim=None), "num_attention_heads is '8': give a whole number"),
         (change_config(num_attention_heads=0, head_dim=None), "num_attention_heads is 0: give a whole number"),
-        (change_config(eos_token_id=61), "token id 61 is outside the vocabulary of 61"),
         (change_config(eos_token_id="</s>"), "eos_token_id is '</s>': give a token id"),
         (change_config(model_type=["llama"]), r"model_type is \['llama'\]: choose one of"),
         (
@@ -175,6 +239,10 @@ def test_a_tied_head_in_a_folder_must_equal_the_embedding(tmp_path: Path):
     save(tiny_model(ModelConfig(**{**vars(TINY), "tied_head": True})), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, tmp_path / "model.safetensors")
+    load(tmp_path, plan_of())
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        tensors[name][59] = np.nan  # as in padding
     save_file(tensors, tmp_path / "model.safetensors")
     load(tmp_path, plan_of())
     tensors["lm_head.weight"][60, 3] += 1

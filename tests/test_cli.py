@@ -307,7 +307,8 @@ def test_a_folder_continues_greedily_as_in_transformers(folder: Path, tmp_path: 
     ids = tmp_path / "ids.json"
     ids.write_text(json.dumps(golden["tokens"][: golden["prompt_len"]].tolist()))
     settings = ("--dtype", "float32", "--ignore-eos", "--max-new-tokens", 64, "--block", 4, "--experts", "cp", "--json")
-    done = call("generate", "--model", folder, "--prompt-ids", ids, "--tp", 2, "--cp", 2, *settings)
+    tp = 1 if folder.name == "llama_9_heads" else 2
+    done = call("generate", "--model", folder, "--prompt-ids", ids, "--tp", tp, "--cp", 4 // tp, *settings)
     assert json_of(done)["tokens"] == golden["greedy"].tolist()
     lines = ["helix-jax: the CPU is split into 4 fake devices"]
     if folder.name.startswith("deepseek"):

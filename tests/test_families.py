@@ -65,13 +65,13 @@ def forced_logits(model, plan: Plan, text: list[int], prompt_lens: list[int]) ->
 
 
 def families_and_meshes() -> Iterator:
-    """Yield every family on cp 4 and on tp 2 x cp 2. In the fast tier they alternate, in the long tier both run.
-
-    Alternation gives both meshes latent attention, experts, windows and dense models.
-    """
+    """Yield every family on four meshes. In the fast tier they take turns, in the long tier all run."""
     for number, folder in enumerate(UNQUANTISED):
-        for tp, cp in ((1, 4), (2, 2)):
-            marks = [] if tp == 1 + number % 2 else pytest.mark.slow
+        meshes = ((1, 4), (2, 2), (1, 8), (2, 4))
+        if folder.name == "llama_9_heads":
+            meshes = ((1, 8), (3, 2), (6, 1), (1, 3))
+        for index, (tp, cp) in enumerate(meshes):
+            marks = [] if index == number % len(meshes) else pytest.mark.slow
             yield pytest.param(folder, tp, cp, marks=marks, id=f"{folder.name}-{tp}-{cp}")
 
 

@@ -26,7 +26,8 @@ def test_a_saved_folder_equals_the_published_one(folder: Path, tmp_path: Path, m
     """The tensors are bitwise equal, also from a sharded model in several files, and so is the config."""
     monkeypatch.setattr(writing, "_MAX_FILE_BYTES", 60_000)
     config = read_config(folder)
-    save(load(folder, plan_of(2, 2, experts="cp")), tmp_path)
+    tp = 3 if folder.name == "llama_9_heads" else 2
+    save(load(folder, plan_of(tp, 2, experts="cp")), tmp_path)
     assert read_config(tmp_path) == config
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     ours, theirs = open_tensors(tmp_path), open_tensors(folder)

@@ -170,10 +170,13 @@ def _check_tied_head(config: ModelConfig, tensors: dict[str, StoredTensor]) -> N
         return
     rows = range(0, config.vocab, 4096)
     parts = (tuple(tensors[name].read(slice(first, first + 4096)) for name in (embedding, head)) for first in rows)
-    if tensors[head].shape != tensors[embedding].shape or not all(
-        np.array_equal(ours, theirs) for ours, theirs in parts
-    ):
+    if tensors[head].shape != tensors[embedding].shape or not all(_are_same(*pair) for pair in parts):
         raise ValueError(f"tensors '{head}' and '{embedding}' differ, but tie_word_embeddings is true: set it to false")
+
+
+def _are_same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Return whether arrays are equal. NaN equals NaN: padding of a vocabulary may be anything."""
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _read_part(

@@ -15,6 +15,7 @@ import numpy as np
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_PREFIX, _HEAD = "model.", "lm_head."
 
 _DTYPES = {
     "F64": np.float64,
@@ -51,17 +52,26 @@ class StoredTensor(NamedTuple):
 
 
 def open_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of a folder by name. If there is an index, it determines which files are opened.
+    """Return every tensor of a folder by name: those of the single file, if there is one, like transformers.
+
+    Otherwise the index determines which files are opened. It may name tensors that no file contains: whether one of
+    them is needed is decided later. Names lack the prefix "model." in folders of models without a head; it is added.
 
     Raises:
         ValueError: There are no weights, or a file is missing, cut off or not a safetensors file.
     """
-    index = folder / INDEX_FILE
-    if not index.exists():
-        file = folder / WEIGHTS_FILE
-        if not file.exists():
-            raise ValueError(f"'{folder}' has no weights: add {WEIGHTS_FILE}, or {INDEX_FILE} and its files")
+    tensors = _open_files(folder)
+    if any(name.startswith(_PREFIX) for name in tensors):
+        return tensors
+    return {name if name.startswith(_HEAD) else _PREFIX + name: tensor for name, tensor in tensors.items()}
+
+
+def _open_files(folder: Path) -> dict[str, StoredTensor]:
+    file, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
+    if file.exists():
         return _open_file(file)
+    if not index.exists():
+        raise ValueError(f"'{folder}' has no weights: add {WEIGHTS_FILE}, or {INDEX_FILE} and its files")
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"'{index}' has no weight_map from tensors to files: download it again")
@@ -70,10 +80,8 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
     if missing:
         raise ValueError(f"'{folder}' lacks the file '{missing[0]}', which its index names: download it again")
     opened = {file: _open_file(folder / file) for file in names}
-    for name, file in files.items():
-        if name not in opened[file]:
-            raise ValueError(f"'{folder / file}' lacks the tensor '{name}', which the index names: download it again")
-    return {name: opened[file][name] for name, file in files.items()}
+    found = {name: tensor for tensors in opened.values() for name, tensor in tensors.items()}
+    return found | {name: opened[file][name] for name, file in files.items() if name in opened[file]}
 
 
 def _open_file(file: Path) -> dict[str, StoredTensor]:

@@ -50,7 +50,8 @@ def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None)
     published = describe_config(model.config, dtype.name)
     location_of = tensor_locations(model.config)
     files = list(_group_by_file(location_of, dtype.itemsize))
-    for file in (GENERATION_FILE, *((INDEX_FILE,) if len(files) == 1 else ())):  # an index of several files is replaced
+    # Others read an index before a single file, or the single file first. Files of the same form are replaced.
+    for file in (GENERATION_FILE, INDEX_FILE if len(files) == 1 else WEIGHTS_FILE):
         if (folder / file).exists():
             raise ValueError(f"'{folder}' has a {file}, which would override this model: choose another folder")
 

@@ -4,6 +4,7 @@ Every entry works in both directions. A `Key` pairs a field of ModelConfig with 
 enough, another `Part` has the same two methods: `read` sets fields, `write` sets keys.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from helix_jax.config import ModelConfig
 from helix_jax.families.keys import HEADS, Fields, Published, RopeKeys, size_keys
 from helix_jax.parsing import parse_dataclass
+
+_NO_TOKEN = -1
+
+log = logging.getLogger("helix_jax")
 
 
 @runtime_checkable
@@ -109,7 +114,7 @@ class Family:
         fields = {"family": self.model_type, **self.always}
         for part in self.parts:
             part.read(published, fields)
-        fields["eos_token_ids"] = _eos_token_ids(published.get("eos_token_id"))
+        fields["eos_token_ids"] = _eos_token_ids(published.get("eos_token_id"), fields["vocab"])
         fields["tokenizer"] = published.get("tokenizer")
         return parse_dataclass(ModelConfig, _nested(fields), "config.json")
 
@@ -146,12 +151,18 @@ class Family:
         return any(re.fullmatch(pattern.format(layers=config.layers), name) for pattern in patterns)
 
 
-def _eos_token_ids(value: Any) -> list[int]:
-    """Return `eos_token_id`, which is null, an id or a list of ids, as a list."""
+def _eos_token_ids(value: Any, vocab: int) -> list[int]:
+    """Return `eos_token_id`, which is null, an id or a list of ids, as a list.
+
+    Published models have -1 for none, and ids beyond a vocabulary that was cut. The model never produces these.
+    """
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(i) is int for i in ids):
         raise ValueError(f"config.json: eos_token_id is {value!r}: give a token id, or a list of them")
-    return ids
+    outside = [i for i in ids if not 0 <= i < vocab and i != _NO_TOKEN]
+    if outside:
+        log.warning("ignored end tokens outside the vocabulary of %d: %s", vocab, ", ".join(map(str, outside)))
+    return [i for i in ids if 0 <= i < vocab]
 
 
 def _nested(fields: Fields) -> Fields:

@@ -99,6 +99,8 @@ _SCALING_KEYS = {
         ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
     ),
 }
+_ORIGINAL = "original_max_position_embeddings"
+_EXTENDED = ("llama3", "yarn")  # types that depend on the original context
 _IGNORED_KEYS = ("type", "finetuned")
 
 
@@ -122,7 +124,12 @@ class RopeKeys:
         if self.required and published.get(key) is None:
             raise ValueError("config.json: 'rope_scaling' is missing: add it")
         theta = read_value(published, "rope_theta", float, self.theta)
-        fields["rope"] = read_rope(published.get(key), key, theta, self.interleaved)
+        table = published.get(key)
+        if isinstance(table, Mapping) and table.get("rope_type", table.get("type")) in _EXTENDED:
+            # As in transformers: the key beside the table has priority, and without any the context counts.
+            original = table.get(_ORIGINAL) or fields["max_positions"]
+            table = {**table, _ORIGINAL: read_value(published, _ORIGINAL, int, original)}
+        fields["rope"] = read_rope(table, key, theta, self.interleaved)
 
     def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
         """Set both keys of the rope."""
