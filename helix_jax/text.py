@@ -1,14 +1,19 @@
 """Tokenizers, and detokenization of tokens as they are generated."""
 
+import json
 import os
+import re
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from helix_jax.config import ModelConfig
 from helix_jax.validation import require_package
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_MAX_PENDING = 8  # ids that may wait to become a character, before invalid ones are returned as replacement characters
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # of tokenizers with byte fallback
+_CONTEXT = 32  # ids of the prompt that a detokenizer decodes
 
 
 @runtime_checkable
@@ -37,14 +42,16 @@ class ByteTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer from a tokenizer.json file.
+    """A tokenizer from a tokenizer.json file, and the tokens that a tokenizer_config.json beside it adds.
+
+    As in transformers, text is neither truncated nor padded, whatever the file says.
 
     Args:
         file: The tokenizer.json file.
 
     Raises:
         MissingPackageError: The package tokenizers, of the extra `hf`, is not installed.
-        ValueError: The file cannot be read.
+        ValueError: A file cannot be read, or both give a token different ids.
     """
 
     def __init__(self, file: Path):
@@ -53,6 +60,37 @@ class HuggingFaceTokenizer:
             self._tokenizer = package.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises nothing narrower
             raise ValueError(f"'{file}' cannot be read ({error}): download it again") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._add_tokens(package, file.with_name("tokenizer_config.json"))
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The ids of the tokens that decoding leaves out."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: id for id, token in added.items() if token.special}
+
+    def token_of(self, id: int) -> str | None:
+        """Return the token with an id, as it is in the vocabulary."""
+        return self._tokenizer.id_to_token(id)
+
+    def _add_tokens(self, package: Any, file: Path) -> None:
+        """Add the tokens that only tokenizer_config.json lists."""
+        try:
+            listed = json.loads(file.read_text()).get("added_tokens_decoder") or {} if file.exists() else {}
+            entries = sorted((int(id), dict(entry)) for id, entry in listed.items())
+            tokens = [(id, package.AddedToken(**_without_type(entry))) for id, entry in entries]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"'{file}' cannot be read ({error}): download it again") from None
+        for id, token in tokens:
+            if self._tokenizer.token_to_id(token.content) is None:
+                add = self._tokenizer.add_special_tokens if token.special else self._tokenizer.add_tokens
+                add([token])
+            found = self._tokenizer.token_to_id(token.content)
+            if found != id:
+                raise ValueError(
+                    f"token '{token.content}' has id {id} in '{file}', but {found} in tokenizer.json: correct one"
+                )
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, with the special tokens that the file adds."""
@@ -61,6 +99,24 @@ class HuggingFaceTokenizer:
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids`, without special tokens."""
         return self._tokenizer.decode(ids)
+
+
+def check_stop_string(tokenizer: Tokenizer | None, stop: str) -> None:
+    """Check that a stop string can occur in text.
+
+    Raises:
+        ValueError: It contains a special token, which is not part of the text.
+    """
+    for token, id in getattr(tokenizer, "special_tokens", {}).items():
+        if token in stop:
+            raise ValueError(
+                f"stop string {stop!r} contains the special token '{token}', which text leaves out: "
+                f"give stop_token_ids=({id},)"
+            )
+
+
+def _without_type(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key != "__type"}
 
 
 def open_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
@@ -104,34 +160,63 @@ def chat_ids(folder: Path, text: str) -> list[int]:
 class Detokenizer:
     """Converts token ids to text as they are generated, without splitting characters.
 
-    Ids that may be the start of a character are pending until the character is complete. Each call decodes from the
-    previous piece on, not from the start. The cost of a token therefore does not grow, and a tokenizer whose output
-    depends on the preceding ids, such as a leading space, has them.
+    The pieces add up to the text that decoding all ids at once gives after the context. Text that later ids may change
+    is pending: a character whose bytes are incomplete, and a run of byte-fallback tokens, which is decoded as a whole.
+    The cost of a token does not depend on how many came before it.
+
+    Args:
+        tokenizer: Converts ids to text.
+        context: The ids before the first one, such as the prompt. They decide whether the text begins with a space.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        self._previous: list[int] = []
-        self._pending: list[int] = []
+        self._window = [int(id) for id in context[-_CONTEXT:]]  # the last ids, from which text is decoded
+        self._settled = len(self._window)  # of these ids, all text was returned
+        self._returned = len(self._tokenizer.decode(self._window))  # characters of the window's text
 
     def append(self, token: int) -> str:
         """Append a token. Return the text that it completes, which is often empty."""
-        self._pending.append(token)
-        if not self._decode(self._pending).endswith(_REPLACEMENT):
-            return self._take(len(self._pending))
-        # The last three may be the start of a character of four bytes. Anything before them stays invalid.
-        return self._take(len(self._pending) - 3) if len(self._pending) > _MAX_PENDING else ""
+        if self._is_textless(token):
+            return ""
+        self._window.append(token)
+        text = self._tokenizer.decode(self._window)
+        if self._is_byte(token):
+            return ""
+        piece = self._return(text, len(text) - text.endswith(_REPLACEMENT))
+        if len(self._window) > 2 * _CONTEXT:
+            self._shorten()
+        return piece
 
     def flush(self) -> str:
         """Return the text of the pending ids, valid or not."""
-        return self._take(len(self._pending))
+        text = self._tokenizer.decode(self._window)
+        return self._return(text, len(text))
 
-    def _decode(self, ids: list[int]) -> str:
-        previous = self._tokenizer.decode(self._previous)
-        return self._tokenizer.decode(self._previous + ids)[len(previous) :]
-
-    def _take(self, count: int) -> str:
-        piece = self._decode(self._pending[:count])
-        if piece:
-            self._previous, self._pending = self._pending[:count], self._pending[count:]
+    def _return(self, text: str, end: int) -> str:
+        piece = text[self._returned : end]
+        self._returned = max(self._returned, end)
+        if end == len(text):  # the ids of the last piece suffice as context of the next
+            new = self._window[self._settled :]
+            if new and self._tokenizer.decode(new):
+                self._window, self._settled = new, len(new)
+                self._returned = len(self._tokenizer.decode(new))
+            self._settled = len(self._window)
         return piece
+
+    def _shorten(self) -> None:
+        """Drop the first ids of a window that never became complete characters, if the text is the same without."""
+        decode, first = self._tokenizer.decode, self._window[:_CONTEXT]
+        before, after = decode(first), decode(self._window[_CONTEXT:])
+        if before + after == decode(self._window) and len(before) <= self._returned:
+            self._window = self._window[_CONTEXT:]
+            self._settled, self._returned = max(0, self._settled - _CONTEXT), self._returned - len(before)
+
+    def _is_textless(self, token: int) -> bool:
+        """Return whether a token has no text wherever it is, like special tokens. Two spaces at the start have some."""
+        decode = self._tokenizer.decode
+        return not decode([token, token])
+
+    def _is_byte(self, token: int) -> bool:
+        to_token = getattr(self._tokenizer, "token_of", None)
+        return to_token is not None and _BYTE_TOKEN.fullmatch(to_token(token) or "") is not None

@@ -31,7 +31,7 @@ from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.processes import on_first_process
 from helix_jax.step import DEFAULT_STEPS, DecodeOutput, check_model_placement
-from helix_jax.text import Tokenizer
+from helix_jax.text import Tokenizer, check_stop_string
 from helix_jax.validation import check_int, check_token_ids
 
 DEFAULT_PAGE = 64
@@ -198,7 +198,7 @@ class Engine:
             params=self._with_seed(params),
             stop_token_ids=frozenset((*params.stop_token_ids, *eos)),
             order=self._submitted,
-            text=OutputText(self.tokenizer, params.stop),
+            text=OutputText(self.tokenizer, params.stop, ids),
             submitted_s=time.perf_counter(),
         )
         self.check_fits(request, name)
@@ -384,6 +384,8 @@ class Engine:
     def _encode(self, name: str, prompt: Prompt, params: SamplingParams) -> Sequence[int] | np.ndarray:
         if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
             raise ValueError("text needs a tokenizer, and the engine has none: give token ids, and no stop strings")
+        for stop in params.stop:
+            check_stop_string(self.tokenizer, stop)
         if not isinstance(prompt, str):
             return prompt
         assert self.tokenizer is not None

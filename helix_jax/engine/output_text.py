@@ -11,10 +11,11 @@ class OutputText:
     Args:
         tokenizer: Converts tokens to text. None: there is no text.
         stop: The stop strings. The text ends before the first of them.
+        prompt: The ids before the first token.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]):
-        self._detokenizer = Detokenizer(tokenizer) if tokenizer else None
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str], prompt: Sequence[int] = ()):
+        self._detokenizer = Detokenizer(tokenizer, prompt) if tokenizer else None
         self._stop = stop
         self._stopped = False
         self._pending = ""
