@@ -151,6 +151,12 @@ def test_the_folder_of_another_run_is_left_alone(trained: Path, tmp_path: Path, 
     assert "is of a run with model width 16, not 32: choose another --out" in errors
     (folder / "run.toml").write_text(CONFIG.replace("steps = 40", "steps = 20"))
     assert "is of a run with train steps 40, not 20" in train(folder, capsys, whole, "--cp", 2)[1]
+    changed = bytearray((folder / "kjv.txt").read_bytes())
+    changed[1000] ^= 1  # as many bytes as before
+    (folder / "kjv.txt").unlink()
+    (folder / "kjv.txt").write_bytes(changed)
+    (folder / "run.toml").write_text(CONFIG)
+    assert "is of a run with data fingerprint '" in train(folder, capsys, whole, "--cp", 2)[1]
     with (trained / "whole" / "run.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another process trains in" in train(trained, capsys, "whole", "--cp", 2)[1]

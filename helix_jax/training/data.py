@@ -1,5 +1,6 @@
 """Turns text and token files into one row of tokens, and cuts the sequences of each training step from it."""
 
+import hashlib
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import numpy as np
 
 from helix_jax.text import ByteTokenizer, Tokenizer
 from helix_jax.validation import check_in_vocabulary
+
+_HASHED_TOKENS = 2**22  # that are in memory at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +36,13 @@ class Corpus:
     def has_documents(self) -> bool:
         """Whether there are several documents."""
         return len(self.starts) > 1
+
+    def fingerprint(self) -> str:
+        """Return a hash of the tokens and of the places where documents start."""
+        digest = hashlib.blake2b(np.asarray(self.starts, np.int64).tobytes(), digest_size=16)
+        for first in range(0, len(self.tokens_X), _HASHED_TOKENS):
+            digest.update(np.asarray(self.tokens_X[first : first + _HASHED_TOKENS], np.int32).tobytes())
+        return digest.hexdigest()
 
 
 class Sequences(NamedTuple):

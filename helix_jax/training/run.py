@@ -251,7 +251,7 @@ def _settings(run: Run) -> dict[str, Any]:
     """Return everything that must be the same when a run continues."""
     config = run.config
     train = {key: value for key, value in asdict(config.train).items() if key not in _MAY_CHANGE}
-    data = asdict(config.data) | {"tokens": len(run.corpus.tokens_X)}
+    data = asdict(config.data) | {"tokens": len(run.corpus.tokens_X), "fingerprint": run.corpus.fingerprint()}
     init = {"folder": str(config.init and config.init.absolute())}
     settings = {"model": asdict(config.model), "data": data, "train": train, "init": init}
     return json.loads(json.dumps(settings))
