@@ -185,6 +185,7 @@ class ModelConfig:
         max_positions: The longest context.
         rope: Rotary position embeddings.
         rope_local: Those of the `windowed_layers`, if they differ.
+        nope_layers: The layers without position embeddings.
         window: How many positions a query of the `windowed_layers` sees, its own included.
         windowed_layers: The layers with sliding-window attention.
         softmax_scale: The factor on attention logits. None: 1 / sqrt(head_width).
@@ -201,6 +202,8 @@ class ModelConfig:
         norm_offset: Whether norms multiply by 1 + weight.
         post_norms: Whether the outputs of attention and feed-forward are normalised before they are added.
         embed_scale: A factor on the embeddings.
+        residual_scale: A factor on the outputs of attention and feed-forward before they are added.
+        logits_scaling: The logits are divided by it.
         tied_head: Whether the output head is the embedding.
         eos_token_ids: The tokens that end a sequence.
         tokenizer: The kind of tokenizer if no tokenizer.json is needed: "bytes".
@@ -222,6 +225,7 @@ class ModelConfig:
     max_positions: int
     rope: Rope = Rope()
     rope_local: Rope | None = None
+    nope_layers: tuple[int, ...] = ()
     window: int | None = None
     windowed_layers: tuple[int, ...] = ()
     softmax_scale: float | None = None
@@ -238,6 +242,8 @@ class ModelConfig:
     norm_offset: bool = False
     post_norms: bool = False
     embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_scaling: float = 1.0
     tied_head: bool = False
     eos_token_ids: tuple[int, ...] = ()
     tokenizer: str | None = None
@@ -249,7 +255,7 @@ class ModelConfig:
         check_choice("activation", self.activation, ACTIVATIONS)
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}: correct the config")
-        for layer in (*self.windowed_layers, *(self.experts.dense_layers if self.experts else ())):
+        for layer in (*self.windowed_layers, *self.nope_layers, *(self.experts.dense_layers if self.experts else ())):
             if not 0 <= layer < self.layers:
                 raise ValueError(f"layer {layer} is not one of the {self.layers} layers: correct the config")
         if bool(self.windowed_layers) != (self.window is not None):
@@ -268,7 +274,7 @@ class ModelConfig:
                 f"kv_heads is {self.kv_heads} and head_width {self.head_width}: "
                 f"give 1 and {expected} for latent attention"
             )
-        for name in ("window", "qkv_bias", "o_bias", "qk_norm", "sinks"):
+        for name in ("window", "nope_layers", "qkv_bias", "o_bias", "qk_norm", "sinks"):
             if getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)}: leave it out, latent attention does not support it")
 
@@ -285,8 +291,10 @@ class ModelConfig:
         """Return the experts of a layer, or None if it is dense."""
         return None if self.experts is None or layer in self.experts.dense_layers else self.experts
 
-    def rope_of(self, layer: int) -> Rope:
-        """Return the rotary position embeddings of a layer."""
+    def rope_of(self, layer: int) -> Rope | None:
+        """Return the rotary position embeddings of a layer, or None if it has none."""
+        if layer in self.nope_layers:
+            return None
         return self.rope_local if self.rope_local and layer in self.windowed_layers else self.rope
 
     def dims(self, devices: int = 1, ff_width: int | None = None) -> dict[str, int]:

@@ -77,8 +77,7 @@ def helix_attention(
         group: The index of the cache group, whose page table in `rows` is used.
         scale: The scale of the attention scores, usually `head_width**-0.5`.
         window: How many positions a query sees, its own included. None: all.
-        sink_N: A score per head that is added to the softmax denominator and has no value (an attention sink). If the
-            output is padded, so are the sinks.
+        sink_N: An attention sink: a score per head of the output that joins the softmax denominator and has no value.
         v_width: For latent attention, with `v_BTKH` None and one head: the values are the first `v_width` numbers of
             the keys, and the pages come from a `CacheSpec` with `latent=True`.
 

@@ -141,6 +141,48 @@ FAMILIES = {
             "tie_word_embeddings": True,
         },
     ),
+    "granite": Family(
+        ATTENTION
+        | {
+            "model_type": "granite",
+            "hidden_size": 48,
+            "intermediate_size": 56,
+            "num_hidden_layers": 3,
+            "embedding_multiplier": 1.7,
+            "attention_multiplier": 0.21,
+            "residual_multiplier": 0.6,
+            "logits_scaling": 0.4,
+        },
+    ),
+    "seed_oss": Family(
+        ATTENTION
+        | {
+            "model_type": "seed_oss",
+            "hidden_size": 40,
+            "intermediate_size": 56,
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "attention_bias": True,
+            "attention_out_bias": True,
+        },
+    ),
+    "smollm3": Family(
+        ATTENTION
+        | {
+            "model_type": "smollm3",
+            "hidden_size": 48,
+            "intermediate_size": 56,
+            "num_hidden_layers": 4,
+            "no_rope_layers": [1, 0, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 10,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"],
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
     "mistral": Family(
         ATTENTION
         | {

@@ -4,15 +4,18 @@ from helix_jax.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from helix_jax.families.family import Family, Tensor
 from helix_jax.families.gemma3 import GEMMA3_TEXT
 from helix_jax.families.gpt_oss import GPT_OSS
+from helix_jax.families.granite import GRANITE
 from helix_jax.families.llama import LLAMA, MISTRAL
 from helix_jax.families.mixtral import MIXTRAL
 from helix_jax.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from helix_jax.families.seed_oss import SEED_OSS
+from helix_jax.families.smollm3 import SMOLLM3
 
 FAMILIES = {
     family.model_type: family
     for family in (
         *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL),
-        *(GPT_OSS, GEMMA3_TEXT, DEEPSEEK_V2, DEEPSEEK_V3),
+        *(GPT_OSS, GEMMA3_TEXT, DEEPSEEK_V2, DEEPSEEK_V3, GRANITE, SEED_OSS, SMOLLM3),
     )
 }
 

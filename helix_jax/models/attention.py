@@ -74,7 +74,8 @@ class SelfAttention(nnx.Module):
         self, x_BTD: Array, position_BT: Array, attention: Attention, state: AttentionState
     ) -> tuple[Array, AttentionState]:
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
-        q_BTNH, k_BTKH = (rotate(x, position_BT, self.rope) for x in (q_BTNH, k_BTKH))
+        if self.rope:
+            q_BTNH, k_BTKH = (rotate(x, position_BT, self.rope) for x in (q_BTNH, k_BTKH))
         sink_N = self.sink_N[...] if self.config.sinks else None
         o_BTNH, state = attention(q_BTNH, k_BTKH, v_BTKH, state, scale=self.scale, window=self.window, sink_N=sink_N)
         o_BTD = einsum("btnh,nhd->btd", o_BTNH, self.o_NHD[...])

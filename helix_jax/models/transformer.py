@@ -53,13 +53,17 @@ class Layer(nnx.Module):
         added_BTD, state = self.attention(normed_BTD, position_BT, attention, state)
         if self.config.post_norms:
             added_BTD = rms_norm(added_BTD, self.attention_post_norm_D, self.config)
-        x_BTD = x_BTD + dropout(added_BTD)
+        x_BTD = x_BTD + dropout(self._scale(added_BTD))
 
         normed_BTD = rms_norm(x_BTD, self.ff_norm_D, self.config)
         added_BTD = self.ff(normed_BTD, run_experts) if isinstance(self.ff, MixtureOfExperts) else self.ff(normed_BTD)
         if self.config.post_norms:
             added_BTD = rms_norm(added_BTD, self.ff_post_norm_D, self.config)
-        return x_BTD + dropout(added_BTD), state
+        return x_BTD + dropout(self._scale(added_BTD)), state
+
+    def _scale(self, added_BTD: Array) -> Array:
+        scale = self.config.residual_scale
+        return added_BTD if scale == 1 else added_BTD * jnp.asarray(scale, added_BTD.dtype)
 
 
 class Transformer(nnx.Module):
@@ -132,6 +136,8 @@ def compute_logits(
 ) -> Float[Array, "*B V"]:
     """Return the logits like `Transformer.logits`, for a head that is given as an array."""
     logits_BTV = einsum("...d,vd->...v", x_BTD, head_VD, out=jnp.float32)
+    if config.logits_scaling != 1:
+        logits_BTV = logits_BTV / config.logits_scaling
     return jnp.where(jnp.arange(head_VD.shape[0]) < config.vocab, logits_BTV, -jnp.inf)
 
 
