@@ -180,8 +180,13 @@ def test_outputs_of_other_families_do_not_change_when_pages_run_out(
     ("family", "tp", "cp", "options"),
     [
         ("llama", 2, 4, {"placement": "helix", "steps_per_call": 4}),
-        ("deepseek_v3", 1, 4, {"placement": "striped", "steps_per_call": 32}),
-        pytest.param("gpt_oss", 2, 2, {"placement": "helix"}, marks=pytest.mark.slow),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("deepseek_v3", 1, 4, {"placement": "striped", "steps_per_call": 32}),
+                ("gpt_oss", 2, 2, {"placement": "helix"}),
+            )
+        ),
     ],
 )
 def test_outputs_with_an_fp8_cache_depend_on_nothing_else(family: str, tp: int, cp: int, options: dict):

@@ -65,13 +65,17 @@ def forced_logits(model, plan: Plan, text: list[int], prompt_lens: list[int]) ->
 
 
 def families_and_meshes() -> Iterator:
-    """Yield every family on four meshes. In the fast tier they take turns, in the long tier all run."""
+    """Yield every family on four meshes. In the fast tier they take turns, in the long tier all run.
+
+    Families that differ from Llama in factors and biases alone are in the fast tier without a mesh.
+    """
     for number, folder in enumerate(UNQUANTISED):
         meshes = ((1, 4), (2, 2), (1, 8), (2, 4))
         if folder.name == "llama_9_heads":
             meshes = ((1, 8), (3, 2), (6, 1), (1, 3))
         for index, (tp, cp) in enumerate(meshes):
-            marks = [] if index == number % len(meshes) else pytest.mark.slow
+            is_fast = index == number % len(meshes) and folder.name not in ("granite", "seed_oss")
+            marks = [] if is_fast else pytest.mark.slow
             yield pytest.param(folder, tp, cp, marks=marks, id=f"{folder.name}-{tp}-{cp}")
 
 

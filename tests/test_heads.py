@@ -19,7 +19,7 @@ from tests.reference import TINY, plan_of, relative_error, tiny_model
 
 NINE = replace(TINY, heads=9, kv_heads=3, qkv_bias=True, o_bias=True, sinks=True)  # SmolLM2-135M has so many
 MESHES = [(1, 2), (1, 3), (1, 4), (1, 8), (3, 1), (3, 2), (6, 1)]  # tp x cp
-IN_FAST_TIER = [(1, 8), (3, 2), (6, 1)]
+IN_FAST_TIER = [(1, 8), (6, 1)]
 
 
 def random_model(config, seed: int = 0) -> Transformer:
@@ -64,7 +64,7 @@ def test_tokens_do_not_depend_on_a_mesh_that_divides_no_heads(tp: int, cp: int):
     model, alone = random_model(NINE), plan_of()
     prompts, params = [[1, 2, 3, 4, 5, 6, 7] * 3, [9, 8]], SamplingParams(max_new_tokens=12, logprobs=1)
     [*expected] = Engine(shard(model, alone), alone, rows=2, max_len=64).generate(prompts, params)
-    for combine in ("psum", "all_to_all") if (tp, cp) in IN_FAST_TIER[:2] else ("psum_scatter",):
+    for combine in ("psum", "all_to_all") if cp == 8 else ("psum_scatter",):
         plan = plan_of(tp, cp, combine=combine)
         sharded = shard(model, plan)
         found = Engine(sharded, plan, rows=2, max_len=64).generate(prompts, params)

@@ -358,8 +358,8 @@ def test_the_three_combines_agree_and_ignore_empty_ranks():
         assert not np.isnan(combined.o_BTNH).any()
 
 
-@pytest.mark.parametrize("how", COMBINES)
-@pytest.mark.parametrize(("tp", "cp", "heads", "kv_heads"), [(1, 4, 9, 3), (2, 4, 6, 2), slow(1, 8, 9, 1)])
+@pytest.mark.parametrize("how", ["psum", slow("psum_scatter"), "all_to_all"])
+@pytest.mark.parametrize(("tp", "cp", "heads", "kv_heads"), [slow(1, 4, 9, 3), (2, 4, 6, 2), slow(1, 8, 9, 1)])
 def test_cp_need_not_divide_the_heads(how: str, tp: int, cp: int, heads: int, kv_heads: int):
     """Zeros follow the heads of each tp rank, so that there are as many for each of its cp ranks."""
     plan, case = plan_on(tp, cp, how=how), Case(heads, kv_heads, chunk=16)
