@@ -23,7 +23,7 @@ from helix_jax.mesh import ROWS_B, make_mesh
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.sampling import RowSampling, make_sampling
-from helix_jax.step import DecodeState, _decode, decode, step
+from helix_jax.step import DecodeState, _decode, decode, decode_program, step
 from tests.reference import TINY, plan_of, tiny_model
 
 # In one layer: the collectives of the combine, and an all-reduce each after the output and the down projection.
@@ -161,7 +161,8 @@ def test_one_trace_of_each_program_serves_a_whole_generation(tp: int, cp: int, d
         program = jax.jit(trace, donate_argnums=3, **jit)
         return lambda *arguments: calls.append(name) or program(*arguments)
 
-    monkeypatch.setattr(runner, "decode", counted("decode", _decode, static_argnums=(0, 1, 5, 6)))
+    counted_decode = counted("decode", _decode, static_argnums=(0, 1, 5, 6))
+    monkeypatch.setattr(runner, "decode_program", lambda plan: counted_decode)
     monkeypatch.setattr(programs, "prefill", counted("prefill", programs._prefill, static_argnums=(0, 1)))
     plan = Plan(make_mesh(tp, cp, dp), 2)
     model, options = shard(tiny, plan), {"max_len": 64, "page": 64, "chunk": 8, "rows": 3}
@@ -170,6 +171,15 @@ def test_one_trace_of_each_program_serves_a_whole_generation(tp: int, cp: int, d
     # A dp group with several rows also prefills two chunks of 4 in place of one of 8.
     assert Counter(traced) == {"decode": 1, "prefill": 2 if dp == 1 else 1}
     assert calls.count("decode") <= 2 * 4  # for 40 tokens per row: no program is launched per token
+
+
+def test_several_gpus_have_a_program_of_their_own_if_xla_knows_its_options(monkeypatch):
+    module, plan = sys.modules["helix_jax.step"], plan_of(1, 2)
+    assert decode_program(plan) is decode
+    monkeypatch.setattr(module, "_has_fixed_length", lambda plan: True)
+    for version, expected in (((0, 10, 2), decode), ((0, 11, 0), module._decode_on_several_gpus)):
+        monkeypatch.setattr(jax, "__version_info__", version)
+        assert decode_program(plan) is expected
 
 
 @pytest.mark.parametrize(
