@@ -265,6 +265,11 @@ def test_an_fp8_cache_stores_what_numpy_quantises(plan, case: Case):
     assert exact.shape[3] == (2 if case.v_width else 0)
 
 
+def test_a_latent_that_scales_cannot_share_is_rejected():
+    with pytest.raises(ValueError, match="cannot divide the 257 numbers of a latent among 3 scales: choose another"):
+        CacheSpec(1, 1, 257 + 64, FLOAT8, latent=True, exact_width=64)
+
+
 @pytest.mark.parametrize(("tp", "cp"), [(1, 1), (1, 3), (2, 3), slow(1, 5), slow(3, 2), (1, 7), slow(8, 1)])
 def test_meshes_need_not_be_powers_of_two(tp: int, cp: int):
     assert_exact(plan_on(tp, cp), Case(tp * cp * 2, tp, chunk=16))

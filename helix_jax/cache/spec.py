@@ -44,6 +44,12 @@ class CacheSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # one form, because a program is compiled for each
+        numbers = self.head_width - self.exact_width
+        if self.quantised and numbers % self.scales:
+            raise ValueError(
+                f"an fp8 cache cannot divide the {numbers} numbers of a latent among {self.scales} scales: "
+                f"choose another type of cache"
+            )
 
     @property
     def parts(self) -> int:
