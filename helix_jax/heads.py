@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from helix_jax.config import ModelConfig
-from helix_jax.mesh import CP, FLAT, TP, WEIGHTS, AnyMesh
+from helix_jax.mesh import CP, FLAT, TP, WEIGHTS, AnyMesh, flat_size
 
 PADDING = -1  # in the place of a head
 
@@ -34,8 +34,13 @@ class HeadLayout:
 
     @classmethod
     def of(cls, config: ModelConfig, mesh: AnyMesh) -> "HeadLayout":
-        """Return the layout of a model on a mesh, for which `unsupported_tp_reason` is None."""
+        """Return the layout of a model on a mesh.
+
+        Raises:
+            ValueError: tp cannot share the heads, see `check_heads`.
+        """
         kv_heads = None if config.latent else config.kv_heads
+        check_heads(mesh, config.heads, kv_heads)
         return cls(config.heads, kv_heads, mesh.shape[TP], mesh.shape[CP])
 
     @property
@@ -54,8 +59,8 @@ class HeadLayout:
         """The query head at each place, before attention. A head is beside the key/value head that it uses."""
         if self.copies == 1:
             return np.arange(self.heads)
-        group = self.heads // len(self.keys_K[:: self.copies])
-        heads_KG = np.arange(self.heads).reshape(-1, group)
+        heads_KG = np.arange(self.heads).reshape(self.kv_heads or 1, -1)
+        group = heads_KG.shape[1]
         return _pad(heads_KG, -(-group // self.copies) * self.copies).ravel()
 
     @cached_property
@@ -91,6 +96,24 @@ def unsupported_tp_reason(tp: int, heads: int, kv_heads: int | None) -> str | No
     if kv_heads % tp and tp % kv_heads:
         return f"tp {tp} neither divides the {kv_heads} key/value heads nor is a multiple of them"
     return f"tp {tp} is larger than the {heads} query heads" if tp > heads else None
+
+
+def check_heads(mesh: AnyMesh, heads: int, kv_heads: int | None) -> None:
+    """Check that tp can share the heads of attention. cp can always share them.
+
+    Args:
+        mesh: The mesh.
+        heads: Query heads.
+        kv_heads: Key/value heads. None for latent attention, where one cached vector serves all heads.
+
+    Raises:
+        ValueError: It cannot. The message lists the meshes of as many devices that can.
+    """
+    reason, devices = unsupported_tp_reason(mesh.shape[TP], heads, kv_heads), flat_size(mesh)
+    if reason:
+        sizes = [tp for tp in range(1, devices + 1) if not unsupported_tp_reason(tp, heads, kv_heads)]
+        meshes = ", ".join(f"{tp} x {devices // tp}" for tp in sizes)
+        raise ValueError(f"{reason}: choose one of these meshes (tp x cp) of up to {devices} devices: {meshes}")
 
 
 def stored_kv_heads(kv_heads: int, tp: int) -> int:

@@ -9,11 +9,11 @@ from jax.typing import DTypeLike
 
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
-from helix_jax.heads import unsupported_tp_reason
+from helix_jax.heads import HeadLayout
 from helix_jax.kernels import KERNELS, check_device, choose_backend
 from helix_jax.kernels.page_format import PageFormat, stored_width
 from helix_jax.layout import BlockLayout
-from helix_jax.mesh import CP, DP, EXPERT_WEIGHTS, TP, AnyMesh, first_device, flat_size
+from helix_jax.mesh import CP, DP, EXPERT_WEIGHTS, TP, AnyMesh, first_device
 from helix_jax.quantisation import FLOAT8
 from helix_jax.validation import check_choice
 
@@ -97,27 +97,10 @@ class Plan:
         dtype = self.cache_dtype_for(dtype)
         return self.kernel_for(PageFormat(width, page, dtype, config.latent.width if config.latent else None))
 
-    def check_heads(self, heads: int, kv_heads: int | None) -> None:
-        """Check that tp can share the heads of attention. cp can always share them.
-
-        Args:
-            heads: Query heads.
-            kv_heads: Key/value heads. None for latent attention, where one cached vector serves all heads.
-
-        Raises:
-            ValueError: It cannot. The message lists the meshes of as many devices that can.
-        """
-        reason = unsupported_tp_reason(self.mesh.shape[TP], heads, kv_heads)
-        if reason:
-            devices = flat_size(self.mesh)
-            sizes = [tp for tp in range(1, devices + 1) if not unsupported_tp_reason(tp, heads, kv_heads)]
-            meshes = ", ".join(f"{tp} x {devices // tp}" for tp in sizes)
-            raise ValueError(f"{reason}: choose one of these meshes (tp x cp) of up to {devices} devices: {meshes}")
-
     def check_model(self, config: ModelConfig) -> None:
         """Check that the mesh can share the heads of a model.
 
         Raises:
             ValueError: It cannot. The message lists the meshes of as many devices that can.
         """
-        self.check_heads(config.heads, None if config.latent else config.kv_heads)
+        HeadLayout.of(config, self.mesh)

@@ -37,15 +37,15 @@ class QuantisedPages(NamedTuple):
         return self.numbers_AKWH.dtype
 
 
-def quantise(x_BKWH: Float[Array, "*B H"], scales: int, exact: int = 0) -> QuantisedPages:
+def quantise(x_BH: Float[Array, "*B H"], scales: int, exact: int = 0) -> QuantisedPages:
     """Quantise vectors. The largest number of each group becomes the largest that float8 has.
 
     Args:
-        x_BKWH: The vectors.
+        x_BH: The vectors.
         scales: The number of groups with a scale of their own.
         exact: How many numbers at the end of each vector are not quantised.
     """
-    numbers, rest = jnp.split(x_BKWH, [x_BKWH.shape[-1] - exact], axis=-1)
+    numbers, rest = jnp.split(x_BH, [x_BH.shape[-1] - exact], axis=-1)
     groups = numbers.astype(jnp.float32).reshape(*numbers.shape[:-1], scales, -1)
     scale = jnp.abs(groups).max(-1) * _SCALE
     scaled = groups / jnp.where(scale == 0, 1, scale)[..., None]

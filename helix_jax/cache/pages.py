@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from helix_jax.arrays import put
 from helix_jax.cache.paging import pages_needed, split_slot
 from helix_jax.cache.spec import CacheSpec
-from helix_jax.heads import stored_kv_heads
+from helix_jax.heads import check_heads, stored_kv_heads
 from helix_jax.kernels.page_format import stored_width
 from helix_jax.layout import Integer
 from helix_jax.mesh import CP, DP, POOL_LATENT_XKWH, POOL_XKWH, ROWS_B, TABLE_RBM, TP, first_device, sharding
@@ -91,7 +91,7 @@ def make_caches(
     _check_lens(plan, prompt_lens, max_lens, page)
     for spec in specs:
         if not spec.latent:
-            plan.check_heads(max(spec.kv_heads, plan.mesh.shape[TP]), spec.kv_heads)
+            check_heads(plan.mesh, stored_kv_heads(spec.kv_heads, plan.mesh.shape[TP]), spec.kv_heads)
     slots_B = plan.layout.max_filled(np.asarray(max_lens), np.asarray(prompt_lens))
     pages_per_row, B = max(1, pages_needed(int(slots_B.max()), page)), len(prompt_lens)
     table_RBM = fixed_page_table(plan, B, pages_per_row)

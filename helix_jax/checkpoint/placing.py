@@ -35,7 +35,6 @@ def shard(model: Transformer, plan: Plan, dtype: DTypeLike | None = None) -> Tra
     Raises:
         ValueError: The mesh cannot share the heads of the model.
     """
-    plan.check_model(model.config)
     parameters = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
 
     @lru_cache(maxsize=1)  # the parts of one parameter are read one after the other

@@ -66,7 +66,6 @@ def load(
             missing, unexpected, of the wrong shape or not a float. All of this is checked before the first tensor is
             read.
     """
-    plan.check_model(read_config(folder))
     return _load(Path(folder), cast(Mesh, plan.mesh), dtype, plan.experts, on_read)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_PREFIX, _HEAD = "model.", "lm_head."
+_PREFIX, _HEAD, _EMBEDDING = "model.", "lm_head.", "embed_tokens.weight"
 
 _DTYPES = {
     "F64": np.float64,
@@ -61,7 +61,7 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
         ValueError: There are no weights, or a file is missing, cut off or not a safetensors file.
     """
     tensors = _open_files(folder)
-    if any(name.startswith(_PREFIX) for name in tensors):
+    if _EMBEDDING not in tensors:
         return tensors
     return {name if name.startswith(_HEAD) else _PREFIX + name: tensor for name, tensor in tensors.items()}
 

@@ -4,7 +4,6 @@ Every entry works in both directions. A `Key` pairs a field of ModelConfig with 
 enough, another `Part` has the same two methods: `read` sets fields, `write` sets keys.
 """
 
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +12,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from helix_jax.config import ModelConfig
 from helix_jax.families.keys import HEADS, Fields, Published, RopeKeys, size_keys
 from helix_jax.parsing import parse_dataclass
-
-_NO_TOKEN = -1
-
-log = logging.getLogger("helix_jax")
 
 
 @runtime_checkable
@@ -154,14 +149,12 @@ class Family:
 def _eos_token_ids(value: Any, vocab: int) -> list[int]:
     """Return `eos_token_id`, which is null, an id or a list of ids, as a list.
 
-    Published models have -1 for none, and ids beyond a vocabulary that was cut. The model never produces these.
+    Published models have -1 for none, and ids beyond a vocabulary that was cut. The model never produces these, so
+    leaving them out changes nothing.
     """
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(i) is int for i in ids):
         raise ValueError(f"config.json: eos_token_id is {value!r}: give a token id, or a list of them")
-    outside = [i for i in ids if not 0 <= i < vocab and i != _NO_TOKEN]
-    if outside:
-        log.warning("ignored end tokens outside the vocabulary of %d: %s", vocab, ", ".join(map(str, outside)))
     return [i for i in ids if 0 <= i < vocab]
 
 

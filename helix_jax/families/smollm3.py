@@ -4,7 +4,7 @@ from typing import Any
 
 from helix_jax.config import ModelConfig
 from helix_jax.families.family import LAYER_TENSORS, Family
-from helix_jax.families.keys import HEADS, Fields, Key, Published, RopeKeys, Windows, read_value, size_keys
+from helix_jax.families.keys import Fields, Key, Published, RopeKeys, Windows, read_value, size_keys
 from helix_jax.families.llama import BIASES
 
 
@@ -37,7 +37,7 @@ SMOLLM3 = Family(
     parts=(
         *size_keys(tied_head=True),
         Key("kv_heads", "num_key_value_heads", int, 4),
-        HEADS[1],
+        Key("head_width", "head_dim", int, lambda fields: fields["width"] // fields["heads"]),
         *(*BIASES, RopeKeys(theta=2_000_000.0), LayersWithoutRope()),
         Windows(layers_without_rope, default=None, switched=True),
     ),

@@ -38,7 +38,7 @@ def compute_parts(
 ) -> tuple[Array, Array]:
     """Compute the outputs [parts, queries, width] and log-sum-exps [parts, queries] of all parts."""
     work = shape.work
-    if shape.quantised:  # scores beyond that range differ from each other by more than the softmax can tell
+    if shape.quantised:  # float16 has no larger numbers, and queries of that size would give one weight of 1
         q_XQH = jnp.clip(q_XQH, -_LARGEST_FLOAT16, _LARGEST_FLOAT16).astype(jnp.float16)
 
     def body(*refs: Any) -> None:
