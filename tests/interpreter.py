@@ -48,7 +48,8 @@ def _run_state(body: Callable[..., None]) -> Callable[..., Any]:
 
 def _wgmma(accumulator: Any, a: Any, b: Any) -> None:
     if isinstance(accumulator, _Sum):
-        accumulator.value += jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+        left = a if isinstance(a, jax.Array) else a[...]
+        accumulator.value += jnp.dot(left, b[...], preferred_element_type=jnp.float32)
         plgpu.commit_smem()  # an ordinary read is not ordered after asynchronous copies, as wgmma is
     else:
         _REAL_WGMMA(accumulator, a, b)

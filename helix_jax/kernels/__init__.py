@@ -149,8 +149,6 @@ def _not_readable_on_hopper(pages: PageFormat) -> str | None:
     dtype = jnp.dtype(pages.dtype)
     if dtype not in (jnp.bfloat16, FLOAT8):
         return f"reads bfloat16 and fp8, and the cache is {dtype}: choose one of these"
-    if dtype == FLOAT8 and pages.v_width is not None:
-        return f"reads latents of bfloat16, and the cache is {dtype}: choose bfloat16"
     short_pages = _SHORT_PAGES
     if dtype == FLOAT8:  # copies of 4-byte scales begin at multiples of 128 bytes
         short_pages = (32, 64)

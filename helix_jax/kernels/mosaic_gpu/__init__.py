@@ -19,6 +19,7 @@ from helix_jax.attention import PageTable, Partial
 from helix_jax.kernels import check_arrays
 from helix_jax.kernels.mosaic_gpu import grouped as _grouped
 from helix_jax.kernels.mosaic_gpu import latent as _latent
+from helix_jax.kernels.mosaic_gpu import latent_quantised as _latent_quantised
 from helix_jax.kernels.mosaic_gpu.grouped_shape import choose_shape
 from helix_jax.kernels.mosaic_gpu.merging import merge_parts
 from helix_jax.kernels.mosaic_gpu.work import make_schedule
@@ -81,10 +82,14 @@ def _attend(
     (_, K, W, H), (B, _), (_, Q, _) = k_AKWH.shape, lo_BT.shape, q_XQH.shape
     q_XQH = _pad_queries(q_XQH)
     if v_AKWH is None:
-        assert not isinstance(k_AKWH, QuantisedPages)  # check_arrays has refused quantised latents
-        latent = _latent.choose_shape(B, Q, H, v_width or H, W, count_processors(), scale)
-        work, schedule = latent.work, make_schedule(latent.work, lo_BT, hi_BT)
-        parts = _latent.compute_parts(latent, q_XQH, k_AKWH.reshape(-1, H), table, schedule)
+        if isinstance(k_AKWH, QuantisedPages):
+            latent = _latent_quantised.choose_shape(B, Q, k_AKWH, count_processors(), scale)
+            work, schedule = latent.work, make_schedule(latent.work, lo_BT, hi_BT)
+            parts = _latent_quantised.compute_parts(latent, q_XQH, k_AKWH, table, schedule)
+        else:
+            latent = _latent.choose_shape(B, Q, H, v_width or H, W, count_processors(), scale)
+            work, schedule = latent.work, make_schedule(latent.work, lo_BT, hi_BT)
+            parts = _latent.compute_parts(latent, q_XQH, k_AKWH.reshape(-1, H), table, schedule)
     else:
         grouped = choose_shape(B, Q, K, PageFormat(H, W, k_AKWH.dtype), count_processors(), scale)
         work, schedule = grouped.work, make_schedule(grouped.work, lo_BT, hi_BT)

@@ -5,6 +5,9 @@ two, with 64 queries each, if a row has more than 64). The rings hide the latenc
 flight. While the results of a segment are stored, the queries and tiles of the next segment are already copied. Tiles
 that are quantised are converted by the warpgroup that copies them, without their scales: those of the keys are factors
 on the scores, and those of the values on the weights.
+
+The matrix unit multiplies 64 rows. Many queries are the rows. A few queries are the columns, of which there may be
+eight, and the rows are slots and numbers of a value (`grouped_few`).
 """
 
 from collections.abc import Callable
@@ -18,14 +21,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from helix_jax.attention import PageTable
-from helix_jax.kernels.mosaic_gpu import memory, softmax
+from helix_jax.kernels.mosaic_gpu import grouped_few, memory, softmax
+from helix_jax.kernels.mosaic_gpu.conversion import clip_to_float16
 from helix_jax.kernels.mosaic_gpu.grouped_copies import copy, copy_and_convert
 from helix_jax.kernels.mosaic_gpu.grouped_shape import STAGED_COLUMNS, GroupedShape, Shared, describe_shared
 from helix_jax.kernels.mosaic_gpu.softmax import repeat_along_columns, repeat_along_rows
 from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, loop_over_tiles, walk_segments
 from helix_jax.quantisation import QuantisedPages
-
-_LARGEST_FLOAT16 = 65504.0
 
 
 def compute_parts(
@@ -38,8 +40,7 @@ def compute_parts(
 ) -> tuple[Array, Array]:
     """Compute the outputs [parts, queries, width] and log-sum-exps [parts, queries] of all parts."""
     work = shape.work
-    if shape.quantised:  # float16 has no larger numbers, and queries of that size would give one weight of 1
-        q_XQH = jnp.clip(q_XQH, -_LARGEST_FLOAT16, _LARGEST_FLOAT16).astype(jnp.float16)
+    q_XQH = clip_to_float16(q_XQH) if shape.quantised else q_XQH
 
     def body(*refs: Any) -> None:
         pl.run_scoped(partial(_body, shape, *refs), describe_shared(shape), collective_axes="warpgroup")
@@ -76,7 +77,10 @@ def _body(shape: GroupedShape, q, pools, entries, first, starts, jobs, spans, o,
     def compute(me: int) -> None:
         plgpu.set_max_registers(compute_registers, action="increase")
         stream, member = divmod(me, shape.work.members)
-        walk(stream, partial(_compute, shape, stream, member, o, lse, shared))
+        if shape.few:
+            walk(stream, partial(grouped_few.compute, shape, stream, o, lse, shared))
+        else:
+            walk(stream, partial(_compute, shape, stream, member, o, lse, shared))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def copy_tiles(stream: int) -> None:
@@ -101,7 +105,7 @@ def _compute(
         accs, m, l, ring_step = carry
         stage, first_slot = lax.rem(ring_step, shape.stages), index * work.tile
         plgpu.barrier_wait(shared.filled.at[stream, stage])
-        keys = shared.tile(stream, stage, 0)
+        keys = shared.tile(stream, stage)
 
         def scores(acc):
             plgpu.wgmma(acc, shared.q.at[me, q_turn], keys.transpose((1, 0)))
@@ -113,26 +117,31 @@ def _compute(
         plgpu.barrier_arrive(shared.freed.at[stream, stage])
         if masked:
             s = softmax.mask_unseen(s, shared.spans.at[me, q_turn], first_slot)
-        p, alpha, m = softmax.compute_weights(s, m, shape.scale)
-        l = l * alpha + p.sum(axis=1)
-        accs = [acc * repeat_along_rows(alpha, shape.columns) for acc in accs]
 
         stage = lax.rem(ring_step + 1, shape.stages)
-        plgpu.barrier_wait(shared.filled.at[stream, stage])
+        if shape.quantised:
+            plgpu.barrier_wait(shared.filled.at[stream, stage])
+            scales = _scales(shape, stream, shared, ring_step + 1)
+            scales = softmax.clear_unseen_scales(scales, segment, first_slot) if masked else scales
+            p, unscaled, alpha, m = softmax.compute_scaled_weights(s, m, shape.scale, scales)
+        else:
+            p, alpha, m = softmax.compute_weights(s, m, shape.scale)
+            unscaled = p
+        l = l * alpha + unscaled.sum(axis=1)
+        accs = [acc * repeat_along_rows(alpha, shape.columns) for acc in accs]
+        p = p.astype(shape.product_dtype)
+
+        if not shape.quantised:
+            plgpu.barrier_wait(shared.filled.at[stream, stage])
         if masked:
-            values, size = shared.tile(stream, stage, 1), (work.tile, shape.width)
+            values, size = shared.tile(stream, stage), (work.tile, shape.width)
             softmax.clear_unseen(values, segment, first_slot, shape=size, sharers=work.members, me=member)
             if work.members > 1:
                 plgpu.barrier_arrive(shared.cleared.at[stream])
                 plgpu.barrier_wait(shared.cleared.at[stream])
-        if shape.quantised:
-            scales = _scales(shape, stream, shared, ring_step + 1)
-            scales = softmax.clear_unseen_scales(scales, segment, first_slot) if masked else scales
-            p = p * repeat_along_columns(scales, ROWS)
-        p = p.astype(jnp.bfloat16)
 
         def add_values(refs):
-            values = shared.tile(stream, stage, 1)  # Mosaic does not accept it from outside of this function
+            values = shared.tile(stream, stage)  # Mosaic does not accept it from outside of this function
             for acc, column in zip(refs, blocks, strict=True):
                 plgpu.wgmma(acc, p, values.at[:, pl.ds(column, shape.columns)])
 
@@ -150,9 +159,7 @@ def _compute(
 
 def _scales(shape: GroupedShape, stream: int, shared: Shared, ring_step: Array) -> Array:
     """Return the scales of the slots of a tile."""
-    assert shared.quantised is not None
-    scales = shared.quantised.scales[stream, lax.rem(ring_step, shape.scale_stages)]
-    return plgpu.layout_cast(scales, softmax.COLUMN)
+    return plgpu.layout_cast(shared.scales(stream, lax.rem(ring_step, shape.scale_stages)), softmax.COLUMN)
 
 
 def _store(

@@ -1,19 +1,15 @@
 """Copies queries and tiles of grouped heads into shared memory, and converts tiles that are quantised."""
 
 from functools import partial
-from typing import Any
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
-import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import DTypeLike
 
 from helix_jax.kernels.mosaic_gpu import memory
-from helix_jax.kernels.mosaic_gpu.grouped_shape import STAGED_COLUMNS, GroupedShape, Shared
-from helix_jax.kernels.mosaic_gpu.work import ROWS, Segment
-
-_CONVERSION = plgpu.Layout.WGMMA_UPCAST_2X  # a thread loads four bytes at once, and stores eight
+from helix_jax.kernels.mosaic_gpu.conversion import convert
+from helix_jax.kernels.mosaic_gpu.grouped_shape import GroupedShape, Shared
+from helix_jax.kernels.mosaic_gpu.work import Segment
 
 
 def copy(
@@ -31,7 +27,7 @@ def copy(
             stage = lax.rem(ring_step, shape.stages)
             freed, filled = shared.freed.at[stream, stage], shared.filled.at[stream, stage]
             pl.when(ring_step >= shape.stages)(partial(plgpu.barrier_wait, freed))  # the ring starts empty
-            memory.fetch(pool, _starts_of(shape, table, part, starts), shared.tile(stream, stage, part), filled)
+            memory.fetch(pool, _starts_of(shape, table, part, starts), shared.tile(stream, stage), filled)
             ring_step = ring_step + 1
         return next_starts, ring_step
 
@@ -42,7 +38,7 @@ def copy(
 def copy_and_convert(
     shape: GroupedShape, stream: int, q, spans, pools, table, shared: Shared, segment: Segment, ring_step: Array
 ) -> Array:
-    """Copy like `copy`, some tiles ahead, and convert each tile for the product that it is used in."""
+    """Copy like `copy`, some tiles ahead, and convert each tile to float16."""
     _copy_queries(shape, stream, q, spans, shared, segment)
     quantised, ahead = shared.quantised, shape.copied_tiles // 2  # in pairs
     assert quantised is not None
@@ -57,11 +53,11 @@ def copy_and_convert(
     def convert_pair(index: Array, carry: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
         starts, ring_step = carry
         next_starts = locate(index + ahead + 1)  # these loads overlap with the conversion
-        for part, dtype in enumerate((jnp.float16, jnp.bfloat16)):
-            source, target = (stream, lax.rem(ring_step, shape.copied_tiles)), (stream, part)
+        for part in range(2):
+            source, target = ((stream, lax.rem(ring_step, n)) for n in (shape.copied_tiles, shape.stages))
             plgpu.barrier_wait(quantised.filled.at[*source])
             pl.when(ring_step >= shape.stages)(partial(plgpu.barrier_wait, shared.freed.at[*target]))
-            _convert(quantised.ring.at[*source], shared.tile(*target, part), dtype)
+            convert(quantised.ring.at[*source], shared.tile(*target))
             plgpu.commit_smem()  # by now all threads have read the quantised tile, so its stage is free
             plgpu.barrier_arrive(shared.filled.at[*target])
             pl.when(index + ahead < segment.end)(partial(fetch, ring_step + shape.copied_tiles, part, starts))
@@ -94,16 +90,3 @@ def _starts_of(shape: GroupedShape, table, part: int, starts: list[Array]) -> li
     """Return the first rows of the pieces of a tile of keys (0) or values (1), given those of the keys."""
     rows_to_values = (table.first_C[1] - table.first_C[0]) * shape.work.heads * shape.page
     return [start + rows_to_values for start in starts] if part else starts
-
-
-def _convert(numbers: Any, target: Any, dtype: DTypeLike) -> None:
-    """Convert the numbers of a tile, without their scales, which the computing warpgroup applies."""
-    tile, width = target.shape
-    for row in range(0, tile, ROWS):
-        rows = pl.ds(row, ROWS)
-        x = plgpu.layout_cast(numbers[rows], _CONVERSION)
-        for column in range(0, width, STAGED_COLUMNS):
-            piece = x[:, column : column + STAGED_COLUMNS]
-            # The GPU converts float8 to float16 only, and float16 to bfloat16 by way of float32.
-            piece = piece.astype(dtype) if dtype == jnp.float16 else piece.astype(jnp.float32).astype(dtype)
-            target[rows, pl.ds(column, STAGED_COLUMNS)] = piece

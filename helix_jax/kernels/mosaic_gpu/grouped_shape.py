@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from helix_jax.kernels.mosaic_gpu import memory
 from helix_jax.kernels.mosaic_gpu.work import ROWS, Work
@@ -17,6 +18,7 @@ _LEAST_TILE_BYTES = 16 * 1024
 _COLUMNS = 128  # columns of an accumulator
 _SCALE_BYTES = 4
 _LEAST_STAGES = 3
+_FEW_QUERIES = 32
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,16 @@ class GroupedShape:
         return self.streams_per_processor * self.work.members
 
     @property
+    def few(self) -> bool:
+        """Whether the queries are the columns of the matrix products, instead of their 64 rows."""
+        return self.work.member_queries < ROWS
+
+    @property
+    def product_dtype(self) -> DTypeLike:
+        """The type of the operands of the matrix products."""
+        return jnp.float16 if self.quantised else jnp.bfloat16
+
+    @property
     def columns(self) -> int:
         """The columns of one accumulator."""
         return min(self.width, _COLUMNS)
@@ -57,12 +69,12 @@ class GroupedShape:
     @property
     def q_stages(self) -> int:
         """The segments whose queries are in shared memory at once: two, or one if there is too little memory."""
-        return 2 if not self.quantised and self._copied_tiles(q_stages=2) >= _LEAST_STAGES else 1
+        return 2 if self._copied_tiles(q_stages=2) >= _LEAST_STAGES else 1
 
     @property
     def stages(self) -> int:
         """The tiles of a stream that are ready to be multiplied at once. Keys and values alternate."""
-        return 2 if self.quantised else self.copied_tiles
+        return (4 if self.few else 2) if self.quantised else self.copied_tiles
 
     @property
     def copied_tiles(self) -> int:
@@ -76,12 +88,16 @@ class GroupedShape:
 
     def _copied_tiles(self, q_stages: int) -> int:
         """Return how many tiles fit into the memory beside everything else."""
-        staged = ROWS * (2 * self.width * q_stages + 4 * STAGED_COLUMNS) * self.computing_warpgroups
+        of_queries, tile = 2 * self.width * q_stages, self.work.tile
+        staged = 4 * STAGED_COLUMNS
+        if self.few:
+            staged = 4 * self.width + (4 + 2) * tile  # outputs, scores and weights
+        staged = self.work.member_queries * (of_queries + staged) * self.computing_warpgroups
         left = memory.BYTES - staged - 4 * memory.ALIGNMENT  # for spans, log-sum-exps and barriers
-        left, tile = left // self.streams_per_processor, self.work.tile
+        left = left // self.streams_per_processor
         if not self.quantised:
             return left // (2 * tile * self.width)
-        left -= 2 * tile * 2 * self.width + 4 * tile * _SCALE_BYTES  # converted tiles, and scales in use
+        left -= self.stages * tile * 2 * self.width + 4 * tile * _SCALE_BYTES  # converted tiles, and scales in use
         return left // (2 * tile * (self.width + _SCALE_BYTES)) * 2
 
 
@@ -99,7 +115,8 @@ def choose_shape(rows: int, queries: int, heads: int, pages: PageFormat, process
     members = 1 if queries <= ROWS else 2
     streams = 2 if members == 1 and pages.width <= _COLUMNS else 1
     tile = max(ROWS, _LEAST_TILE_BYTES // (2 * pages.width))
-    work = Work(rows, heads, queries, members, tile, streams * processors)
+    member_queries = -(-queries // 8) * 8 if queries <= _FEW_QUERIES else ROWS
+    work = Work(rows, heads, queries, members, tile, streams * processors, member_queries)
     return GroupedShape(work, pages.width, pages.page, processors, scale, pages.dtype == FLOAT8)
 
 
@@ -110,15 +127,27 @@ class Quantised(NamedTuple):
         ring: The quantised tiles of each stream. Keys and values alternate.
         scales: The scales of the tiles.
         filled: The copies of a tile and of its scales arrive here.
-        keys: A tile of keys of each stream, converted to float16, which represents float8 exactly.
-        values: A tile of values of each stream, converted to bfloat16.
+        converted: A tile of keys and one of values of each stream, as float16, which represents float8 exactly.
     """
 
     ring: Any
     scales: Any
     filled: Any
-    keys: Any
-    values: Any
+    converted: Any
+
+
+class Few(NamedTuple):
+    """The shared memory through which few queries are transposed, of each computing warpgroup.
+
+    Attributes:
+        scores: A tile of scores.
+        weights: A tile of weights.
+        per_query: A factor for each query.
+    """
+
+    scores: Any
+    weights: Any
+    per_query: Any
 
 
 class Shared(NamedTuple):
@@ -136,6 +165,7 @@ class Shared(NamedTuple):
         freed: Computing warpgroups arrive here when they no longer need a tile.
         cleared: Computing warpgroups arrive here when they have set their share of unseen values to 0.
         quantised: What quantised pages need. None: they are not quantised.
+        few: What few queries need. None: there are many.
     """
 
     ring: Any
@@ -149,33 +179,43 @@ class Shared(NamedTuple):
     freed: Any
     cleared: Any
     quantised: Quantised | None
+    few: Few | None
 
-    def tile(self, stream: int, stage: Array | int, part: int) -> Any:
-        """Return a tile of keys (0) or values (1) that is ready to be multiplied."""
-        if self.quantised:
-            return (self.quantised.keys, self.quantised.values)[part].at[stream]
-        return self.ring.at[stream, stage]
+    def tile(self, stream: int, stage: Array | int) -> Any:
+        """Return a tile of keys or values that is ready to be multiplied."""
+        return (self.quantised.converted if self.quantised else self.ring).at[stream, stage]
+
+    def scales(self, stream: int, stage: Array) -> Any:
+        """Return the scales of the slots of a tile."""
+        assert self.quantised is not None
+        return self.quantised.scales[stream, stage]
 
 
 def describe_shared(shape: GroupedShape) -> Shared:
     """Describe the shared memory of a processor."""
-    work, streams = shape.work, shape.streams_per_processor
+    work, streams, queries = shape.work, shape.streams_per_processor, shape.work.member_queries
     per_stage, per_q_stage = (streams, shape.stages), (shape.computing_warpgroups, shape.q_stages)
     copies, tile = memory.copies_per_tile(work.tile, shape.page), (work.tile, shape.width)
-    of_queries = jnp.float16 if shape.quantised else jnp.bfloat16
     return Shared(
         ring=None if shape.quantised else memory.allocate_tiled((*per_stage, *tile), jnp.bfloat16),
-        q=memory.allocate_tiled((*per_q_stage, ROWS, shape.width), of_queries),
-        o=memory.allocate_tiled((shape.computing_warpgroups, ROWS, STAGED_COLUMNS), jnp.float32),
-        spans=plgpu.SMEM((*per_q_stage, 2, ROWS), jnp.int32),
-        lse=plgpu.SMEM((shape.computing_warpgroups, ROWS), jnp.float32),
-        q_filled=plgpu.Barrier(num_arrivals=2, num_barriers=per_q_stage),
+        q=memory.allocate_tiled((*per_q_stage, queries, shape.width), shape.product_dtype),
+        o=_describe_outputs(shape),
+        spans=memory.allocate_per_query((*per_q_stage, 2, queries), jnp.int32),
+        lse=memory.allocate_per_query((shape.computing_warpgroups, queries), jnp.float32),
+        q_filled=plgpu.Barrier(num_arrivals=memory.QUERY_COPIES, num_barriers=per_q_stage),
         q_freed=plgpu.Barrier(num_arrivals=work.members, num_barriers=(streams, shape.q_stages)),
         filled=plgpu.Barrier(num_arrivals=1 if shape.quantised else copies, num_barriers=per_stage),
         freed=plgpu.Barrier(num_arrivals=work.members, num_barriers=per_stage),
         cleared=plgpu.Barrier(num_arrivals=work.members, num_barriers=streams),
         quantised=_describe_quantised(shape, copies) if shape.quantised else None,
+        few=_describe_few(shape) if shape.few else None,
     )
+
+
+def _describe_outputs(shape: GroupedShape) -> Any:
+    if shape.few:  # they are stored column by column, and all at once
+        return plgpu.SMEM((shape.computing_warpgroups, shape.work.member_queries, shape.width), jnp.float32)
+    return memory.allocate_tiled((shape.computing_warpgroups, ROWS, STAGED_COLUMNS), jnp.float32)
 
 
 def _describe_quantised(shape: GroupedShape, copies: int) -> Quantised:
@@ -184,6 +224,14 @@ def _describe_quantised(shape: GroupedShape, copies: int) -> Quantised:
         ring=memory.allocate_tiled((streams, shape.copied_tiles, *tile), FLOAT8),
         scales=plgpu.SMEM((streams, shape.scale_stages, shape.work.tile), jnp.float32),
         filled=plgpu.Barrier(num_arrivals=2 * copies, num_barriers=(streams, shape.copied_tiles)),
-        keys=memory.allocate_tiled((streams, *tile), jnp.float16),
-        values=memory.allocate_tiled((streams, *tile), jnp.bfloat16),
+        converted=memory.allocate_tiled((streams, shape.stages, *tile), shape.product_dtype),
+    )
+
+
+def _describe_few(shape: GroupedShape) -> Few:
+    warpgroups, queries = shape.computing_warpgroups, shape.work.member_queries
+    return Few(
+        scores=plgpu.SMEM((warpgroups, queries, shape.work.tile), jnp.float32),
+        weights=memory.allocate_tiled((warpgroups, queries, shape.work.tile), shape.product_dtype),
+        per_query=plgpu.SMEM((warpgroups, queries), jnp.float32),
     )

@@ -107,7 +107,7 @@ def compute_parts(
         weights=memory.allocate_tiled((ROWS, tile), jnp.bfloat16),
         per_query=plgpu.SMEM((2, ROWS), jnp.float32),
         filled=plgpu.Barrier(num_arrivals=memory.copies_per_tile(tile, shape.page), num_barriers=_STAGES),
-        q_filled=plgpu.Barrier(num_arrivals=2),
+        q_filled=plgpu.Barrier(num_arrivals=memory.QUERY_COPIES),
         weights_ready=plgpu.Barrier(),
         values_used=plgpu.Barrier(),
         second_half_used=plgpu.Barrier(),

@@ -9,11 +9,13 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from helix_jax.attention import PageTable
-from helix_jax.kernels.mosaic_gpu.work import ROWS, Segment, Work
+from helix_jax.kernels.mosaic_gpu.work import Segment, Work
 
 Accumulator = plgpu.WGMMAAccumulatorRef  # the result of a warpgroup's matrix product, in registers
 BYTES = 227 * 1024  # the shared memory of one block on Hopper
 ALIGNMENT = 1024
+QUERY_COPIES = 3  # of queries, and of the first and last slots that they see
+_COPY_NUMBERS = 32  # a copy begins at a multiple of 128 bytes
 # Register layouts are inferred. Each row lies within one warp, so reductions across warps need no scratch memory.
 COMPILER = plgpu.CompilerParams(
     approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
@@ -31,6 +33,11 @@ def allocate_tiled(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
     return plgpu.SMEM(
         shape, dtype, transforms=(plgpu.TilingTransform((8, row // itemsize)), plgpu.SwizzleTransform(row))
     )
+
+
+def allocate_per_query(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+    """Describe shared memory for a number per query. Copies can begin at the first of each row."""
+    return plgpu.SMEM((*shape[:-1], max(shape[-1], _COPY_NUMBERS)), dtype)
 
 
 def copies_per_tile(tile: int, page: int) -> int:
@@ -63,16 +70,25 @@ def fetch_queries(
     spans_staged: Any,
     arrived: Any,
 ) -> None:
-    """Start the copies of a member's 64 queries and of the slots [2, 64] that they see, which are two arrivals."""
+    """Start the copies of a member's queries and of the slots that they see, which are `QUERY_COPIES` arrivals."""
+    fetch_query_numbers(work, segment, member, q, q_staged, arrived)
+    own = pl.ds(member * work.member_queries, work.member_queries)
+    for i in range(2):
+        copied = spans_staged.at[i, pl.ds(0, work.member_queries)]
+        plgpu.copy_gmem_to_smem(spans.at[i, segment.job, own], copied, arrived)
+
+
+def fetch_query_numbers(work: Work, segment: Segment, member: Array | int, q: Any, q_staged: Any, arrived: Any) -> None:
+    """Start the copy of a member's queries."""
     row, job = segment.job // work.jobs_per_row, lax.rem(segment.job, work.jobs_per_row)
-    queries = pl.ds(job * work.job_queries + member * ROWS, ROWS)
-    plgpu.copy_gmem_to_smem(q.at[row * work.heads + segment.head, queries], q_staged, arrived)
-    plgpu.copy_gmem_to_smem(spans.at[pl.ds(0, 2), segment.job, pl.ds(member * ROWS, ROWS)], spans_staged, arrived)
+    own = pl.ds(job * work.job_queries + member * work.member_queries, work.member_queries)
+    plgpu.copy_gmem_to_smem(q.at[row * work.heads + segment.head, own], q_staged, arrived)
 
 
-def fetch(pool: Any, starts: list[Array], target: Any, arrived: Any) -> None:
-    """Start the copies of one tile, one piece per page."""
+def fetch(pool: Any, starts: list[Array], target: Any, arrived: Any, columns: Any = None) -> None:
+    """Start the copies of one tile, one piece per page. `columns` selects a part of each row."""
     piece = target.shape[0] // len(starts)
     for i, start in enumerate(starts):
-        start = pl.multiple_of(start, piece)
-        plgpu.copy_gmem_to_smem(pool.at[pl.ds(start, piece)], target.at[pl.ds(i * piece, piece)], arrived)
+        rows = pl.ds(pl.multiple_of(start, piece), piece)
+        source = pool.at[rows] if columns is None else pool.at[rows, columns]
+        plgpu.copy_gmem_to_smem(source, target.at[pl.ds(i * piece, piece)], arrived)

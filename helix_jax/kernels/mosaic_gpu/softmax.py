@@ -1,4 +1,8 @@
-"""The softmax over tiles of scores in both attention kernels: mask, exponentials, running maximum and sum."""
+"""The softmax over tiles of scores in all attention kernels: mask, exponentials, running maximum and sum.
+
+Scores are [queries, slots]. `layout` is that of the registers that hold them, in which a row lies within one warp, so
+that its maximum needs no shared memory.
+"""
 
 import math
 from typing import Any
@@ -11,15 +15,17 @@ from jax import Array, lax
 from helix_jax.kernels.mosaic_gpu.work import ROWS, Segment
 
 TILE = plgpu.Layout.WGMMA
-ROW = plgpu.Layout.WGMMA.reduce(1)
-COLUMN = plgpu.Layout.WGMMA.reduce(0)
+ROW = TILE.reduce(1)
+COLUMN = TILE.reduce(0)
+
 _LOG2E = math.log2(math.e)
 _PIECE = 64  # a warpgroup changes 64 rows and 64 columns at once
+_LEAST_SCALE = 1e-18  # its logarithm is finite, and numbers of this size do not matter beside others
 
 
 def repeat_along_rows(per_query: Array, columns: int) -> Array:
     """Repeat the number of each query along its row."""
-    return lax.broadcast_in_dim(per_query, (ROWS, columns), [0])
+    return lax.broadcast_in_dim(per_query, (per_query.shape[0], columns), [0])
 
 
 def repeat_along_columns(per_slot: Array, rows: int) -> Array:
@@ -27,10 +33,10 @@ def repeat_along_columns(per_slot: Array, rows: int) -> Array:
     return lax.broadcast_in_dim(per_slot, (rows, per_slot.shape[0]), [1])
 
 
-def mask_unseen(s: Array, spans_staged: Any, first_slot: Array) -> Array:
+def mask_unseen(s: Array, spans_staged: Any, first_slot: Array, layout: Any = TILE) -> Array:
     """Return the scores with -inf, also in place of NaN, for slots that a query does not see."""
-    lo, hi = (plgpu.layout_cast(spans_staged[i], ROW) for i in range(2))
-    slot = first_slot + plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=TILE)
+    lo, hi = (plgpu.layout_cast(spans_staged[i, pl.ds(0, s.shape[0])], layout.reduce(1)) for i in range(2))
+    slot = first_slot + plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=layout)
     return jnp.where(
         (repeat_along_rows(lo, s.shape[1]) <= slot) & (slot < repeat_along_rows(hi, s.shape[1])), s, -jnp.inf
     )
@@ -43,9 +49,21 @@ def compute_weights(s: Array, m: Array, scale: float) -> tuple[Array, Array, Arr
     return jnp.exp2(s * (scale * _LOG2E) - repeat_along_rows(shift, s.shape[1])), jnp.exp2(m - shift), m_new
 
 
-def start() -> tuple[Array, Array]:
+def compute_scaled_weights(s: Array, m: Array, scale: float, value_scales: Array) -> tuple[Array, Array, Array, Array]:
+    """Return weights times the scales of the values, the weights, and the rest like `compute_weights`.
+
+    The maximum is that of the products, so that none exceeds 1, whatever the scales are.
+    """
+    value_scales = jnp.maximum(value_scales, _LEAST_SCALE)
+    s = s * (scale * _LOG2E) + repeat_along_columns(jnp.log(value_scales) * _LOG2E, s.shape[0])
+    p, alpha, m = compute_weights(s, m, 1 / _LOG2E)
+    return p, p * repeat_along_columns(1 / value_scales, s.shape[0]), alpha, m
+
+
+def start(queries: int = ROWS, layout: Any = TILE) -> tuple[Array, Array]:
     """Return the running maximum and sum before the first tile."""
-    return tuple(plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), ROW) for value in (-jnp.inf, 0.0))
+    values = (jnp.full((queries,), value, jnp.float32) for value in (-jnp.inf, 0.0))
+    return tuple(plgpu.layout_cast(value, layout.reduce(1)) for value in values)
 
 
 def finish(m: Array, l: Array) -> tuple[Array, Array]:
@@ -55,9 +73,9 @@ def finish(m: Array, l: Array) -> tuple[Array, Array]:
     return jnp.where(seen, 1 / l, 0.0), jnp.where(seen, m / _LOG2E + jnp.log(l), -jnp.inf)
 
 
-def clear_unseen_scales(scales: Array, segment: Segment, first_slot: Array) -> Array:
+def clear_unseen_scales(scales: Array, segment: Segment, first_slot: Array, layout: Any = TILE) -> Array:
     """Return the scales of a tile, with 0 for values that no query sees, because a weight of 0 times NaN is NaN."""
-    slot = first_slot + plgpu.broadcasted_iota(jnp.int32, scales.shape, 0, layout=COLUMN)
+    slot = first_slot + plgpu.broadcasted_iota(jnp.int32, scales.shape, 0, layout=layout.reduce(0))
     return jnp.where((segment.lo <= slot) & (slot < segment.hi), scales, jnp.zeros_like(scales))
 
 

@@ -35,9 +35,10 @@ class Work:
         rows: Sequences.
         heads: Key/value heads.
         queries: Queries of one row and key/value head: new tokens times heads in a group.
-        members: Warpgroups or blocks that share the keys of a job, with 64 queries each.
+        members: Warpgroups or blocks that share the keys of a job.
         tile: Slots per tile.
         streams: Streams over all processors and lanes.
+        member_queries: The queries of a member, padding included.
     """
 
     rows: int
@@ -46,11 +47,12 @@ class Work:
     members: int
     tile: int
     streams: int
+    member_queries: int = ROWS
 
     @property
     def job_queries(self) -> int:
         """The queries of a job, padding included."""
-        return ROWS * self.members
+        return self.member_queries * self.members
 
     @property
     def jobs_per_row(self) -> int:
