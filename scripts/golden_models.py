@@ -183,6 +183,26 @@ FAMILIES = {
             "eos_token_id": 2,
         },
     ),
+    "phi3": Family(
+        ATTENTION
+        | {
+            "model_type": "phi3",
+            "hidden_size": 64,
+            "intermediate_size": 40,
+            "num_hidden_layers": 3,
+            "sliding_window": 10,
+            "original_max_position_embeddings": 32,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0, 1.1, 1.3],
+                "long_factor": [1.2, 3.0, 11.0],
+            },
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
     "mistral": Family(
         ATTENTION
         | {

@@ -156,10 +156,14 @@ def test_layers_with_windows_keep_little_of_a_million_tokens(name: str, most: fl
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: Rope(kind="ntk"), ValueError, "rope kind is 'ntk': choose one of default, linear, llama3, yarn"),
+        (lambda: Rope(kind="ntk"), ValueError, "rope kind is 'ntk': choose one of default, linear, dynamic, llama3"),
         (lambda: Rope(theta=1.0), ValueError, "rope theta is 1.0: give a number above 1"),
         (lambda: Rope(factor=math.inf), ValueError, "rope factor is inf: give a positive number"),
-        (lambda: Rope(kind="yarn", factor=4.0), ValueError, "'yarn' needs original_max_position_embeddings: add it"),
+        (
+            lambda: Rope(kind="yarn", factor=4.0),
+            ValueError,
+            "position_embeddings above 1, it is 0: add it",
+        ),
         (lambda: Latent(**LATENT | {"rope_width": 7}), ValueError, "latent rope_width is 7: give an even number"),
         (lambda: Experts(num_experts=True, top_k=1, width=8), TypeError, "experts num_experts is True: give a whole"),
         (lambda: Experts(num_experts=4, top_k=1, width=8, num_groups=3), ValueError, "3 groups do not divide the 4"),

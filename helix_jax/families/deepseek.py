@@ -5,7 +5,8 @@ from typing import Any
 
 from helix_jax.config import ModelConfig
 from helix_jax.families.family import EXPERT_TENSORS, LAYER_TENSORS, Family, Tensor
-from helix_jax.families.keys import Fields, Key, Published, RopeKeys, read_value, size_keys
+from helix_jax.families.keys import Fields, Key, Published, read_value, size_keys
+from helix_jax.families.ropes import RopeKeys
 from helix_jax.validation import check_choice
 
 _GREEDY, _GROUPED = "greedy", "group_limited_greedy"
@@ -76,8 +77,8 @@ TENSORS = {
     "attention.q_up_QNH": Tensor("self_attn.q_b_proj.weight", "NH Q"),
     "attention.kv_down_DY": Tensor("self_attn.kv_a_proj_with_mqa.weight", "Y D"),
     "attention.kv_norm_Z": Tensor("self_attn.kv_a_layernorm.weight", "Z"),
-    "attention.k_up_NIZ": Tensor("self_attn.kv_b_proj.weight", "N(I+U) Z"),
-    "attention.v_up_NZU": Tensor("self_attn.kv_b_proj.weight", "N(I+U) Z"),
+    "attention.k_up_NIZ": Tensor("self_attn.kv_b_proj.weight", "N(I*+U) Z"),
+    "attention.v_up_NZU": Tensor("self_attn.kv_b_proj.weight", "N(I+U*) Z"),
     "attention.o_NUD": Tensor("self_attn.o_proj.weight", "D NU"),
     "ff.selection_bias_E": Tensor("mlp.gate.e_score_correction_bias", "E"),
     "ff.shared.gate_DF": Tensor("mlp.shared_experts.gate_proj.weight", "F D"),

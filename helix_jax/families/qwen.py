@@ -4,8 +4,9 @@ from typing import Any
 
 from helix_jax.config import ModelConfig
 from helix_jax.families.family import EXPERT_TENSORS, LAYER_TENSORS, Family
-from helix_jax.families.keys import HEADS, Fields, Key, Published, RopeKeys, Windows, all_layers, read_value, size_keys
+from helix_jax.families.keys import HEADS, Fields, Key, Published, Windows, all_layers, read_value, size_keys
 from helix_jax.families.llama import BIASES
+from helix_jax.families.ropes import RopeKeys
 
 # The variants with 1M positions attend in chunks beyond their original positions, which is not supported.
 OPTIONS = {"hidden_act": "silu", "dual_chunk_attention_config": None}
