@@ -230,10 +230,12 @@ class ModelConfig:
         swiglu_alpha: The factor in the sigmoid of the clamped gates.
         qkv_bias: Whether the query, key and value projections have biases.
         o_bias: Whether the output projection has a bias.
-        qk_norm: Whether queries and keys are normalised, per head.
+        qk_norm: Whether queries and keys are normalised.
+        qk_norm_all_heads: Whether all heads of a token are normalised together. If not, each by itself.
         sinks: Whether every head has a logit that takes part in the softmax and has no value.
         norm_eps: The epsilon of all norms.
         norm_offset: Whether norms multiply by 1 + weight.
+        pre_norms: Whether the inputs of attention and feed-forward are normalised.
         post_norms: Whether the outputs of attention and feed-forward are normalised before they are added.
         embed_scale: A factor on the embeddings.
         residual_scale: A factor on the outputs of attention and feed-forward before they are added.
@@ -271,9 +273,11 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False
+    qk_norm_all_heads: bool = False
     sinks: bool = False
     norm_eps: float = 1e-5
     norm_offset: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
     embed_scale: float = 1.0
     residual_scale: float = 1.0
@@ -296,6 +300,10 @@ class ModelConfig:
             raise ValueError(
                 f"window is {self.window}, but windowed_layers is {self.windowed_layers}: give both or neither"
             )
+        if self.qk_norm_all_heads and not self.qk_norm:
+            raise ValueError("qk_norm_all_heads is True, but qk_norm is False: set it too")
+        if not self.pre_norms and not self.post_norms:
+            raise ValueError("pre_norms and post_norms are False: set one of them")
         if self.latent:
             self._check_latent(self.latent)
         name, width = ("latent rope_width", self.latent.rope_width) if self.latent else ("head_width", self.head_width)

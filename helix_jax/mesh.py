@@ -63,6 +63,8 @@ WEIGHTS = {
     "q_bias_NH": P(TP, None),
     "k_bias_KH": P(TP, None),
     "v_bias_KH": P(TP, None),
+    "q_norm_NH": P(TP, None),
+    "k_norm_KH": P(TP, None),
     "o_NHD": P(FLAT, None, None),
     "sink_N": SINK_N,
     "gate_DF": P(None, FLAT),

@@ -203,6 +203,38 @@ FAMILIES = {
             "eos_token_id": 2,
         },
     ),
+    "olmo2": Family(
+        ATTENTION
+        | {
+            "model_type": "olmo2",
+            "hidden_size": 48,
+            "intermediate_size": 56,
+            "num_hidden_layers": 3,
+            "attention_bias": True,
+        },
+    ),
+    "olmo3": Family(
+        ATTENTION
+        | {
+            "model_type": "olmo3",
+            "hidden_size": 64,
+            "intermediate_size": 56,
+            "num_hidden_layers": 4,
+            "sliding_window": 10,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1000.0,
+                    "factor": 4.0,
+                    "beta_fast": 4.0,
+                    "beta_slow": 1.0,
+                    "attention_factor": 1.2,
+                    "original_max_position_embeddings": 64,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
     "mistral": Family(
         ATTENTION
         | {

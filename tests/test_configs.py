@@ -171,6 +171,8 @@ def test_layers_with_windows_keep_little_of_a_million_tokens(name: str, most: fl
         (lambda: shape(heads=3), ValueError, "kv_heads 2 does not divide heads 3: correct the config"),
         (lambda: shape(head_width=5), ValueError, "head_width is 5: give an even number"),
         (lambda: shape(activation="relu"), ValueError, "activation is 'relu': choose one of silu, gelu_tanh"),
+        (lambda: shape(qk_norm_all_heads=True), ValueError, "qk_norm_all_heads is True, but qk_norm is False: set it"),
+        (lambda: shape(pre_norms=False), ValueError, "pre_norms and post_norms are False: set one of them"),
         (lambda: shape(eos_token_ids=(256,)), ValueError, "token id 256 is outside the vocabulary of 256: give ids"),
         (lambda: shape(window=4), ValueError, r"window is 4, but windowed_layers is \(\): give both or neither"),
         (lambda: shape(window=4, windowed_layers=(2,)), ValueError, "layer 2 is not one of the 2 layers: correct"),

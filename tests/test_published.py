@@ -343,6 +343,12 @@ def test_gemma_is_read_from_published_files_and_from_those_of_transformers_5(tmp
             "rope_parameters: 'short_factor' is missing: add it",
         ),
         ("llama", {"rope_parameters": {"rope_type": "mrope"}}, "rope_type is 'mrope': choose one of default"),
+        ("olmo2", {"rope_parameters": {"full_attention": {}}}, "rope_parameters: unknown key 'full_attention'"),
+        ("olmo2", {"hidden_act": "gelu"}, "hidden_act is 'gelu': only 'silu' is supported"),
+        ("olmo3", {"rope_parameters": {"rope_type": "yarn"}}, "give a table of full_attention and sliding_attention"),
+        ("olmo3", {"rope_parameters": None, "rope_theta": 1e4}, "rope_theta is 10000.0, but versions of transformers"),
+        ("olmo3", {"sliding_window": None}, "layer_types has sliding_attention, but sliding_window is null"),
+        ("olmo3", {"layer_types": ["full_attention"]}, "]: give 4 of full_attention and sliding_attention"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: only 1.0"),
         ("gemma3_text", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: only 1.0"),
         (
@@ -499,6 +505,8 @@ def test_quantised_weights_without_their_scale_are_rejected(name: str, changes: 
     ("changes", "message"),
     [
         ({"qk_norm": True}, "qk_norm is True: a 'llama' config.json can only have False, choose another family"),
+        ({"qk_norm": True, "qk_norm_all_heads": True}, "qk_norm is True: a 'llama' config.json can only have False"),
+        ({"pre_norms": False, "post_norms": True}, "pre_norms is False: a 'llama' config.json can only have True"),
         ({"window": 8, "windowed_layers": (0,)}, "window is 8: a 'llama' config.json can only have None"),
         (
             {"experts": Experts(num_experts=4, top_k=1, width=8)},

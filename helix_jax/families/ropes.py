@@ -140,8 +140,10 @@ def _check_rope_keys(where: str, values: dict[str, Any], required: tuple[str, ..
 
 def write_scaling(rope: Rope) -> dict[str, Any] | None:
     """Return the value of `rope_scaling` that describes a rope."""
-    if rope.kind == "default":
-        return None
+    return None if rope.kind == "default" else _written(rope)
+
+
+def _written(rope: Rope) -> dict[str, Any]:
     required, optional = _SCALING_KEYS[rope.kind]
     values = {key: getattr(rope, _ROPE_KEYS[key]) for key in (*required, *optional)}
     return {"rope_type": rope.kind, **{key: value for key, value in values.items() if value is not None}}
@@ -154,12 +156,12 @@ class TwoRopes:
     Args:
         theta: The base for files without `rope_theta`.
         local_theta: The base of the layers with a window, for files without it.
-        local_key: The key of that base in the older form of a file.
+        local_key: The key of that base in the older form of a file. None: there was one base for all layers.
     """
 
     theta: float
     local_theta: float
-    local_key: str
+    local_key: str | None = None
 
     def read(self, published: Published, fields: Fields) -> None:
         """Set both ropes."""
@@ -168,7 +170,7 @@ class TwoRopes:
         if both is None:
             theta = read_value(published, "rope_theta", float, self.theta)
             whole, name = published.get("rope_scaling"), "rope_scaling"
-            local: Any = {"rope_theta": read_value(published, self.local_key, float, self.local_theta)}
+            local: Any = {"rope_theta": self._read_local_theta(published, theta)}
         else:
             if not isinstance(both, dict) or set(both) - set(LAYER_TYPES):
                 raise ValueError(
@@ -181,5 +183,20 @@ class TwoRopes:
 
     def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
         """Set the keys of both ropes."""
+        local = config.rope_local or config.rope
         published |= {"rope_theta": config.rope.theta, "rope_scaling": write_scaling(config.rope)}
-        published[self.local_key] = (config.rope_local or config.rope).theta
+        if self.local_key is not None:
+            published[self.local_key] = local.theta
+        else:
+            tables = [{"rope_theta": rope.theta, **_written(rope)} for rope in (config.rope, local)]
+            published["rope_parameters"] = dict(zip(LAYER_TYPES, tables, strict=True))
+
+    def _read_local_theta(self, published: Published, theta: float) -> float:
+        if self.local_key is not None:
+            return read_value(published, self.local_key, float, self.local_theta)
+        if theta != self.local_theta:
+            raise ValueError(
+                f"config.json: rope_theta is {theta}, but versions of transformers differ on whether layers with a "
+                f"window have it: give rope_parameters of {' and '.join(LAYER_TYPES)}"
+            )
+        return theta
