@@ -153,6 +153,7 @@ class Experts:
         width: The feed-forward width of one expert.
         dense_layers: The layers that have an ordinary feed-forward network instead.
         shared_width: The feed-forward width of an expert that processes every token. 0: there is none.
+        shared_gate: Whether the output of that expert is multiplied by a sigmoid of the token.
         scoring: How router logits become scores: "softmax" or "sigmoid".
         normalised: Whether the weights of a token's experts are divided by their sum, before `scale`.
         scale: A factor on the weights.
@@ -165,8 +166,8 @@ class Experts:
 
     Raises:
         TypeError: A number has the wrong type.
-        ValueError: The groups do not divide the experts, `top_k` exceeds the experts that can be selected, a number is
-            out of range, or a choice is unknown.
+        ValueError: The groups do not divide the experts, `top_k` exceeds the experts that can be selected, there is a
+            gate without a shared expert, a number is out of range, or a choice is unknown.
     """
 
     num_experts: int
@@ -174,6 +175,7 @@ class Experts:
     width: int
     dense_layers: tuple[int, ...] = ()
     shared_width: int = 0
+    shared_gate: bool = False
     scoring: str = "softmax"
     normalised: bool = True
     scale: float = 1.0
@@ -186,6 +188,8 @@ class Experts:
 
     def __post_init__(self) -> None:
         _check_numbers(self, "experts ", may_be_zero=("shared_width",))
+        if self.shared_gate and not self.shared_width:
+            raise ValueError("experts shared_gate is True, but shared_width is 0: give its width")
         check_choice("experts scoring", self.scoring, SCORINGS)
         check_choice("experts group_score", self.group_score, GROUP_SCORES)
         if self.num_experts % self.num_groups:

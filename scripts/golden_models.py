@@ -296,6 +296,28 @@ FAMILIES = {
         },
         offset=4,
     ),
+    # The context ends with the last token: up to there, dynamic scaling changes nothing.
+    "qwen2_moe": Family(
+        ATTENTION
+        | {
+            "model_type": "qwen2_moe",
+            "hidden_size": 48,
+            "intermediate_size": 56,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 20,
+            "num_hidden_layers": 3,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": False,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 10,
+            "max_window_layers": 2,
+            "max_position_embeddings": 112,
+            "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
+        },
+        offset=1,
+    ),
     "mixtral": Family(
         ATTENTION
         | {

@@ -167,6 +167,7 @@ def test_layers_with_windows_keep_little_of_a_million_tokens(name: str, most: fl
         (lambda: Latent(**LATENT | {"rope_width": 7}), ValueError, "latent rope_width is 7: give an even number"),
         (lambda: Experts(num_experts=True, top_k=1, width=8), TypeError, "experts num_experts is True: give a whole"),
         (lambda: Experts(num_experts=4, top_k=1, width=8, num_groups=3), ValueError, "3 groups do not divide the 4"),
+        (lambda: Experts(num_experts=4, top_k=1, width=8, shared_gate=True), ValueError, "but shared_width is 0: give"),
         (lambda: shape(vocab=0), ValueError, "vocab is 0: give at least 1"),
         (lambda: shape(heads=3), ValueError, "kv_heads 2 does not divide heads 3: correct the config"),
         (lambda: shape(head_width=5), ValueError, "head_width is 5: give an even number"),

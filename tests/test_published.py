@@ -349,6 +349,10 @@ def test_gemma_is_read_from_published_files_and_from_those_of_transformers_5(tmp
         ("olmo3", {"rope_parameters": None, "rope_theta": 1e4}, "rope_theta is 10000.0, but versions of transformers"),
         ("olmo3", {"sliding_window": None}, "layer_types has sliding_attention, but sliding_window is null"),
         ("olmo3", {"layer_types": ["full_attention"]}, "]: give 4 of full_attention and sliding_attention"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size is 0: give a whole"),
+        ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0: give a whole number of at least 1"),
+        ("qwen2_moe", {"num_experts": None}, "'num_experts' is missing: add it"),
+        ("qwen2_moe", {"qkv_bias": 1}, "qkv_bias is 1: give a value of type bool"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: only 1.0"),
         ("gemma3_text", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: only 1.0"),
         (

@@ -9,7 +9,7 @@ from helix_jax.families.llama import LLAMA, MISTRAL
 from helix_jax.families.mixtral import MIXTRAL
 from helix_jax.families.olmo import OLMO2, OLMO3
 from helix_jax.families.phi3 import PHI3
-from helix_jax.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from helix_jax.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from helix_jax.families.seed_oss import SEED_OSS
 from helix_jax.families.smollm3 import SMOLLM3
 
@@ -18,7 +18,7 @@ FAMILIES = {
     for family in (
         *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL),
         *(GPT_OSS, GEMMA3_TEXT, DEEPSEEK_V2, DEEPSEEK_V3, GRANITE, SEED_OSS, SMOLLM3),
-        *(PHI3, OLMO2, OLMO3),
+        *(PHI3, OLMO2, OLMO3, QWEN2_MOE),
     )
 }
 
