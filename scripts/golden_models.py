@@ -235,6 +235,42 @@ FAMILIES = {
             },
         },
     ),
+    "glm4": Family(
+        ATTENTION
+        | {
+            "model_type": "glm4",
+            "hidden_size": 48,
+            "intermediate_size": 56,
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "partial_rotary_factor": 0.5,
+            "pad_token_id": 0,
+            "eos_token_id": [1, 2],
+        },
+    ),
+    "glm4_moe": Family(
+        ATTENTION
+        | {
+            "model_type": "glm4_moe",
+            "hidden_size": 40,
+            "intermediate_size": 56,
+            "moe_intermediate_size": 12,
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "partial_rotary_factor": 0.25,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "n_routed_experts": 16,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 4,
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "first_k_dense_replace": 1,
+            "num_nextn_predict_layers": 1,
+        },
+    ),
     "mistral": Family(
         ATTENTION
         | {

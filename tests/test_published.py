@@ -304,6 +304,13 @@ def test_longrope_has_the_factors_of_the_longest_context_and_the_magnitude_of_it
     ]
 
 
+@pytest.mark.parametrize("older", [{"partial_rotary_factor": 0.5}, {"rope_theta": 10_000.0}])
+def test_the_rotated_share_of_a_head_is_beside_the_table_in_older_files(older: dict, tmp_path: Path):
+    published = json.loads((GOLDEN / "glm4" / "config.json").read_text())
+    del published["rope_parameters"]
+    assert read_config(folder_of(tmp_path, published | older)) == read_config(GOLDEN / "glm4")
+
+
 def test_dynamic_scaling_changes_nothing_up_to_the_context_and_longer_texts_are_rejected(tmp_path: Path):
     published = json.loads((GOLDEN / "llama" / "config.json").read_text())
     del published["rope_parameters"]
@@ -353,6 +360,10 @@ def test_gemma_is_read_from_published_files_and_from_those_of_transformers_5(tmp
         ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0: give a whole number of at least 1"),
         ("qwen2_moe", {"num_experts": None}, "'num_experts' is missing: add it"),
         ("qwen2_moe", {"qkv_bias": 1}, "qkv_bias is 1: give a value of type bool"),
+        ("glm4", {"partial_rotary_factor": "half"}, "partial_rotary_factor is 'half': give a number"),
+        ("glm4", {"hidden_act": "gelu"}, "hidden_act is 'gelu': only 'silu' is supported"),
+        ("glm4_moe", {"n_group": None}, "'n_group' is missing: add it"),
+        ("glm4_moe", {"use_qk_norm": 1}, "use_qk_norm is 1: give a value of type bool"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: only 1.0"),
         ("gemma3_text", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: only 1.0"),
         (
