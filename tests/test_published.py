@@ -304,6 +304,16 @@ def test_longrope_has_the_factors_of_the_longest_context_and_the_magnitude_of_it
     ]
 
 
+def test_only_the_full_layers_of_olmo_3_are_scaled_in_published_files(tmp_path: Path):
+    published = json.loads((GOLDEN / "olmo3" / "config.json").read_text())
+    table = published.pop("rope_parameters")["full_attention"]
+    del table["rope_theta"], published["layer_types"]
+    config = read_config(folder_of(tmp_path, published | {"rope_theta": 5e5, "rope_scaling": table}))
+    assert config.windowed_layers == (0, 1, 2)
+    assert config.rope_of(3) == replace(read_config(GOLDEN / "olmo3").rope, theta=5e5)
+    assert config.rope_of(0) == Rope(theta=5e5)
+
+
 @pytest.mark.parametrize("older", [{"partial_rotary_factor": 0.5}, {"rope_theta": 10_000.0}])
 def test_the_rotated_share_of_a_head_is_beside_the_table_in_older_files(older: dict, tmp_path: Path):
     published = json.loads((GOLDEN / "glm4" / "config.json").read_text())

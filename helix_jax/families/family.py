@@ -127,7 +127,8 @@ class Family:
         for part in self.parts:
             part.write(config, published)
         ids = config.eos_token_ids
-        published |= {**self.options, "bos_token_id": None, "torch_dtype": dtype}
+        # Without these keys transformers takes ids of the published models, which a smaller vocabulary does not have.
+        published |= {**self.options, "bos_token_id": None, "pad_token_id": None, "torch_dtype": dtype}
         published["eos_token_id"] = ids[0] if len(ids) == 1 else list(ids) or None
         return {**published, "tokenizer": config.tokenizer} if config.tokenizer else published
 
