@@ -6,7 +6,7 @@ from typing import Any
 
 from helix_jax.validation import check_choice, check_in_vocabulary, check_int, check_positive
 
-ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu_tanh")
 SCORINGS = ("softmax", "sigmoid")
 GROUP_SCORES = ("best", "top2")
@@ -22,11 +22,9 @@ def _check_numbers(config: Any, prefix: str, may_be_zero: tuple[str, ...] = ()) 
             check_int(name, value, least=0 if field.name in may_be_zero else 1)
         if field.type in (float, float | None):
             check_positive(name, value)
-
-
-def _check_even(name: str, width: int) -> None:
-    if width % 2:
-        raise ValueError(f"{name} is {width}: give an even number, because rotary embeddings rotate pairs")
+        if isinstance(value, tuple) and field.type == tuple[float, ...]:
+            for number in value:
+                check_positive(name, number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +33,8 @@ class Rope:
 
     Args:
         theta: The base of the frequencies.
-        kind: How the frequencies were scaled to extend the context: "default" (not at all), "linear", "llama3" or
-            "yarn".
+        kind: How the frequencies were scaled to extend the context: "default" (not at all), "linear", "dynamic" (not
+            up to `max_positions` of the model, and longer texts are rejected), "llama3", "yarn" or "longrope".
         factor: By how much the context was extended.
         original_positions: The context length before it was extended.
         low_freq_factor: For "llama3": frequencies below this many turns per original context are divided by `factor`.
@@ -44,14 +42,21 @@ class Rope:
         beta_fast: For "yarn": frequencies above this many turns per original context are kept.
         beta_slow: For "yarn": frequencies below this many turns per original context are divided by `factor`.
         truncate: For "yarn": round the bounds that follow from `beta_fast` and `beta_slow` to whole dimensions.
-        attention_factor: For "yarn": the factor on the rotated queries and keys. None: it follows from `factor`.
+        short_factor: For "longrope": a divisor per frequency, used if the context was not extended (`factor` 1).
+        long_factor: For "longrope": a divisor per frequency, used for all lengths if the context was extended, because
+            the keys in a cache are rotated once.
+        attention_factor: For "yarn" and "longrope": the factor on the rotated queries and keys. None: it follows from
+            `factor`.
         mscale: For "yarn" in DeepSeek models: a parameter of that factor.
         mscale_all_dim: For "yarn" in DeepSeek models: a parameter of that factor, and of the softmax scale.
-        interleaved: Rotate neighbouring dimensions as pairs. Otherwise the two of a pair are half a head apart.
+        interleaved: Rotate neighbouring dimensions as pairs. Otherwise the two of a pair are half of the rotated
+            dimensions apart.
+        partial_rotary_factor: The share of a head's dimensions, the first ones, that are rotated.
 
     Raises:
         TypeError: A number has the wrong type.
-        ValueError: The kind is unknown, a number is not positive, or "llama3" or "yarn" lacks `original_positions`.
+        ValueError: The kind is unknown, a number is not positive, a share is above 1, or a kind that depends on
+            `original_positions` lacks it.
     """
 
     theta: float = 10_000.0
@@ -63,10 +68,13 @@ class Rope:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
     interleaved: bool = False
+    partial_rotary_factor: float = 1.0
 
     def __post_init__(self) -> None:
         check_choice("rope kind", self.kind, ROPE_KINDS)
@@ -76,8 +84,34 @@ class Rope:
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             low, high = self.low_freq_factor, self.high_freq_factor
             raise ValueError(f"rope high_freq_factor {high} is not above low_freq_factor {low}: correct the config")
-        if self.kind in ("llama3", "yarn") and not self.original_positions:
-            raise ValueError(f"rope kind '{self.kind}' needs original_max_position_embeddings: add it to the config")
+        if self.kind in ("llama3", "yarn", "longrope") and self.original_positions < 2:
+            raise ValueError(
+                f"rope kind '{self.kind}' needs original_max_position_embeddings above 1, it is "
+                f"{self.original_positions}: add it to the config"
+            )
+        if self.partial_rotary_factor > 1:
+            raise ValueError(f"rope partial_rotary_factor is {self.partial_rotary_factor}: give at most 1")
+
+    def rotated_width(self, head_width: int) -> int:
+        """Return how many dimensions of a head are rotated."""
+        return int(head_width * self.partial_rotary_factor)
+
+    def check_width(self, name: str, head_width: int) -> None:
+        """Check that heads of this width can be rotated.
+
+        Raises:
+            ValueError: An odd number of dimensions would be rotated, or "longrope" has factors for another number.
+        """
+        width = self.rotated_width(head_width)
+        if width % 2 or not width:
+            share = "" if width == head_width else f", of which {width} are rotated"
+            raise ValueError(
+                f"{name} is {head_width}{share}: give an even number, because rotary embeddings rotate pairs"
+            )
+        for factor in ("short_factor", "long_factor"):
+            count = len(getattr(self, factor))
+            if self.kind == "longrope" and count != width // 2:
+                raise ValueError(f"rope {factor} has {count} numbers: give {width // 2}, one per rotated pair")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +140,7 @@ class Latent:
 
     def __post_init__(self) -> None:
         _check_numbers(self, "latent ")
-        _check_even("latent rope_width", self.rope_width)
+        Rope().check_width("latent rope_width", self.rope_width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +153,7 @@ class Experts:
         width: The feed-forward width of one expert.
         dense_layers: The layers that have an ordinary feed-forward network instead.
         shared_width: The feed-forward width of an expert that processes every token. 0: there is none.
+        shared_gate: Whether the output of that expert is multiplied by a sigmoid of the token.
         scoring: How router logits become scores: "softmax" or "sigmoid".
         normalised: Whether the weights of a token's experts are divided by their sum, before `scale`.
         scale: A factor on the weights.
@@ -131,8 +166,8 @@ class Experts:
 
     Raises:
         TypeError: A number has the wrong type.
-        ValueError: The groups do not divide the experts, `top_k` exceeds the experts that can be selected, a number is
-            out of range, or a choice is unknown.
+        ValueError: The groups do not divide the experts, `top_k` exceeds the experts that can be selected, there is a
+            gate without a shared expert, a number is out of range, or a choice is unknown.
     """
 
     num_experts: int
@@ -140,6 +175,7 @@ class Experts:
     width: int
     dense_layers: tuple[int, ...] = ()
     shared_width: int = 0
+    shared_gate: bool = False
     scoring: str = "softmax"
     normalised: bool = True
     scale: float = 1.0
@@ -152,6 +188,8 @@ class Experts:
 
     def __post_init__(self) -> None:
         _check_numbers(self, "experts ", may_be_zero=("shared_width",))
+        if self.shared_gate and not self.shared_width:
+            raise ValueError("experts shared_gate is True, but shared_width is 0: give its width")
         check_choice("experts scoring", self.scoring, SCORINGS)
         check_choice("experts group_score", self.group_score, GROUP_SCORES)
         if self.num_experts % self.num_groups:
@@ -196,10 +234,12 @@ class ModelConfig:
         swiglu_alpha: The factor in the sigmoid of the clamped gates.
         qkv_bias: Whether the query, key and value projections have biases.
         o_bias: Whether the output projection has a bias.
-        qk_norm: Whether queries and keys are normalised, per head.
+        qk_norm: Whether queries and keys are normalised.
+        qk_norm_all_heads: Whether all heads of a token are normalised together. If not, each by itself.
         sinks: Whether every head has a logit that takes part in the softmax and has no value.
         norm_eps: The epsilon of all norms.
         norm_offset: Whether norms multiply by 1 + weight.
+        pre_norms: Whether the inputs of attention and feed-forward are normalised.
         post_norms: Whether the outputs of attention and feed-forward are normalised before they are added.
         embed_scale: A factor on the embeddings.
         residual_scale: A factor on the outputs of attention and feed-forward before they are added.
@@ -237,9 +277,11 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False
+    qk_norm_all_heads: bool = False
     sinks: bool = False
     norm_eps: float = 1e-5
     norm_offset: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
     embed_scale: float = 1.0
     residual_scale: float = 1.0
@@ -262,10 +304,15 @@ class ModelConfig:
             raise ValueError(
                 f"window is {self.window}, but windowed_layers is {self.windowed_layers}: give both or neither"
             )
+        if self.qk_norm_all_heads and not self.qk_norm:
+            raise ValueError("qk_norm_all_heads is True, but qk_norm is False: set it too")
+        if not self.pre_norms and not self.post_norms:
+            raise ValueError("pre_norms and post_norms are False: set one of them")
         if self.latent:
             self._check_latent(self.latent)
-        else:
-            _check_even("head_width", self.head_width)
+        name, width = ("latent rope_width", self.latent.rope_width) if self.latent else ("head_width", self.head_width)
+        for rope in filter(None, (self.rope, self.rope_local)):
+            rope.check_width(name, width)
 
     def _check_latent(self, latent: Latent) -> None:
         expected = latent.nope_width + latent.rope_width

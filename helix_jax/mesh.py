@@ -63,6 +63,8 @@ WEIGHTS = {
     "q_bias_NH": P(TP, None),
     "k_bias_KH": P(TP, None),
     "v_bias_KH": P(TP, None),
+    "q_norm_NH": P(TP, None),
+    "k_norm_KH": P(TP, None),
     "o_NHD": P(FLAT, None, None),
     "sink_N": SINK_N,
     "gate_DF": P(None, FLAT),
@@ -78,7 +80,7 @@ WEIGHTS = {
     "o_NUD": P(FLAT, None, None),
     **dict.fromkeys(("norm_D", "attention_norm_D", "attention_post_norm_D", "ff_norm_D", "ff_post_norm_D"), REPLICATED),
     **dict.fromkeys(("q_norm_H", "k_norm_H", "q_norm_Q", "kv_norm_Z", "o_bias_D"), REPLICATED),
-    **dict.fromkeys(("router_DE", "router_bias_E", "selection_bias_E", "down_bias_ED"), REPLICATED),
+    **dict.fromkeys(("router_DE", "router_bias_E", "selection_bias_E", "down_bias_ED", "shared_gate_D"), REPLICATED),
 }
 
 # The weights of experts, by how experts are sharded: whole experts over all devices ("flat"), or whole experts over cp

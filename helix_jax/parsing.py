@@ -55,9 +55,11 @@ def _convert(value: Any, annotation: Any, name: str) -> Any:
             return parse_dataclass(wanted, value, name)
     elif wanted is float and type(value) is int:
         return float(value)
-    elif wanted in (tuple[int, ...], tuple[str, ...]):
-        if isinstance(value, list | tuple) and all(type(item) is get_args(wanted)[0] for item in value):
-            return tuple(value)
+    elif wanted in (tuple[int, ...], tuple[str, ...], tuple[float, ...]):
+        kind = get_args(wanted)[0]
+        accepted = (int, float) if kind is float else (kind,)
+        if isinstance(value, list | tuple) and all(type(item) in accepted for item in value):
+            return tuple(map(kind, value))
     elif type(value) is wanted:
         return value
     raise ValueError(f"{name} is {value!r}: give a value of type {getattr(wanted, '__name__', wanted)}")

@@ -183,6 +183,94 @@ FAMILIES = {
             "eos_token_id": 2,
         },
     ),
+    "phi3": Family(
+        ATTENTION
+        | {
+            "model_type": "phi3",
+            "hidden_size": 64,
+            "intermediate_size": 40,
+            "num_hidden_layers": 3,
+            "sliding_window": 10,
+            "original_max_position_embeddings": 32,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0, 1.1, 1.3],
+                "long_factor": [1.2, 3.0, 11.0],
+            },
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "olmo2": Family(
+        ATTENTION
+        | {
+            "model_type": "olmo2",
+            "hidden_size": 48,
+            "intermediate_size": 56,
+            "num_hidden_layers": 3,
+            "attention_bias": True,
+        },
+    ),
+    "olmo3": Family(
+        ATTENTION
+        | {
+            "model_type": "olmo3",
+            "hidden_size": 64,
+            "intermediate_size": 56,
+            "num_hidden_layers": 4,
+            "sliding_window": 10,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1000.0,
+                    "factor": 4.0,
+                    "beta_fast": 4.0,
+                    "beta_slow": 1.0,
+                    "attention_factor": 1.2,
+                    "original_max_position_embeddings": 64,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "glm4": Family(
+        ATTENTION
+        | {
+            "model_type": "glm4",
+            "hidden_size": 48,
+            "intermediate_size": 56,
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "partial_rotary_factor": 0.5,
+            "pad_token_id": 0,
+            "eos_token_id": [1, 2],
+        },
+    ),
+    "glm4_moe": Family(
+        ATTENTION
+        | {
+            "model_type": "glm4_moe",
+            "hidden_size": 40,
+            "intermediate_size": 56,
+            "moe_intermediate_size": 12,
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "partial_rotary_factor": 0.25,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "n_routed_experts": 16,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 4,
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "first_k_dense_replace": 1,
+            "num_nextn_predict_layers": 1,
+        },
+    ),
     "mistral": Family(
         ATTENTION
         | {
@@ -243,6 +331,28 @@ FAMILIES = {
             "mlp_only_layers": [1],
         },
         offset=4,
+    ),
+    # The context ends with the last token: up to there, dynamic scaling changes nothing.
+    "qwen2_moe": Family(
+        ATTENTION
+        | {
+            "model_type": "qwen2_moe",
+            "hidden_size": 48,
+            "intermediate_size": 56,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 20,
+            "num_hidden_layers": 3,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": False,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 10,
+            "max_window_layers": 2,
+            "max_position_embeddings": 112,
+            "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
+        },
+        offset=1,
     ),
     "mixtral": Family(
         ATTENTION

@@ -69,7 +69,7 @@ def add_prediction_layer(tensors: Tensors, config: Any, rng: torch.Generator) ->
         "enorm.weight": (width,),
         "hnorm.weight": (width,),
         "eh_proj.weight": (width, 2 * width),
-        "self_attn.o_proj.weight": (width, config.num_attention_heads * config.v_head_dim),
+        "self_attn.o_proj.weight": (width, config.num_attention_heads * getattr(config, "v_head_dim", width)),
         "shared_head.norm.weight": (width,),
     }
     tensors |= {prefix + name: torch.randn(shape, generator=rng).bfloat16() for name, shape in shapes.items()}

@@ -24,10 +24,10 @@ IN_FAST_TIER = [(1, 8), (6, 1)]
 
 
 def random_model(config, seed: int = 0) -> Transformer:
-    """Return a model in which all parameters are random, biases and sinks included."""
+    """Return a model in which all parameters are random, biases, sinks and norms of heads included."""
     model = tiny_model(config)
     for index, (path, parameter) in enumerate(nnx.to_flat_state(nnx.state(model, nnx.Param))):
-        if "bias" in path[-1] or "sink" in path[-1]:
+        if any(word in path[-1] for word in ("bias", "sink", "norm_NH", "norm_KH")):
             parameter[...] = jax.random.normal(jax.random.key(seed + index), parameter.shape)
     return model
 
@@ -66,8 +66,8 @@ def test_the_first_place_of_a_head_is_not_that_of_its_copies():
     ("tp", "cp"), [pytest.param(*m, marks=[] if m in IN_FAST_TIER else pytest.mark.slow) for m in MESHES]
 )
 def test_tokens_do_not_depend_on_a_mesh_that_divides_no_heads(tp: int, cp: int):
-    """Nor do weights that are moved to another mesh."""
-    model, alone = random_model(NINE), plan_of()
+    """Nor do weights that are moved to another mesh. A norm over all heads counts neither padding nor copies."""
+    model, alone = random_model(replace(NINE, qk_norm=True, qk_norm_all_heads=True)), plan_of()
     prompts, params = [[1, 2, 3, 4, 5, 6, 7] * 3, [9, 8]], SamplingParams(max_new_tokens=12, logprobs=1)
     [*expected] = Engine(shard(model, alone), alone, rows=2, max_len=64).generate(prompts, params)
     for combine in ("psum", "all_to_all") if cp == 8 else ("psum_scatter",):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,11 +12,15 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from helix_jax.checkpoint import load, read_config, save, writing
+from helix_jax.checkpoint import load, read_config, save, shard, writing
 from helix_jax.checkpoint.tensors import open_tensors
 from helix_jax.config import Experts, ModelConfig, Rope
+from helix_jax.engine import SamplingParams
 from helix_jax.families import FAMILIES
+from helix_jax.families.ropes import write_scaling
+from helix_jax.generation import generate
 from helix_jax.mesh import EXPERT_WEIGHTS
+from helix_jax.models.rope import frequencies, magnitude
 from tests.conftest import GOLDEN, ROOT
 from tests.reference import TINY, plan_of, shape_in, tiny_model
 from tests.test_families import each_folder
@@ -269,9 +274,63 @@ PUBLISHED = {
 }
 
 
+LONGROPE = {"type": "longrope", "short_factor": [1, 1, 1], "long_factor": [1, 2, 3]}
+
+
 def folder_of(tmp_path: Path, published: dict) -> Path:
     (tmp_path / "config.json").write_text(json.dumps(published))
     return tmp_path
+
+
+def test_longrope_has_the_factors_of_the_longest_context_and_the_magnitude_of_its_extension(tmp_path: Path, caplog):
+    """In a file without an extension, the short factors. Older names mean the same."""
+    published = json.loads((GOLDEN / "phi3" / "config.json").read_text())
+    rope = read_config(GOLDEN / "phi3").rope
+    np.testing.assert_allclose(
+        frequencies(6, rope), 1 / np.array([1.2, 3 * 10 ** (4 / 3), 11 * 10 ** (8 / 3)]), rtol=1e-6
+    )
+    assert magnitude(rope) == pytest.approx(np.sqrt(1 + np.log(128) / np.log(32)))
+    published["rope_parameters"] |= {"rope_type": "su"}
+    assert read_config(folder_of(tmp_path, published)).rope == rope
+    rope = read_config(folder_of(tmp_path, published | {"original_max_position_embeddings": 4096})).rope
+    np.testing.assert_allclose(
+        frequencies(6, rope), 1 / np.array([1, 1.1 * 10 ** (4 / 3), 1.3 * 10 ** (8 / 3)]), rtol=1e-6
+    )
+    assert magnitude(rope) == 1
+    with caplog.at_level("WARNING", "helix_jax"):
+        load(GOLDEN / "phi3", plan_of())
+    assert caplog.messages == [
+        "longrope: long_factor is used at all lengths, transformers uses short_factor up to 32 positions"
+    ]
+
+
+def test_only_the_full_layers_of_olmo_3_are_scaled_in_published_files(tmp_path: Path):
+    published = json.loads((GOLDEN / "olmo3" / "config.json").read_text())
+    table = published.pop("rope_parameters")["full_attention"]
+    del table["rope_theta"], published["layer_types"]
+    config = read_config(folder_of(tmp_path, published | {"rope_theta": 5e5, "rope_scaling": table}))
+    assert config.windowed_layers == (0, 1, 2)
+    assert config.rope_of(3) == replace(read_config(GOLDEN / "olmo3").rope, theta=5e5)
+    assert config.rope_of(0) == Rope(theta=5e5)
+
+
+@pytest.mark.parametrize("older", [{"partial_rotary_factor": 0.5}, {"rope_theta": 10_000.0}])
+def test_the_rotated_share_of_a_head_is_beside_the_table_in_older_files(older: dict, tmp_path: Path):
+    published = json.loads((GOLDEN / "glm4" / "config.json").read_text())
+    del published["rope_parameters"]
+    assert read_config(folder_of(tmp_path, published | older)) == read_config(GOLDEN / "glm4")
+
+
+def test_dynamic_scaling_changes_nothing_up_to_the_context_and_longer_texts_are_rejected(tmp_path: Path):
+    published = json.loads((GOLDEN / "llama" / "config.json").read_text())
+    del published["rope_parameters"]
+    scaling = {"rope_type": "dynamic", "factor": 4.0}
+    rope = read_config(folder_of(tmp_path, published | {"rope_scaling": scaling})).rope
+    np.testing.assert_array_equal(frequencies(16, rope), frequencies(16, Rope()))
+    assert (magnitude(rope), write_scaling(rope)) == (1, scaling)
+    plan, model = plan_of(), tiny_model(replace(TINY, max_positions=16, rope=rope))
+    with pytest.raises(ValueError, match="9 tokens and 8 new ones exceed the maximum of 16 positions: shorten"):
+        generate(shard(model, plan), [[1] * 9], plan, SamplingParams(max_new_tokens=8))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -298,7 +357,44 @@ def test_gemma_is_read_from_published_files_and_from_those_of_transformers_5(tmp
         (
             "llama",
             {"rope_parameters": {"rope_type": "longrope"}},
-            "rope_parameters: rope_type is 'longrope': choose one of default",
+            "rope_parameters: 'short_factor' is missing: add it",
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "mrope"}}, "rope_type is 'mrope': choose one of default"),
+        ("olmo2", {"rope_parameters": {"full_attention": {}}}, "rope_parameters: unknown key 'full_attention'"),
+        ("olmo2", {"hidden_act": "gelu"}, "hidden_act is 'gelu': only 'silu' is supported"),
+        ("olmo3", {"rope_parameters": {"rope_type": "yarn"}}, "give a table of full_attention and sliding_attention"),
+        ("olmo3", {"rope_parameters": None, "rope_theta": 1e4}, "rope_theta is 10000.0, but versions of transformers"),
+        ("olmo3", {"sliding_window": None}, "layer_types has sliding_attention, but sliding_window is null"),
+        ("olmo3", {"layer_types": ["full_attention"]}, "]: give 4 of full_attention and sliding_attention"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size is 0: give a whole"),
+        ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0: give a whole number of at least 1"),
+        ("qwen2_moe", {"num_experts": None}, "'num_experts' is missing: add it"),
+        ("qwen2_moe", {"qkv_bias": 1}, "qkv_bias is 1: give a value of type bool"),
+        ("glm4", {"partial_rotary_factor": "half"}, "partial_rotary_factor is 'half': give a number"),
+        ("glm4", {"hidden_act": "gelu"}, "hidden_act is 'gelu': only 'silu' is supported"),
+        ("glm4_moe", {"n_group": None}, "'n_group' is missing: add it"),
+        ("glm4_moe", {"use_qk_norm": 1}, "use_qk_norm is 1: give a value of type bool"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: only 1.0"),
+        ("gemma3_text", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: only 1.0"),
+        (
+            "phi3",
+            {"rope_scaling": {"rope_type": "linear", "factor": 2}},
+            "rope_type is 'linear': choose one of default",
+        ),
+        ("phi3", {"original_max_position_embeddings": None}, "'original_max_position_embeddings' is missing: add it"),
+        ("phi3", {"original_max_position_embeddings": 1}, "original_max_position_embeddings above 1, it is 1"),
+        ("phi3", {"head_dim": 16}, "rope short_factor has 3 numbers: give 6, one per rotated pair"),
+        ("phi3", {"rope_scaling": LONGROPE | {"long_factor": [1, 2, "3"]}}, "long_factor is [1, 2, '3']: give a value"),
+        ("phi3", {"rope_scaling": LONGROPE | {"long_factor": [1, 2, 0]}}, "rope long_factor is 0.0: give a positive"),
+        (
+            "phi3",
+            {"rope_parameters": {"partial_rotary_factor": 1.5}},
+            "rope partial_rotary_factor is 1.5: give at most",
+        ),
+        (
+            "phi3",
+            {"rope_parameters": {"partial_rotary_factor": 0.1}},
+            "head_width is 8, of which 0 are rotated: give",
         ),
         (
             "llama",
@@ -434,6 +530,8 @@ def test_quantised_weights_without_their_scale_are_rejected(name: str, changes: 
     ("changes", "message"),
     [
         ({"qk_norm": True}, "qk_norm is True: a 'llama' config.json can only have False, choose another family"),
+        ({"qk_norm": True, "qk_norm_all_heads": True}, "qk_norm is True: a 'llama' config.json can only have False"),
+        ({"pre_norms": False, "post_norms": True}, "pre_norms is False: a 'llama' config.json can only have True"),
         ({"window": 8, "windowed_layers": (0,)}, "window is 8: a 'llama' config.json can only have None"),
         (
             {"experts": Experts(num_experts=4, top_k=1, width=8)},

@@ -90,6 +90,16 @@ def test_the_collectives_are_the_documented_ones(tp: int, cp: int, how: str, row
     assert collectives(lowered.compile().as_text()) == expected
 
 
+@pytest.mark.slow
+@pytest.mark.optimized
+def test_a_norm_over_all_heads_adds_one_all_reduce_per_layer():
+    """It is over tp, for the sums of queries and keys together."""
+    config = ModelConfig(layers=2, **SMALL, qk_norm=True, qk_norm_all_heads=True)
+    lowered, _ = lower_step(plan_of(2, 4, combine="all_to_all"), config, 3, 256, 1, sampler=False)
+    expected = Counter(PER_STEP) + Counter({"all-reduce": 2 * 3, "all-to-all": 2})
+    assert collectives(lowered.compile().as_text()) == expected
+
+
 def test_a_single_token_is_padded():
     """On a GPU, XLA makes slow loops of vector-matrix products, and gathers the embedding for a single lookup."""
     lowered, _ = lower_step(Plan(make_mesh(1, 2)), ModelConfig(layers=1, **SMALL), 1, 256, 1, sampler=True)

@@ -78,9 +78,10 @@ def test_remat_accumulation_and_chunks_of_logits_change_nothing(change, one_devi
     assert np.abs(np.subtract(losses, one_device[0][:3])).max() < 1e-5
 
 
-@pytest.mark.parametrize(
-    "family", ["gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepseek_v3", "gemma3_text"))]
-)
+IN_LONG_TIER = ("deepseek_v3", "gemma3_text", "olmo3", "qwen2_moe", "glm4")
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in IN_LONG_TIER)])
 def test_windows_sinks_latents_experts_and_norms_have_the_same_gradients(family: str):
     model = load(GOLDEN / family, plan_of(), jnp.float32)
     one, eight = (

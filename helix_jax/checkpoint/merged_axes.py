@@ -1,7 +1,9 @@
-"""View a parameter inside a published tensor, which may merge axes or interleave several parameters.
+"""View a parameter inside a published tensor, which may merge axes or contain several parameters.
 
-Families write the axes of a published tensor in letters: `NH D` has two axes, the first of heads times width;
-`N(I+U) Z` has for each head two consecutive parts; `E D F(*+1)` has pairs, of which the parameter is the first.
+Families write the axes of a published tensor in letters: `NH D` has two axes, the first of heads times width. Parts in
+parentheses follow each other on an axis, and `*` marks the one that is the parameter: `(NH+KH*+KH) D` has first
+queries, then keys, which are meant, then values; `N(I*+U) Z` has two parts for each head; `E D F(*+1)` has pairs, of
+which the parameter is the first.
 """
 
 import math
@@ -10,13 +12,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-# A part of size 1 that belongs to the parameter, and one that belongs to another parameter.
-_OWN, _OTHER = "*", "1"
+_OWN, _ONE = "*", "1"  # the mark of the parameter's part, and a part or an axis of size 1
 
 
 def published_shape(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Return the shape of a published tensor from the letters of its axes and their sizes."""
-    return tuple(math.prod(_size(factor, sizes) for factor in _factors(axis)) for axis in axes.split())
+    return tuple(math.prod(_factor_size(factor, sizes) for factor in _factors(axis)) for axis in axes.split())
 
 
 def select_part(published: np.ndarray, axes: str, letters: str, sizes: Mapping[str, int]) -> np.ndarray:
@@ -29,32 +30,36 @@ def select_part(published: np.ndarray, axes: str, letters: str, sizes: Mapping[s
         sizes: The size of each letter.
     """
     factors = [factor for axis in axes.split() for factor in _factors(axis)]
-    view = published.reshape([_size(factor, sizes) for factor in factors])
-    order, index = "", []
-    for factor in factors:
-        letter, span = _locate(factor, letters, sizes)
-        order += letter
-        index.append(span)
-    return view[tuple(index)].transpose([order.index(letter) for letter in letters])
+    view = published.reshape([_factor_size(factor, sizes) for factor in factors])
+    located = [_locate(factor, sizes) for factor in factors]
+    order = "".join(part for part, _ in located)
+    view = view[tuple(span for _, span in located)].reshape([sizes[letter] for letter in order])
+    return view.transpose([order.index(letter) for letter in letters])
 
 
 def _factors(axis: str) -> list[list[str]]:
-    """Return [["N"], ["I", "U"]] for `N(I+U)`."""
+    """Return [["N"], ["I*", "U"]] for `N(I*+U)`."""
     return [factor.strip("()").split("+") for factor in re.findall(r"\([^)]*\)|.", axis)]
 
 
-def _size(factor: list[str], sizes: Mapping[str, int]) -> int:
-    return sum(1 if part in (_OWN, _OTHER) else sizes[part] for part in factor)
+def _factor_size(factor: list[str], sizes: Mapping[str, int]) -> int:
+    return sum(_part_size(part, sizes) for part in factor)
 
 
-def _locate(factor: list[str], letters: str, sizes: Mapping[str, int]) -> tuple[str, slice | int]:
-    """Return the letter of the part that belongs to the parameter, and its span. A part of size 1 has no letter."""
+def _part_size(part: str, sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes[letter] for letter in _letters(part))
+
+
+def _letters(part: str) -> str:
+    return part.strip(_OWN + _ONE)
+
+
+def _locate(factor: list[str], sizes: Mapping[str, int]) -> tuple[str, slice]:
+    """Return the letters of the part that belongs to the parameter, and its span."""
     first = 0
     for part in factor:
-        if part == _OWN:
-            return "", first
-        size = 1 if part == _OTHER else sizes[part]
-        if part in letters:
-            return part, slice(first, first + size)
+        size = _part_size(part, sizes)
+        if len(factor) == 1 or _OWN in part:
+            return _letters(part), slice(first, first + size)
         first += size
-    raise ValueError(f"no part of {'+'.join(factor)} is in {letters}")
+    raise ValueError(f"no part of {'+'.join(factor)} is marked with {_OWN}")

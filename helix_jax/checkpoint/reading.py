@@ -15,7 +15,7 @@ from helix_jax.checkpoint.parameters import Index, ParameterPath, TensorLocation
 from helix_jax.checkpoint.placing import place
 from helix_jax.checkpoint.quantised import choose_dequantiser, is_unquantised
 from helix_jax.checkpoint.tensors import StoredTensor, open_tensors, read_json
-from helix_jax.config import ModelConfig
+from helix_jax.config import ModelConfig, Rope
 from helix_jax.families import FAMILIES
 from helix_jax.families.family import TENSORS
 from helix_jax.models.transformer import Transformer
@@ -53,7 +53,7 @@ def load(
     """Load the model in a Hugging Face folder, sharded as `plan` decodes with it.
 
     Each part of a tensor goes from the file straight to the devices that need it. Quantised weights are dequantised on
-    the way. Tensors that decoding does not need are named in a warning of the logger "helix_jax".
+    the way. Tensors that decoding does not need, and LongRoPE, are named in warnings of the logger "helix_jax".
 
     Args:
         folder: A folder with config.json and safetensors files.
@@ -93,6 +93,7 @@ def _load(
     _check_tied_head(config, tensors)
     used = {name for location in location_of.values() for name in location.names}
     _report_extras(folder, config, set(tensors) - used)
+    _report_long_rope(config.rope)
 
     # A tensor may contain several parameters. It counts as read when the first of them is placed.
     unread = {name: tensors[name].bytes for name in used}
@@ -157,6 +158,15 @@ def _report_extras(folder: Path, config: ModelConfig, names: set[str]) -> None:
     if extras:
         names_text = extras[0] if len(extras) == 1 else f"{extras[0]} to {extras[-1]}"
         log.warning("skipped %d tensors that decoding does not need: %s", len(extras), names_text)
+
+
+def _report_long_rope(rope: Rope) -> None:
+    """Log that short texts are rotated otherwise than by transformers, which rotates a cache anew when it gets long."""
+    if rope.kind == "longrope" and rope.factor > 1 and rope.long_factor != rope.short_factor:
+        log.warning(
+            "longrope: long_factor is used at all lengths, transformers uses short_factor up to %d positions",
+            rope.original_positions,
+        )
 
 
 def _check_tied_head(config: ModelConfig, tensors: dict[str, StoredTensor]) -> None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from helix_jax.config import ModelConfig
-from helix_jax.families.keys import HEADS, Fields, Published, RopeKeys, size_keys
+from helix_jax.families.keys import HEADS, Fields, Published, size_keys
+from helix_jax.families.ropes import RopeKeys
 from helix_jax.parsing import parse_dataclass
 
 
@@ -32,9 +33,8 @@ class Tensor(NamedTuple):
 
     Attributes:
         name: Its name. With `{e}` in it, there is one tensor per expert.
-        axes: The letters of its axes, in their order. Adjacent letters are one merged axis. `(I+U)` are consecutive
-            parts, of which the parameter is the one whose letter is in its name. `(*+1)` are parts of size 1, of which
-            the parameter is the `*`.
+        axes: The letters of its axes, in their order. Adjacent letters are one merged axis. `(I*+U)` are consecutive
+            parts, of which the parameter is the one with the `*`. `(*+1)` are parts of size 1.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Family:
         Raises:
             ValueError: A size is missing or not a number, or an option is not supported.
         """
-        for key, value in {"partial_rotary_factor": 1.0, **self.options}.items():
+        for key, value in self.options.items():
             if published.get(key) not in (value, None):
                 raise ValueError(f"config.json: {key} is {published[key]!r}: only {value!r} is supported")
         fields = {"family": self.model_type, **self.always}
@@ -127,7 +127,8 @@ class Family:
         for part in self.parts:
             part.write(config, published)
         ids = config.eos_token_ids
-        published |= {**self.options, "bos_token_id": None, "torch_dtype": dtype}
+        # Without these keys transformers takes ids of the published models, which a smaller vocabulary does not have.
+        published |= {**self.options, "bos_token_id": None, "pad_token_id": None, "torch_dtype": dtype}
         published["eos_token_id"] = ids[0] if len(ids) == 1 else list(ids) or None
         return {**published, "tokenizer": config.tokenizer} if config.tokenizer else published
 

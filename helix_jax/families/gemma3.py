@@ -4,41 +4,15 @@ from typing import Any
 
 from helix_jax.config import ModelConfig
 from helix_jax.families.family import LAYER_TENSORS, Family, Tensor
-from helix_jax.families.keys import Fields, Key, Published, Windows, read_rope, read_value, size_keys, write_scaling
+from helix_jax.families.keys import Fields, Key, Published, Windows, read_value, size_keys
 from helix_jax.families.llama import BIASES
-
-THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
+from helix_jax.families.ropes import TwoRopes
 
 
 def all_but_every_sixth(published: Published, layers: int) -> tuple[int, ...]:
     """Return the layers with a window: all but every sixth, or what the file has as the pattern."""
     pattern = read_value(published, "sliding_window_pattern", int, published.get("_sliding_window_pattern", 6))
     return tuple(layer for layer in range(layers) if (layer + 1) % pattern)
-
-
-class TwoRopes:
-    """Two rotary embeddings: one for the layers with a window, and one, possibly scaled, for the others."""
-
-    def read(self, published: Published, fields: Fields) -> None:
-        """Set both ropes."""
-        both = published.get("rope_parameters")
-        if both is None:
-            theta = read_value(published, "rope_theta", float, THETA)
-            fields["rope"] = read_rope(published.get("rope_scaling"), "rope_scaling", theta)
-            local: Any = {"rope_theta": read_value(published, "rope_local_base_freq", float, LOCAL_THETA)}
-        else:
-            if not isinstance(both, dict) or set(both) - {"full_attention", "sliding_attention"}:
-                raise ValueError(
-                    f"config.json: rope_parameters is {both!r}: give a table of full_attention and sliding_attention"
-                )
-            fields["rope"] = read_rope(both.get("full_attention"), "rope_parameters", THETA)
-            local = both.get("sliding_attention")
-        fields["rope_local"] = read_rope(local, "rope_parameters", LOCAL_THETA)
-
-    def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
-        """Set the keys of both ropes."""
-        published |= {"rope_theta": config.rope.theta, "rope_scaling": write_scaling(config.rope)}
-        published["rope_local_base_freq"] = (config.rope_local or config.rope).theta
 
 
 class Scales:
@@ -61,7 +35,7 @@ GEMMA3_TEXT = Family(
         *size_keys(tied_head=True),
         Key("kv_heads", "num_key_value_heads"),
         Key("head_width", "head_dim", int, 256),
-        *(*BIASES, TwoRopes(), Windows(all_but_every_sixth), Scales()),
+        *(*BIASES, TwoRopes(1_000_000.0, 10_000.0, "rope_local_base_freq"), Windows(all_but_every_sixth), Scales()),
     ),
     options={
         "hidden_activation": "gelu_pytorch_tanh",

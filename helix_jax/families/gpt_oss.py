@@ -1,8 +1,9 @@
 """gpt-oss: attention sinks, a window in every other layer, clamped gates, biases, and YaRN."""
 
 from helix_jax.families.family import LAYER_TENSORS, Family, Tensor
-from helix_jax.families.keys import HEADS, Key, Published, RopeKeys, Windows, size_keys
+from helix_jax.families.keys import HEADS, Key, Published, Windows, size_keys
 from helix_jax.families.llama import BIASES
+from helix_jax.families.ropes import RopeKeys
 
 
 def every_other(published: Published, layers: int) -> tuple[int, ...]:

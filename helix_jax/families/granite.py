@@ -1,8 +1,9 @@
 """Granite models: Llama with factors on embeddings, attention, residuals and logits."""
 
 from helix_jax.families.family import LAYER_TENSORS, Family
-from helix_jax.families.keys import HEADS, Key, RopeKeys, size_keys
+from helix_jax.families.keys import HEADS, Key, size_keys
 from helix_jax.families.llama import BIASES
+from helix_jax.families.ropes import RopeKeys
 
 SCALES = (
     Key("embed_scale", "embedding_multiplier", float, 1.0),

@@ -1,12 +1,11 @@
-"""Keys of config.json files, for reading and for writing: sizes, rotary embeddings, and sliding windows."""
+"""Keys of config.json files, for reading and for writing: sizes and sliding windows."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from helix_jax.config import ModelConfig, Rope
-from helix_jax.validation import check_choice, check_keys
+from helix_jax.config import ModelConfig
 
 # The fields of a ModelConfig by name, those of nested configs with a dot, such as "experts.num_experts".
 Fields = dict[str, Any]
@@ -74,111 +73,6 @@ class Key:
             raise ValueError(f"{outer} is None: a '{config.family}' config.json needs it, choose another family")
         name = self.names if isinstance(self.names, str) else self.names[0]
         published[name] = attrgetter(self.field)(config)
-
-
-_ROPE_KEYS = {
-    "rope_theta": "theta",
-    "factor": "factor",
-    "original_max_position_embeddings": "original_positions",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-    "truncate": "truncate",
-    "attention_factor": "attention_factor",
-    "mscale": "mscale",
-    "mscale_all_dim": "mscale_all_dim",
-}
-# The required and the optional keys of each type.
-_SCALING_KEYS = {
-    "default": ((), ()),
-    "linear": (("factor",), ()),
-    "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
-    "yarn": (
-        ("factor", "original_max_position_embeddings"),
-        ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
-    ),
-}
-_ORIGINAL = "original_max_position_embeddings"
-_EXTENDED = ("llama3", "yarn")  # types that depend on the original context
-_IGNORED_KEYS = ("type", "finetuned")
-
-
-@dataclass(frozen=True)
-class RopeKeys:
-    """Rotary embeddings, as published (`rope_theta`, `rope_scaling`) or as transformers 5 writes them.
-
-    Args:
-        theta: The base for files without `rope_theta`.
-        interleaved: Whether neighbouring dimensions are rotated as pairs.
-        required: Whether a file without scaling is an error, because all models of the family have it.
-    """
-
-    theta: float = 10_000.0
-    interleaved: bool = False
-    required: bool = False
-
-    def read(self, published: Published, fields: Fields) -> None:
-        """Set the rope."""
-        key = "rope_scaling" if published.get("rope_scaling") else "rope_parameters"
-        if self.required and published.get(key) is None:
-            raise ValueError("config.json: 'rope_scaling' is missing: add it")
-        theta = read_value(published, "rope_theta", float, self.theta)
-        table = published.get(key)
-        if isinstance(table, Mapping) and table.get("rope_type", table.get("type")) in _EXTENDED:
-            # As in transformers: the key beside the table has priority, and without any the context counts.
-            original = table.get(_ORIGINAL) or fields["max_positions"]
-            table = {**table, _ORIGINAL: read_value(published, _ORIGINAL, int, original)}
-        fields["rope"] = read_rope(table, key, theta, self.interleaved)
-
-    def write(self, config: ModelConfig, published: dict[str, Any]) -> None:
-        """Set both keys of the rope."""
-        published["rope_theta"] = config.rope.theta
-        published["rope_scaling"] = write_scaling(config.rope)
-
-
-def read_rope(table: Any, where: str, theta: float, interleaved: bool = False) -> Fields:
-    """Return the fields of Rope that a table of config.json describes.
-
-    A known key that has no meaning for the table's type is ignored, as in transformers.
-
-    Args:
-        table: The table. None is a rope without scaling.
-        where: The key of the table, as error messages name it.
-        theta: The base, if the table has none.
-        interleaved: Whether neighbouring dimensions are rotated as pairs.
-
-    Raises:
-        ValueError: The type is not supported, a key is unknown, or a required key is missing.
-    """
-    where = f"config.json: {where}"
-    if table is not None and not isinstance(table, Mapping):
-        raise ValueError(f"{where} is {table!r}: give a table")
-    values = {key: value for key, value in (table or {}).items() if value is not None}
-    kind = values.pop("rope_type", values.get("type", "default"))
-    factor = values.pop("partial_rotary_factor", 1.0)
-    if factor != 1.0:
-        raise ValueError(f"{where}: partial_rotary_factor is {factor!r}: only 1.0 is supported")
-    check_choice(f"{where}: rope_type", kind, _SCALING_KEYS)
-    required, optional = _SCALING_KEYS[kind]
-    _check_rope_keys(where, values, required)
-    fields = {_ROPE_KEYS[key]: values[key] for key in ("rope_theta", *required, *optional) if key in values}
-    return {"theta": theta, **fields, "kind": kind, "interleaved": interleaved}
-
-
-def _check_rope_keys(where: str, values: dict[str, Any], required: tuple[str, ...]) -> None:
-    if "attn_factor" in values:
-        raise ValueError(f"{where}: attn_factor is ambiguous, transformers ignores it and others use it: remove it")
-    check_keys(where, values, known={*_ROPE_KEYS, *_IGNORED_KEYS}, required=required)
-
-
-def write_scaling(rope: Rope) -> dict[str, Any] | None:
-    """Return the value of `rope_scaling` that describes a rope."""
-    if rope.kind == "default":
-        return None
-    required, optional = _SCALING_KEYS[rope.kind]
-    values = {key: getattr(rope, _ROPE_KEYS[key]) for key in (*required, *optional)}
-    return {"rope_type": rope.kind, **{key: value for key, value in values.items() if value is not None}}
 
 
 @dataclass(frozen=True)

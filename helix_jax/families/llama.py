@@ -1,7 +1,8 @@
 """Llama and Mistral models."""
 
 from helix_jax.families.family import LAYER_TENSORS, Family
-from helix_jax.families.keys import HEADS, Key, RopeKeys, Windows, all_layers, size_keys
+from helix_jax.families.keys import HEADS, Key, Windows, all_layers, size_keys
+from helix_jax.families.ropes import RopeKeys
 
 # Either all of the q, k, v and o projections have a bias, or none of them.
 BIASES = (Key("qkv_bias", "attention_bias", bool, False), Key("o_bias", "attention_bias", bool, False))

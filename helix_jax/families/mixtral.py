@@ -1,7 +1,8 @@
 """Mixtral models."""
 
 from helix_jax.families.family import LAYER_TENSORS, Family, Tensor
-from helix_jax.families.keys import HEADS, Key, RopeKeys, Windows, all_layers, size_keys
+from helix_jax.families.keys import HEADS, Key, Windows, all_layers, size_keys
+from helix_jax.families.ropes import RopeKeys
 
 MIXTRAL = Family(
     model_type="mixtral",

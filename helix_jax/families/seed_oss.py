@@ -1,7 +1,8 @@
 """Seed-OSS models: Llama with biases of queries, keys and values."""
 
 from helix_jax.families.family import LAYER_TENSORS, Family
-from helix_jax.families.keys import Key, RopeKeys, size_keys
+from helix_jax.families.keys import Key, size_keys
+from helix_jax.families.ropes import RopeKeys
 
 SEED_OSS = Family(
     model_type="seed_oss",

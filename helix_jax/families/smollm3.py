@@ -4,8 +4,9 @@ from typing import Any
 
 from helix_jax.config import ModelConfig
 from helix_jax.families.family import LAYER_TENSORS, Family
-from helix_jax.families.keys import Fields, Key, Published, RopeKeys, Windows, read_value, size_keys
+from helix_jax.families.keys import Fields, Key, Published, Windows, read_value, size_keys
 from helix_jax.families.llama import BIASES
+from helix_jax.families.ropes import RopeKeys
 
 
 def layers_without_rope(published: Published, layers: int) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from flax import nnx
 from jax import Array
 
 from helix_jax.config import ModelConfig
-from helix_jax.models.parts import Parameters, rms_norm
+from helix_jax.models.parts import Parameters, rms_norm, rms_norm_heads
 from helix_jax.models.rope import rotate
 from helix_jax.numerics import einsum
 
@@ -64,7 +64,10 @@ class SelfAttention(nnx.Module):
             self.v_bias_KH = make.bias("v_bias_KH")
         if config.o_bias:
             self.o_bias_D = make.bias("o_bias_D")
-        if config.qk_norm:
+        if config.qk_norm_all_heads:
+            self.q_norm_NH = make.norm("q_norm_NH")
+            self.k_norm_KH = make.norm("k_norm_KH")
+        elif config.qk_norm:
             self.q_norm_H = make.norm("q_norm_H")
             self.k_norm_H = make.norm("k_norm_H")
         if config.sinks:
@@ -89,7 +92,10 @@ class SelfAttention(nnx.Module):
         if self.config.qkv_bias:
             q_BTNH, k_BTKH = q_BTNH + self.q_bias_NH[...], k_BTKH + self.k_bias_KH[...]
             v_BTKH = v_BTKH + self.v_bias_KH[...]
-        if self.config.qk_norm:
+        if self.config.qk_norm_all_heads:
+            q_BTNH = rms_norm_heads(q_BTNH, self.q_norm_NH, self.config, self.config.heads)
+            k_BTKH = rms_norm_heads(k_BTKH, self.k_norm_KH, self.config, k_BTKH.shape[2])
+        elif self.config.qk_norm:
             q_BTNH = rms_norm(q_BTNH, self.q_norm_H, self.config)
             k_BTKH = rms_norm(k_BTKH, self.k_norm_H, self.config)
         return q_BTNH, k_BTKH, v_BTKH

@@ -47,6 +47,8 @@ class MixtureOfExperts(nnx.Module):
             self.down_bias_ED = make_expert.bias("down_bias_ED")
         if experts.shared_width:
             self.shared = FeedForward(config, make.of_width(experts.shared_width))
+        if experts.shared_gate:
+            self.shared_gate_D = make.matrix("shared_gate_D", "D")
 
     def __call__(self, x_BTD: Array, run_experts: RunExperts) -> Array:
         routing = self._route(x_BTD)
@@ -56,7 +58,14 @@ class MixtureOfExperts(nnx.Module):
         if self.experts.bias:  # added here once: in run_experts every device would add it
             weight_BTE = dense_weights(routing, self.down_bias_ED.shape[0]).astype(x_BTD.dtype)
             o_BTD = o_BTD + einsum("bte,ed->btd", weight_BTE, self.down_bias_ED[...])
-        return o_BTD + self.shared(x_BTD) if self.experts.shared_width else o_BTD
+        return o_BTD + self._run_shared(x_BTD) if self.experts.shared_width else o_BTD
+
+    def _run_shared(self, x_BTD: Array) -> Array:
+        """Return the output of the shared expert."""
+        o_BTD = self.shared(x_BTD)
+        if not self.experts.shared_gate:
+            return o_BTD
+        return o_BTD * jax.nn.sigmoid(einsum("btd,d->bt", x_BTD, self.shared_gate_D[...]))[..., None]
 
     def _route(self, x_BTD: Array) -> Routing:
         """Select the best experts of each token, and compute their weights, in float32."""

@@ -85,8 +85,27 @@ def rms_norm(x: Array, weight: nnx.Param[Array], config: ModelConfig, eps: float
     """Return x / rms(x) * weight over the last axis, computed in float32. `eps` replaces that of the config."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + (config.norm_eps if eps is None else eps))
+    return _with_gain(x32, weight, config).astype(x.dtype)
+
+
+def rms_norm_heads(x_BTNH: Array, weight: nnx.Param[Array], config: ModelConfig, heads: int) -> Array:
+    """Return x / rms(x) * weight, where the mean is over all heads of a token, computed in float32.
+
+    Args:
+        x_BTNH: The heads. If a mesh shares them, the sum over the heads becomes an all-reduce over tp.
+        weight: A weight per number.
+        config: The model's config.
+        heads: Over how many heads the mean is. The others are padding, whose numbers are zeros. If all heads have
+            equally many copies, the mean over all of them is that over one of each.
+    """
+    x32 = x_BTNH.astype(jnp.float32)
+    mean = jnp.sum(x32 * x32, (-2, -1), keepdims=True) / (heads * x32.shape[-1])
+    return _with_gain(x32 * jax.lax.rsqrt(mean + config.norm_eps), weight, config).astype(x_BTNH.dtype)
+
+
+def _with_gain(x32: Array, weight: nnx.Param[Array], config: ModelConfig) -> Array:
     gain = weight[...].astype(jnp.float32)
-    return (x32 * (1 + gain if config.norm_offset else gain)).astype(x.dtype)
+    return x32 * (1 + gain if config.norm_offset else gain)
 
 
 def gated(gate: Array, up: Array, config: ModelConfig) -> Array:

@@ -14,16 +14,18 @@ def rotate(x_BTNH: Float[Array, "B T N H"], position_BT: Int[Array, "B T"], rope
     """Rotate the pairs (i, i + H / 2) of each head by the angle `position * frequency[i]`, in float32.
 
     If the rope is interleaved, the pairs are (2 i, 2 i + 1). The result then contains the first numbers of all pairs,
-    followed by the second ones.
+    followed by the second ones. If the rope is partial, this applies to the first dimensions, and the others are kept.
 
     Source: arXiv 2104.09864, in the half-split order of Hugging Face's Llama.
     """
-    angle_BT1h = (position_BT[..., None] * frequencies(x_BTNH.shape[-1], rope))[:, :, None]
+    width = rope.rotated_width(x_BTNH.shape[-1])
+    angle_BT1h = (position_BT[..., None] * frequencies(width, rope))[:, :, None]
     size = np.float32(magnitude(rope))
     cos, sin = size * jnp.cos(angle_BT1h), size * jnp.sin(angle_BT1h)
-    x = x_BTNH.astype(jnp.float32)
+    x = x_BTNH[..., :width].astype(jnp.float32)
     a, b = (x[..., ::2], x[..., 1::2]) if rope.interleaved else jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
+    rotated = [(a * cos - b * sin).astype(x_BTNH.dtype), (b * cos + a * sin).astype(x_BTNH.dtype)]
+    return jnp.concatenate([*rotated, x_BTNH[..., width:]], -1)
 
 
 def frequencies(width: int, rope: Rope) -> np.ndarray:
@@ -34,6 +36,8 @@ def frequencies(width: int, rope: Rope) -> np.ndarray:
     period_h = np.float32(rope.theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
     if rope.kind == "yarn":
         return _yarn(period_h, width, rope)
+    if rope.kind == "longrope":  # arXiv 2402.13753
+        return 1 / (np.asarray(rope.long_factor if rope.factor > 1 else rope.short_factor, np.float32) * period_h)
     frequency_h = 1 / period_h
     if rope.kind == "linear":
         return frequency_h / np.float32(rope.factor)
@@ -75,10 +79,12 @@ def _yarn(period_h: np.ndarray, width: int, rope: Rope) -> np.ndarray:
 
 def magnitude(rope: Rope) -> float:
     """Return the factor on the length of rotated queries and keys."""
-    if rope.kind != "yarn":
+    if rope.kind not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
+    if rope.kind == "longrope":
+        return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_positions)) if rope.factor > 1 else 1.0
     if rope.mscale and rope.mscale_all_dim:
         return _yarn_scale(rope.factor, rope.mscale) / _yarn_scale(rope.factor, rope.mscale_all_dim)
     return _yarn_scale(rope.factor)

@@ -30,12 +30,13 @@ class Layer(nnx.Module):
     def __init__(self, config: ModelConfig, layer: int, make: Parameters):
         self.config = config
         experts = config.experts_of(layer)
-        self.attention_norm_D = make.norm("attention_norm_D")
         self.attention = (
             LatentAttention(config, config.latent, make) if config.latent else SelfAttention(config, layer, make)
         )
-        self.ff_norm_D = make.norm("ff_norm_D")
         self.ff = MixtureOfExperts(config, experts, make) if experts else FeedForward(config, make)
+        if config.pre_norms:
+            self.attention_norm_D = make.norm("attention_norm_D")
+            self.ff_norm_D = make.norm("ff_norm_D")
         if config.post_norms:
             self.attention_post_norm_D = make.norm("attention_post_norm_D")
             self.ff_post_norm_D = make.norm("ff_post_norm_D")
@@ -49,13 +50,13 @@ class Layer(nnx.Module):
         run_experts: RunExperts,
         dropout: Callable[[Array], Array],
     ) -> tuple[Array, AttentionState]:
-        normed_BTD = rms_norm(x_BTD, self.attention_norm_D, self.config)
+        normed_BTD = rms_norm(x_BTD, self.attention_norm_D, self.config) if self.config.pre_norms else x_BTD
         added_BTD, state = self.attention(normed_BTD, position_BT, attention, state)
         if self.config.post_norms:
             added_BTD = rms_norm(added_BTD, self.attention_post_norm_D, self.config)
         x_BTD = x_BTD + dropout(self._scale(added_BTD))
 
-        normed_BTD = rms_norm(x_BTD, self.ff_norm_D, self.config)
+        normed_BTD = rms_norm(x_BTD, self.ff_norm_D, self.config) if self.config.pre_norms else x_BTD
         added_BTD = self.ff(normed_BTD, run_experts) if isinstance(self.ff, MixtureOfExperts) else self.ff(normed_BTD)
         if self.config.post_norms:
             added_BTD = rms_norm(added_BTD, self.ff_post_norm_D, self.config)
