@@ -108,15 +108,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         more=st.lists(st.integers(0, 1), min_size=2, max_size=20),
         new=st.integers(2, 15),
         scoring=st.sampled_from([{}, {}, {"prompt_logprobs": 1}, {"prompt_logprobs": 0, "max_new_tokens": 0}]),
+        first=st.integers(1, 3),
     )
-    def submit(self, start, more, new, scoring):
+    def submit(self, start, more, new, scoring, first):
+        first = {"prompt_logprobs_start": first} if scoring else {}
         request = Request(
             id=str(self.submitted),
             prompt=[start, *more],
-            params=SamplingParams(**{"max_new_tokens": new, **scoring}),
+            params=SamplingParams(**{"max_new_tokens": new, **scoring, **first}),
             stop_token_ids=frozenset({VOCAB - 1}),
             order=self.submitted,
             text=OutputText(None, ()),
+            num_scored=first.get("prompt_logprobs_start", 1) - 1,
         )
         self.submitted += 1
         if self.allocator.count_pages(request.max_computed, len(request.prompt)).max() <= self.allocator.pages:
@@ -148,7 +151,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             is_finished = request.append_token(output, None, 0.0)[1] is not None
         if is_finished:
             is_scored = request.params.prompt_logprobs is not None
-            assert self.scored[request.id] == list(range(len(request.prompt) - 1 if is_scored else 0))
+            scored = range(request.params.prompt_logprobs_start - 1, len(request.prompt) - 1) if is_scored else []
+            assert self.scored[request.id] == list(scored)
             self._finish(request)
 
     @invariant()

@@ -132,6 +132,19 @@ def test_cached_prefixes_are_registered_by_requests_that_score_but_not_used(make
     check_scores(scored.prompt_logprobs, text, expected[0], 0)
 
 
+def test_tokens_before_the_first_that_is_reported_may_be_cached(make_engine, expected):
+    engine, text = make_engine(placement="striped"), TEXTS[0]
+    engine.generate([text], SamplingParams(max_new_tokens=1))
+    starts = (1, 16, 17, 40, 96, 97)
+    params = [SamplingParams(max_new_tokens=0, prompt_logprobs=1, prompt_logprobs_start=start) for start in starts]
+    outputs = engine.generate([text] * len(starts), params)
+    assert [output.shared_tokens for output in outputs] == [0, 0, 16, 32, 80, 80]
+    for start, output in zip(starts, outputs, strict=True):
+        check_scores(output.prompt_logprobs, text[start - 1 :], expected[0][start - 1 :], 1)
+    with pytest.raises(ValueError, match="prompt_logprobs_start is 97, but there are 2 tokens: give at most 2"):
+        engine.generate([[1, 2]], params[-1])
+
+
 def test_scores_move_with_a_transferred_request(make_engine, expected):
     source, target = make_engine(), make_engine(tp=1, cp=2, page=2, pages=200)
     id = source.submit(TEXTS[0], SamplingParams(max_new_tokens=3, prompt_logprobs=2))
@@ -218,6 +231,8 @@ def test_texts_that_cannot_be_scored_are_refused(make_engine, texts, top, error,
         ({"prompt_logprobs": True}, TypeError, "prompt_logprobs"),
         ({"prompt_logprobs": 1.5}, TypeError, "prompt_logprobs"),
         ({"prompt_logprobs": 1, "max_new_tokens": -1}, ValueError, "max_new_tokens is -1: give at least 0"),
+        ({"prompt_logprobs": 1, "prompt_logprobs_start": 0}, ValueError, "prompt_logprobs_start is 0: give at least 1"),
+        ({"prompt_logprobs_start": 2}, ValueError, "is 2 without prompt_logprobs: give prompt_logprobs too"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens is 0: give at least 1"),
     ],
 )

@@ -201,6 +201,7 @@ class Engine:
             stop_token_ids=frozenset((*params.stop_token_ids, *eos)),
             order=self._submitted,
             text=OutputText(self.tokenizer, params.stop, ids),
+            num_scored=params.prompt_logprobs_start - 1,
             submitted_s=time.perf_counter(),
         )
         self.check_fits(request, name)
@@ -364,6 +365,10 @@ class Engine:
         """
         check_length(name, len(request.prompt), request.params.max_new_tokens, self._max_len)
         allocator, length = self.scheduler.allocators[0], len(request.prompt)
+        if (start := request.params.prompt_logprobs_start) > length:
+            raise ValueError(
+                f"{name}: prompt_logprobs_start is {start}, but there are {length} tokens: give at most {length}"
+            )
         needed = int(allocator.count_pages(request.max_computed, length).max())
         if needed > allocator.pages:
             raise ValueError(

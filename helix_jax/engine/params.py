@@ -32,8 +32,9 @@ class SamplingParams:
         logprobs: How many of the most probable tokens to report with each token, 0 to 20. None reports no
             log-probabilities, 0 those of the chosen tokens alone.
         prompt_logprobs: How many of the most probable tokens to report with each token of the prompt but the first, 0
-            to 20. None reports no log-probabilities of the prompt, 0 those of its tokens alone. Such a request
-            computes all of its prompt, also if another one has cached the beginning.
+            to 20. None reports no log-probabilities of the prompt, 0 those of its tokens alone.
+        prompt_logprobs_start: The index of the first token of the prompt to report, at least 1. If another request has
+            cached the beginning of the prompt, it is used only as far as nothing is reported.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -52,6 +53,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -62,6 +64,10 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 check_num_top(name, getattr(self, name))
+        check_int("prompt_logprobs_start", self.prompt_logprobs_start, least=1)
+        if self.prompt_logprobs is None and self.prompt_logprobs_start > 1:
+            start = self.prompt_logprobs_start
+            raise ValueError(f"prompt_logprobs_start is {start} without prompt_logprobs: give prompt_logprobs too")
         check_int("max_new_tokens", self.max_new_tokens, least=1 if self.prompt_logprobs is None else 0)
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
         if self.seed is not None:

@@ -49,8 +49,8 @@ class RequestOutput:
         logprobs: For each token, its log-probability and the most probable tokens with theirs. None if not requested.
         seed: The seed that it was sampled with: of its parameters, or drawn at submission. None for a greedy request
             without one, which needs no seed.
-        prompt_logprobs: For each token of the prompt but the first, as in `logprobs`. None if not requested. Of a
-            cancelled request there may be fewer.
+        prompt_logprobs: For each token of the prompt but the first, or from `prompt_logprobs_start` on, as in
+            `logprobs`. None if not requested. Of a cancelled request there may be fewer.
     """
 
     id: str
@@ -140,7 +140,7 @@ class Request:
         logprobs: Of each generated token, if requested.
         prompt_logprobs: Of the tokens of the prompt, in parts of consecutive tokens, if requested.
         num_scored: The positions of the prompt whose next tokens have log-probabilities after all steps that were
-            dispatched. They outlast a preemption.
+            dispatched, or need none. They outlast a preemption.
         submitted_s: The time of submission.
         first_token_s: The time of the first token.
         last_token_s: The time of the latest token.

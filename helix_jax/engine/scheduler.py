@@ -257,7 +257,7 @@ class Scheduler:
             return None
         request, allocator = self.waiting[0], self._allocator(row)
         # The cache does not have the hidden states of the tokens that are to be scored.
-        end = request.num_scored + 1 if request.needs_scores else None
+        end = request.num_scored + 1 if request.needs_scores else request.num_to_prefill
         row_pages, num_cached = allocator.match_prefix(request.all_token_ids[:end])
         length = self._block_end(request, len(request.all_token_ids))
         if allocator.grow(row_pages, length, len(request.prompt)) is None:
