@@ -176,19 +176,21 @@ def apply_repetition_penalty(
 class Logprobs(NamedTuple):
     """Log-probabilities of the chosen token of each row, and of its C most probable tokens in descending order."""
 
-    chosen_B: Float[Array, "B"]
-    top_BC: Float[Array, "B C"]
-    top_ids_BC: Int[Array, "B C"]
+    chosen_B: Float[Array, "*B"]
+    top_BC: Float[Array, "*B C"]
+    top_ids_BC: Int[Array, "*B C"]
 
 
-def compute_logprobs(logits_BV: Float[Array, "B V"], token_B: Int[Array, "B"]) -> Logprobs:
-    """Return the log-probabilities of `token_B` and of the most probable tokens.
+def compute_logprobs(
+    logits_BV: Float[Array, "*B V"], token_B: Int[Array, "*B"], num_top: int = MAX_LOGPROBS
+) -> Logprobs:
+    """Return the log-probabilities of `token_B` and of the most probable tokens, at most `num_top`.
 
     They are those of the model: before temperature, penalties and filters.
     """
     logprobs_BV = jax.nn.log_softmax(logits_BV)
-    chosen_B = jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=1)[:, 0]
-    top_BC, ids_BC = lax.top_k(logprobs_BV, min(MAX_LOGPROBS, logits_BV.shape[1]))
+    chosen_B = jnp.take_along_axis(logprobs_BV, token_B[..., None], axis=-1)[..., 0]
+    top_BC, ids_BC = lax.top_k(logprobs_BV, min(num_top, logits_BV.shape[-1]))
     return Logprobs(chosen_B, top_BC, ids_BC)
 
 

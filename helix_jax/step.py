@@ -123,6 +123,23 @@ def advance(
     Returns:
         The logits that follow the last token of each row, the caches, and the rows.
     """
+    x_BTD, caches, rows = append_tokens(config, plan, weights, caches, rows, tokens_BT, count_B)
+    return last_logits(config, plan, weights, x_BTD, count_B), caches, rows
+
+
+def append_tokens(
+    config: ModelConfig,
+    plan: Plan,
+    weights: Weights,
+    caches: tuple[KVCache, ...],
+    rows: Rows,
+    tokens_BT: Int[Array, "B T"],
+    count_B: Int[Array, "B"],
+) -> tuple[Float[Array, "B X D"], tuple[KVCache, ...], Rows]:
+    """Append new tokens to each row like `advance`, and return their hidden states after the last norm, not logits.
+
+    Those of padding are undefined. A single token may be padded, so that there are X > T of them.
+    """
     model, groups = assemble(config, weights), layer_groups(config)
     T = tokens_BT.shape[1]
     padded_BT = _pad_single_token(plan, tokens_BT)
@@ -142,11 +159,17 @@ def advance(
     position_BT = rows.length_B[:, None] + step_T
     run_experts = moe.make_run_experts(plan.mesh, plan.experts, step_T < count_B[:, None])
     x_BTD, (caches, _) = model(padded_BT, position_BT, attention, (caches, 0), run_experts)
+    return x_BTD, caches, rows._replace(length_B=constrain_rows(plan, rows.length_B + count_B))
+
+
+def last_logits(
+    config: ModelConfig, plan: Plan, weights: Weights, x_BTD: Float[Array, "B T D"], count_B: Int[Array, "B"]
+) -> Float[Array, "B V"]:
+    """Return the logits that follow the last token of each row, from the hidden states of its new tokens."""
     last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
-    logits_BV = model.logits(jnp.take_along_axis(x_BTD, last_B11, axis=1)[:, 0])
+    logits_BV = assemble(config, weights).logits(jnp.take_along_axis(x_BTD, last_B11, axis=1)[:, 0])
     # This is the one gather of the logits in a step: every device then has all of them, and samples the same token.
-    logits_BV = constrain_rows(plan, logits_BV)
-    return logits_BV, caches, rows._replace(length_B=constrain_rows(plan, rows.length_B + count_B))
+    return constrain_rows(plan, logits_BV)
 
 
 def _pad_single_token(plan: Plan, tokens_BT: Array) -> Array:

@@ -28,10 +28,10 @@ from shapes import read_shape, take_first_layers
 from helix_jax.abstract import abstract_arguments
 from helix_jax.arrays import bytes_per_device
 from helix_jax.cli.app import Parser, run_command
-from helix_jax.cli.devices import libtpu_silenced
 from helix_jax.cli.options import add_choice
 from helix_jax.cli.output import write_json
 from helix_jax.config import ModelConfig
+from helix_jax.devices import libtpu_silenced
 from helix_jax.mesh import CP, DP, TP, make_mesh
 from helix_jax.plan import Plan
 from helix_jax.step import step

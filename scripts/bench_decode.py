@@ -36,11 +36,11 @@ from shapes import read_shape, take_first_layers
 from helix_jax.arrays import bytes_per_device, put
 from helix_jax.cache import cache_specs, make_caches, per_row
 from helix_jax.cli.app import Parser, run_command
-from helix_jax.cli.devices import open_mesh
 from helix_jax.cli.options import DTYPES, add_choice, default_dtype
 from helix_jax.cli.output import new_figure, write_json
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
+from helix_jax.devices import open_mesh
 from helix_jax.engine.engine import DEFAULT_PAGE
 from helix_jax.kernels import KERNELS
 from helix_jax.layout import PLACEMENTS

@@ -22,9 +22,9 @@ from shapes import read_shape, take_first_layers
 
 from helix_jax.cli.app import Parser, run_command
 from helix_jax.cli.compilation_cache import enable_compilation_cache
-from helix_jax.cli.devices import open_mesh
 from helix_jax.cli.options import PLATFORMS, add_choice, default_dtype
 from helix_jax.combine import COMBINES
+from helix_jax.devices import open_mesh
 from helix_jax.models.transformer import assemble
 from helix_jax.plan import Plan
 

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "quantisation": set(),
     "validation": set(),
     "processes": set(),
+    "devices": {"mesh", "processes", "validation"},
     "parsing": {"validation"},
     "layout": {"validation"},
     "mesh": {"validation"},
@@ -53,8 +54,8 @@ MAY_IMPORT = {
         *("processes", "text", "validation"),
     },
     "evaluation": {
-        *("arrays", "cache", "config", "engine", "layout", "mesh", "models", "plan", "sampling", "step", "text"),
-        *("training", "validation"),
+        *("arrays", "cache", "checkpoint", "config", "devices", "engine", "layout", "mesh", "models", "parsing"),
+        *("plan", "sampling", "step", "text", "training", "validation"),
     },
 }
 MAY_IMPORT_ANYTHING = {"cli", "__init__", "__main__"}

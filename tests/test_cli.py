@@ -211,7 +211,7 @@ def test_without_cp_all_fake_devices_of_the_environment_are_used(byte_model: Pat
 
 @pytest.mark.parametrize(("variables", "cp"), [({}, 1), ({"JAX_NUM_CPU_DEVICES": "2"}, 2)])
 def test_without_cp_the_mesh_has_the_devices_of_the_environment(variables: dict[str, str], cp: int):
-    script = "from helix_jax.cli.devices import open_mesh; print(open_mesh('auto', 1, None).shape['cp'])"
+    script = "from helix_jax.devices import open_mesh; print(open_mesh('auto', 1, None).shape['cp'])"
     environment = ENVIRONMENT | variables
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
     assert int(done.stdout) == cp
@@ -369,7 +369,7 @@ class Tpu:
 
 
 def test_too_few_accelerators_is_an_error_with_their_count_and_a_fix(monkeypatch):
-    from helix_jax.cli.devices import open_mesh
+    from helix_jax.devices import open_mesh
 
     monkeypatch.setattr(jax, "devices", lambda: [Accelerator()] * 2)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
@@ -383,7 +383,7 @@ def test_too_few_accelerators_is_an_error_with_their_count_and_a_fix(monkeypatch
 
 
 def test_the_output_of_libtpus_search_for_a_tpu_is_discarded(monkeypatch, capfd):
-    from helix_jax.cli import devices
+    from helix_jax import devices
 
     def searching():
         os.write(2, b"no TPU worker hostnames\n")
@@ -402,7 +402,7 @@ def test_the_output_of_libtpus_search_for_a_tpu_is_discarded(monkeypatch, capfd)
 
 
 def test_without_any_device_the_error_names_the_cpu(monkeypatch):
-    from helix_jax.cli.devices import open_mesh
+    from helix_jax.devices import open_mesh
 
     def no_devices():
         raise RuntimeError("Unable to initialize backend")

@@ -11,7 +11,7 @@ from helix_jax.engine.output_text import OutputText
 from helix_jax.engine.page_allocator import PageAllocator, RowPages, describe_prefix_caching, prefix_block_len
 from helix_jax.engine.params import SamplingParams
 from helix_jax.engine.requests import Request
-from helix_jax.engine.scheduler import ScheduledStep, Scheduler, make_page_table
+from helix_jax.engine.scheduler import Chunk, ScheduledStep, Scheduler, make_page_table
 from helix_jax.layout import PLACEMENTS, BlockLayout
 from helix_jax.text import ByteTokenizer
 
@@ -31,8 +31,8 @@ class FakeDevices:
         self.words: dict[tuple[int, int, int], tuple[int, int]] = {}  # (rank, page, offset) -> (position, token)
         self.table_RBM = np.full((allocator.layout.ranks, ROWS, entries), -1)
 
-    def run(self, step: ScheduledStep, scheduler: Scheduler) -> list[tuple[Request, int]]:
-        """Return the generated tokens as (request, token), to be appended after the next step is scheduled."""
+    def run(self, step: ScheduledStep, scheduler: Scheduler) -> list[tuple[Request, int | Chunk]]:
+        """Return (request, token) and (request, scored chunk), to be appended after the next step is scheduled."""
         for rank, row, entry, page in step.table_edits:
             self.table_RBM[rank, row, entry] = page
         generated = []
@@ -49,7 +49,8 @@ class FakeDevices:
             for position in range(chunk.first, chunk.first + chunk.count):
                 self._write(chunk.request, chunk.request.all_token_ids, position)
             tokens = self._read(chunk.request, chunk.first + chunk.count)
-            if chunk.is_last:
+            generated.append((chunk.request, chunk))
+            if chunk.generates:
                 generated.append((chunk.request, next_token(tokens)))
         return generated
 
@@ -98,22 +99,32 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler([self.allocator], **options)
         self.devices = FakeDevices(self.allocator, pages_needed(MAX_LEN, page))
         self.unfinished: dict[str, Request] = {}
-        self.in_flight: list[tuple[Request, int]] = []
+        self.in_flight: list[tuple[Request, int | Chunk]] = []
+        self.scored: dict[str, list[int]] = {}  # the positions of each request, in the order of their scores
         self.submitted = 0
 
-    @rule(start=st.integers(0, 2), more=st.lists(st.integers(0, 1), min_size=2, max_size=20), new=st.integers(2, 15))
-    def submit(self, start, more, new):
+    @rule(
+        start=st.integers(0, 2),
+        more=st.lists(st.integers(0, 1), min_size=2, max_size=20),
+        new=st.integers(2, 15),
+        scoring=st.sampled_from([{}, {}, {"prompt_logprobs": 1}, {"prompt_logprobs": 0, "max_new_tokens": 0}]),
+        first=st.integers(1, 3),
+    )
+    def submit(self, start, more, new, scoring, first):
+        first = {"prompt_logprobs_start": first} if scoring else {}
         request = Request(
             id=str(self.submitted),
             prompt=[start, *more],
-            params=SamplingParams(max_new_tokens=new),
+            params=SamplingParams(**{"max_new_tokens": new, **scoring, **first}),
             stop_token_ids=frozenset({VOCAB - 1}),
             order=self.submitted,
             text=OutputText(None, ()),
+            num_scored=first.get("prompt_logprobs_start", 1) - 1,
         )
         self.submitted += 1
         if self.allocator.count_pages(request.max_computed, len(request.prompt)).max() <= self.allocator.pages:
             self.unfinished[request.id] = request
+            self.scored[request.id] = []
             self.scheduler.waiting.append(request)
 
     @precondition(lambda self: self.unfinished)
@@ -126,12 +137,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(steps):
             step = self.scheduler.schedule()
             generated = self.devices.run(step, self.scheduler)
-            for request, token in self.in_flight:
+            for request, output in self.in_flight:
                 if self.unfinished.get(request.id) is request:
-                    _, finish_reason = request.append_token(token, None, 0.0)
-                    if finish_reason:
-                        self._finish(request)
+                    self._append(request, output)
             self.in_flight = generated
+
+    def _append(self, request: Request, output: int | Chunk) -> None:
+        if isinstance(output, Chunk):
+            assert set(output.scored) <= set(range(output.first, output.first + output.count))
+            self.scored[request.id] += output.scored
+            is_finished = output.finishes
+        else:
+            is_finished = request.append_token(output, None, 0.0)[1] is not None
+        if is_finished:
+            is_scored = request.params.prompt_logprobs is not None
+            scored = range(request.params.prompt_logprobs_start - 1, len(request.prompt) - 1) if is_scored else []
+            assert self.scored[request.id] == list(scored)
+            self._finish(request)
 
     @invariant()
     def every_page_is_in_one_place(self):
@@ -165,7 +187,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         counts = np.array([len(pages) for pages in self.scheduler.row_pages[request.id].pages])
         block_end = self.scheduler._block_end(request, request.num_computed)
         assert (counts >= self.allocator.count_pages(request.num_computed, prompt_len)).all()
-        is_prefilling = request.num_computed < len(request.all_token_ids)
+        is_prefilling = request.num_computed < request.num_to_prefill
         assert is_prefilling or (counts <= self.allocator.count_pages(block_end, prompt_len)).all()
 
     def _finish(self, request: Request) -> None:

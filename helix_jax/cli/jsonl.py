@@ -4,12 +4,13 @@ The file of results also records which requests are done, so that an interrupted
 """
 
 import json
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from reprlib import repr as shorten
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from helix_jax.engine.logprobs import TokenLogprobs
 from helix_jax.engine.params import SamplingParams, sampling_params
 from helix_jax.engine.requests import RequestOutput
 
@@ -205,7 +206,6 @@ def _encode(result: dict[str, Any]) -> bytes:
 
 
 def _result(id: str | int, output: RequestOutput) -> dict[str, Any]:
-    logprobs = output.logprobs
     return {
         "id": id,
         "text": output.text,
@@ -215,5 +215,10 @@ def _result(id: str | int, output: RequestOutput) -> dict[str, Any]:
         "seed": output.seed,
         "ttft_s": output.ttft_s,
         "s_per_token": output.s_per_token,
-        "logprobs": logprobs and [{"logprob": logprob, "top": top} for logprob, top in logprobs],
+        "logprobs": _logprobs(output.logprobs),
+        **({} if output.prompt_logprobs is None else {"prompt_logprobs": _logprobs(output.prompt_logprobs)}),
     }
+
+
+def _logprobs(logprobs: Sequence[TokenLogprobs] | None) -> list[dict[str, Any]] | None:
+    return None if logprobs is None else [{"logprob": logprob, "top": top} for logprob, top in logprobs]

@@ -14,9 +14,9 @@ from helix_jax.cache import cache_specs
 from helix_jax.checkpoint import DEMO_MODEL, load
 from helix_jax.cli.compilation_cache import LIMIT_BYTES, enable_compilation_cache
 from helix_jax.cli.console import Reporter
-from helix_jax.cli.devices import open_mesh
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
+from helix_jax.devices import default_dtype, open_mesh
 from helix_jax.engine.engine import DEFAULT_PAGE
 from helix_jax.heads import HeadLayout
 from helix_jax.kernels import KERNELS
@@ -257,8 +257,3 @@ def report_fake_devices(mesh: Mesh, reporter: Reporter) -> None:
     """Report that the CPU is split into fake devices, if the mesh has several."""
     if mesh.devices.flat[0].platform == "cpu" and mesh.size > 1:
         reporter.info(f"the CPU is split into {mesh.size} fake devices")
-
-
-def default_dtype(mesh: Mesh) -> str:
-    """Return float32 on a CPU, where bfloat16 is slow and copies the cache, and bfloat16 elsewhere."""
-    return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"

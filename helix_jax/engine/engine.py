@@ -11,25 +11,27 @@ import jax
 import numpy as np
 
 from helix_jax.arrays import fetch
+from helix_jax.engine.logprobs import PromptLogprobs, TokenLogprobs
 from helix_jax.engine.output_text import OutputText
 from helix_jax.engine.page_allocator import PageAllocator, describe_prefix_caching
-from helix_jax.engine.params import SamplingParams, params_of_each
+from helix_jax.engine.params import SamplingParams, check_num_top, params_of_each
 from helix_jax.engine.requests import (
     CANCELLED,
+    LENGTH,
     EngineStats,
     Event,
     FinishedEvent,
     Request,
     RequestOutput,
-    TokenLogprobs,
     check_length,
 )
 from helix_jax.engine.runner import PendingStep, Runner, default_chunk
-from helix_jax.engine.scheduler import Admission, ScheduledStep, Scheduler
+from helix_jax.engine.scheduler import Admission, Chunk, ScheduledStep, Scheduler
 from helix_jax.mesh import DP
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.processes import on_first_process
+from helix_jax.sampling import Logprobs
 from helix_jax.step import DEFAULT_STEPS, DecodeOutput, check_model_placement
 from helix_jax.text import Tokenizer, check_stop_string
 from helix_jax.validation import check_int, check_token_ids
@@ -199,6 +201,7 @@ class Engine:
             stop_token_ids=frozenset((*params.stop_token_ids, *eos)),
             order=self._submitted,
             text=OutputText(self.tokenizer, params.stop, ids),
+            num_scored=params.prompt_logprobs_start - 1,
             submitted_s=time.perf_counter(),
         )
         self.check_fits(request, name)
@@ -239,9 +242,10 @@ class Engine:
             leave: How many of the latest outputs not to read.
         """
         while len(self._pending) > leave:
-            output, requests = self._pending[0]
-            output = jax.tree.map(fetch, output)
+            output, requests, scores, chunks = self._pending[0]
+            output, scores = jax.tree.map(fetch, (output, scores))
             self._pending.popleft()
+            self._events.extend(self._append_scores(scores, chunks))
             self._events.extend(self._append_tokens(output, requests))
 
     def events(self) -> Iterator[Event]:
@@ -283,6 +287,26 @@ class Engine:
         finally:
             self._events.extendleft(reversed(others))
         return [outputs[id] for id in own_ids]
+
+    def score(self, texts: Sequence[Prompt], top: int = 0) -> list[PromptLogprobs]:
+        """Compute the log-probability of each token of some texts but the first, given the tokens before it.
+
+        Nothing is generated. The logits of a few tokens are in memory at a time, so texts may be as long as prompts.
+
+        Args:
+            texts: Text or token ids, at most `max_len` + 1 tokens, because the last one is scored and not read.
+            top: How many of the most probable tokens to return with each token, 0 to 20.
+
+        Returns:
+            The log-probabilities of each text. Those of a text of one token are empty.
+
+        Raises:
+            TypeError: As `submit_all`, or `top` is not an int.
+            ValueError: As `submit_all`, or `top` is out of range. Then nothing runs.
+        """
+        check_num_top("top", top)
+        outputs = self.generate(texts, SamplingParams(max_new_tokens=0, prompt_logprobs=top))
+        return [output.prompt_logprobs for output in outputs if output.prompt_logprobs is not None]
 
     def warm_up(self, *, greedy: bool = True, sampling: bool = True) -> float:
         """Compile the programs of a step. Without this, each is compiled when it is first needed.
@@ -341,6 +365,10 @@ class Engine:
         """
         check_length(name, len(request.prompt), request.params.max_new_tokens, self._max_len)
         allocator, length = self.scheduler.allocators[0], len(request.prompt)
+        if (start := request.params.prompt_logprobs_start) > length:
+            raise ValueError(
+                f"{name}: prompt_logprobs_start is {start}, but there are {length} tokens: give at most {length}"
+            )
         needed = int(allocator.count_pages(request.max_computed, length).max())
         if needed > allocator.pages:
             raise ValueError(
@@ -410,6 +438,17 @@ class Engine:
         self._shared += sum(admission.num_cached for admission in step.admissions)
         self.drain(leave=len(pending))
 
+    def _append_scores(self, scores: Logprobs | None, chunks: list[tuple[int, Chunk]]) -> Iterator[Event]:
+        """Append log-probabilities of prompts to their requests, and finish those that generate nothing."""
+        for index, chunk in chunks:
+            request = chunk.request
+            if self.requests.get(request.id) is not request:
+                continue  # it was cancelled
+            if scores is not None and chunk.scored:
+                request.prompt_logprobs.append(_prompt_logprobs_of(scores, index, chunk))
+            if chunk.finishes:
+                yield self._finish(request, LENGTH)
+
     def _append_tokens(self, output: DecodeOutput, requests: list[tuple[int, Request]]) -> Iterator[Event]:
         """Append the tokens of a call to their requests, in the order in which they were decoded."""
         now_s = time.perf_counter()
@@ -428,6 +467,15 @@ class Engine:
         self.discard(request)
         self._finished += 1
         return FinishedEvent(request.id, request.make_output(finish_reason))
+
+
+def _prompt_logprobs_of(scores: Logprobs, index: int, chunk: Chunk) -> PromptLogprobs:
+    """Return the log-probabilities of a chunk, copied, so that those of the other chunks of the call are freed."""
+    scored = slice(chunk.scored.start - chunk.first, chunk.scored.stop - chunk.first)
+    num_top = chunk.request.params.prompt_logprobs
+    tokens_XT, top_XTC, ids_XTC = scores
+    top_SC, ids_SC = (np.array(array[index, scored, :num_top]) for array in (top_XTC, ids_XTC))
+    return PromptLogprobs(np.array(tokens_XT[index, scored]), top_SC, ids_SC)
 
 
 def _logprobs_of(output: DecodeOutput, index: tuple[int, int], num_top: int | None) -> TokenLogprobs | None:

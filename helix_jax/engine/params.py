@@ -15,7 +15,7 @@ class SamplingParams:
     """How one request continues its prompt.
 
     Args:
-        max_new_tokens: The most tokens to generate.
+        max_new_tokens: The most tokens to generate. With `prompt_logprobs` it may be 0.
         temperature: Divides the logits. 0 is greedy.
         top_k: Keep only the k most probable tokens. 0 keeps all.
         top_p: Keep only the smallest set of most probable tokens with total probability at least p. 1 keeps all.
@@ -31,6 +31,10 @@ class SamplingParams:
         ignore_eos: Whether to continue past the model's end-of-sequence tokens.
         logprobs: How many of the most probable tokens to report with each token, 0 to 20. None reports no
             log-probabilities, 0 those of the chosen tokens alone.
+        prompt_logprobs: How many of the most probable tokens to report with each token of the prompt but the first, 0
+            to 20. None reports no log-probabilities of the prompt, 0 those of its tokens alone.
+        prompt_logprobs_start: The index of the first token of the prompt to report, at least 1. If another request has
+            cached the beginning of the prompt, it is used only as far as nothing is reported.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -48,6 +52,8 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -55,13 +61,19 @@ class SamplingParams:
         for name in ("stop", "stop_token_ids"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        check_int("max_new_tokens", self.max_new_tokens, least=1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_num_top(name, getattr(self, name))
+        check_int("prompt_logprobs_start", self.prompt_logprobs_start, least=1)
+        if self.prompt_logprobs is None and self.prompt_logprobs_start > 1:
+            start = self.prompt_logprobs_start
+            raise ValueError(f"prompt_logprobs_start is {start} without prompt_logprobs: give prompt_logprobs too")
+        check_int("max_new_tokens", self.max_new_tokens, least=1 if self.prompt_logprobs is None else 0)
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
         if self.seed is not None:
             check_seed(self.seed)
         self._check_penalty()
         self._check_stop()
-        self._check_logprobs()
 
     @property
     def is_greedy(self) -> bool:
@@ -86,13 +98,6 @@ class SamplingParams:
         if not isinstance(self.ignore_eos, bool):
             raise TypeError(f"ignore_eos is {self.ignore_eos!r}: give true or false")
 
-    def _check_logprobs(self) -> None:
-        if self.logprobs is None:
-            return
-        check_int("logprobs", self.logprobs)
-        if not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise ValueError(f"logprobs is {self.logprobs}: give 0 to {MAX_LOGPROBS}")
-
 
 def sampling_params(mapping: Mapping[str, Any]) -> SamplingParams:
     """Create SamplingParams from a mapping, for example a JSON object. A value of None means the default.
@@ -103,6 +108,18 @@ def sampling_params(mapping: Mapping[str, Any]) -> SamplingParams:
     """
     check_keys("request", mapping, [field.name for field in fields(SamplingParams)])
     return SamplingParams(**{name: value for name, value in mapping.items() if value is not None})
+
+
+def check_num_top(name: str, num_top: int) -> None:
+    """Check how many of the most probable tokens are requested.
+
+    Raises:
+        TypeError: It is not an int.
+        ValueError: It is not between 0 and `MAX_LOGPROBS`.
+    """
+    check_int(name, num_top)
+    if not 0 <= num_top <= MAX_LOGPROBS:
+        raise ValueError(f"{name} is {num_top}: give 0 to {MAX_LOGPROBS}")
 
 
 def params_of_each(

@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float, Int
 
 from helix_jax.cache import Rows
 from helix_jax.config import ModelConfig
-from helix_jax.mesh import TABLE_RBM, sharding
-from helix_jax.models.transformer import Weights
+from helix_jax.mesh import DP, TABLE_RBM, sharding
+from helix_jax.models.transformer import Weights, assemble
 from helix_jax.plan import Plan
-from helix_jax.sampling import RowSampling, choose
-from helix_jax.step import DecodeOutput, DecodeState, advance, constrain_rows, is_stop
+from helix_jax.sampling import Logprobs, RowSampling, choose, compute_logprobs
+from helix_jax.step import DecodeOutput, DecodeState, append_tokens, constrain_rows, is_stop, last_logits
 
 
 class RowUpdate(NamedTuple):
@@ -49,6 +49,9 @@ class Chunks(NamedTuple):
     tokens_XT: Int[Array, "X T"]
     count_X: Int[Array, "X"]
     is_last_X: Bool[Array, "X"]
+
+
+SCORED_AT_ONCE = 128  # tokens of each dp group whose logits are in memory at once
 
 
 def _admit(plan: Plan, state: DecodeState, row: Int[Array, ""], update: RowUpdate) -> DecodeState:
@@ -109,6 +112,14 @@ def _prefill(
         The tokens, of which those after the last chunks of a prompt count; the logits that they were chosen from, for
         `choose_first`; and the state.
     """
+    output, logits_XV, _, state = _prefill_to_score(config, plan, weights, state, chunks)
+    return output, logits_XV, state
+
+
+def _prefill_to_score(
+    config: ModelConfig, plan: Plan, weights: Weights, state: DecodeState, chunks: Chunks
+) -> tuple[DecodeOutput, Float[Array, "X V"], Float[Array, "X T D"], DecodeState]:
+    """Append chunks like `prefill`, and also return the hidden states of their tokens, for `score_tokens`."""
     of_chunk = partial(_take, plan, chunks.row_X)
 
     def tables_of_chunks(table_RBM: Array) -> Array:
@@ -117,12 +128,57 @@ def _prefill(
 
     tables_RXM = jax.tree.map(tables_of_chunks, state.rows.tables_RBM)
     rows = Rows(tables_RXM, of_chunk(state.rows.length_B), of_chunk(state.rows.prompt_len_B))
-    logits_XV, caches, after = advance(config, plan, weights, state.caches, rows, chunks.tokens_XT, chunks.count_X)
+    new = chunks.tokens_XT, chunks.count_X
+    x_XTD, caches, after = append_tokens(config, plan, weights, state.caches, rows, *new)
+    logits_XV = last_logits(config, plan, weights, x_XTD, chunks.count_X)
     length_B = state.rows.length_B.at[chunks.row_X].set(after.length_B, mode="drop")
     state = state._replace(caches=caches, rows=state.rows._replace(length_B=constrain_rows(plan, length_B)))
     token_X, _ = choose(logits_XV, None, after.length_B, chunks.is_last_X)
     output, state = _set_tokens(plan, state, chunks, DecodeOutput(token_X[:, None], chunks.is_last_X, None))
-    return output, logits_XV, state
+    return output, logits_XV, constrain_rows(plan, x_XTD[:, : chunks.tokens_XT.shape[1]]), state
+
+
+def _score_tokens(
+    config: ModelConfig,
+    plan: Plan,
+    weights: Weights,
+    x_XTD: Float[Array, "X T D"],
+    next_XT: Int[Array, "X T"],
+    num_top: int,
+) -> Logprobs:
+    """Return the log-probability of the token that follows each token of some chunks, and the most probable tokens.
+
+    The logits of a few tokens are computed at a time, `SCORED_AT_ONCE` of each dp group, because those of a whole chunk
+    may be larger than the weights.
+
+    Args:
+        config: `model.config`.
+        plan: How the mesh decodes.
+        weights: `model.weights()`.
+        x_XTD: The hidden states of the chunks, from `prefill_to_score`.
+        next_XT: The tokens that follow. The results of padding are undefined.
+        num_top: How many of the most probable tokens to return.
+
+    Returns:
+        The log-probabilities, each array with the dimensions X and T first.
+    """
+    model, (X, T) = assemble(config, weights), next_XT.shape
+    size = min(T, max(1, SCORED_AT_ONCE * plan.mesh.shape[DP] // X))
+    groups = -(-T // size)
+
+    def group(x_XT: Array) -> Array:
+        """Divide the tokens of all chunks into groups of `size`, on a new first axis."""
+        padded_XT = jnp.pad(x_XT, ((0, 0), (0, groups * size - T), *((0, 0),) * (x_XT.ndim - 2)))
+        return jnp.moveaxis(padded_XT.reshape(X, groups, size, *x_XT.shape[2:]), 1, 0)
+
+    def score(tokens: tuple[Array, Array]) -> Logprobs:
+        x_XTD, next_XT = tokens
+        return compute_logprobs(constrain_rows(plan, model.logits(x_XTD)), next_XT, num_top)
+
+    def ungroup(scores: Array) -> Array:
+        return constrain_rows(plan, jnp.moveaxis(scores, 0, 1).reshape(X, groups * size, *scores.shape[3:])[:, :T])
+
+    return jax.tree.map(ungroup, lax.map(score, (group(x_XTD), group(next_XT))))
 
 
 def _choose_first(
@@ -165,4 +221,6 @@ _donate_state = {"donate_argnames": "state"}
 admit = partial(jax.jit, static_argnames="plan", **_donate_state)(_admit)
 edit_page_table = partial(jax.jit, static_argnames="plan", **_donate_state)(_edit_page_table)
 prefill = partial(jax.jit, static_argnames=("config", "plan"), **_donate_state)(_prefill)
+prefill_to_score = partial(jax.jit, static_argnames=("config", "plan"), **_donate_state)(_prefill_to_score)
+score_tokens = partial(jax.jit, static_argnames=("config", "plan", "num_top"))(_score_tokens)
 choose_first = partial(jax.jit, static_argnames="plan", **_donate_state)(_choose_first)

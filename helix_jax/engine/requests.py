@@ -6,14 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from helix_jax.engine.logprobs import PromptLogprobs, TokenLogprobs
 from helix_jax.engine.output_text import OutputText
 from helix_jax.engine.params import SamplingParams
 from helix_jax.validation import check_token_ids
 
 STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
-
-# The log-probability of a token, and the most probable tokens with theirs.
-TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
 
 
 class TokenEvent(NamedTuple):
@@ -51,6 +49,8 @@ class RequestOutput:
         logprobs: For each token, its log-probability and the most probable tokens with theirs. None if not requested.
         seed: The seed that it was sampled with: of its parameters, or drawn at submission. None for a greedy request
             without one, which needs no seed.
+        prompt_logprobs: For each token of the prompt but the first, or from `prompt_logprobs_start` on, as in
+            `logprobs`. None if not requested. Of a cancelled request there may be fewer.
     """
 
     id: str
@@ -64,6 +64,7 @@ class RequestOutput:
     preemptions: int
     logprobs: tuple[TokenLogprobs, ...] | None = None
     seed: int | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class FinishedEvent(NamedTuple):
@@ -137,6 +138,9 @@ class Request:
         preemptions: As in `RequestOutput`.
         row: Its row, or None while it waits.
         logprobs: Of each generated token, if requested.
+        prompt_logprobs: Of the tokens of the prompt, in parts of consecutive tokens, if requested.
+        num_scored: The positions of the prompt whose next tokens have log-probabilities after all steps that were
+            dispatched, or need none. They outlast a preemption.
         submitted_s: The time of submission.
         first_token_s: The time of the first token.
         last_token_s: The time of the latest token.
@@ -156,6 +160,8 @@ class Request:
     preemptions: int = 0
     row: int | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    num_scored: int = 0
     submitted_s: float = 0.0
     first_token_s: float | None = None
     last_token_s: float | None = None
@@ -181,13 +187,31 @@ class Request:
 
     @property
     def max_computed(self) -> int:
-        """The most positions that it can write. The last generated token is not written."""
-        return len(self.prompt) + self.params.max_new_tokens - 1
+        """The most positions that it can write, at least one. The last token, generated or not, is not written."""
+        return max(1, len(self.prompt) + self.params.max_new_tokens - 1)
+
+    @property
+    def num_to_prefill(self) -> int:
+        """The positions to prefill when the request gets a row."""
+        return min(len(self.all_token_ids), self.max_computed)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether log-probabilities of the prompt are requested and not yet dispatched."""
+        return self.params.prompt_logprobs is not None and self.num_scored < len(self.prompt) - 1
 
     @property
     def uses_sampler(self) -> bool:
         """Whether its steps need the sampling programs, which also compute log-probabilities."""
         return not self.params.is_greedy or self.params.logprobs is not None
+
+    def schedule_scores(self, first: int, end: int) -> range:
+        """Return which positions from `first` up to `end` are to be scored, and count them as scored."""
+        if not self.needs_scores:
+            return range(0)
+        scored = range(max(first, self.num_scored), min(end, len(self.prompt) - 1))
+        self.num_scored = max(self.num_scored, scored.stop)
+        return scored
 
     def append_token(self, token: int, logprobs: TokenLogprobs | None, now_s: float) -> tuple[TokenEvent, str | None]:
         """Append a generated token. Return its event, and the finish reason if the request is complete, else None."""
@@ -206,6 +230,7 @@ class Request:
     def make_output(self, finish_reason: str) -> RequestOutput:
         """Return the output of the request, which has finished. Its text is what was emitted."""
         first, last, gaps = self.first_token_s, self.last_token_s, len(self.token_ids) - 1
+        num_top = self.params.prompt_logprobs
         return RequestOutput(
             id=self.id,
             prompt_tokens=len(self.prompt),
@@ -218,6 +243,7 @@ class Request:
             preemptions=self.preemptions,
             logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
             seed=self.params.seed,
+            prompt_logprobs=None if num_top is None else PromptLogprobs.concatenate(self.prompt_logprobs, num_top),
         )
 
 
@@ -245,10 +271,12 @@ def check_prompt(
 def check_length(name: str, length: int, max_new_tokens: int, max_len: int) -> None:
     """Check that a prompt and its output do not exceed `max_len` positions.
 
+    If nothing is generated, the last token of the prompt needs no position.
+
     Raises:
         ValueError: They do.
     """
-    if length + max_new_tokens > max_len:
+    if length + (max_new_tokens or -1) > max_len:
         raise ValueError(
             f"{name}: {length} tokens and {max_new_tokens} new ones exceed the maximum of {max_len} positions: "
             f"shorten the prompt or reduce max_new_tokens"

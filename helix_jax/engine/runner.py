@@ -34,11 +34,12 @@ from helix_jax.mesh import DP, REPLICATED, ROWS_B, TABLE_RBM, AnyMesh, first_dev
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.processes import min_over_processes
-from helix_jax.sampling import RowSampling, make_sampling
+from helix_jax.sampling import MAX_LOGPROBS, Logprobs, RowSampling, make_sampling
 from helix_jax.step import DecodeOutput, DecodeState, decode_program, decode_steps
 
 _MEMORY_FRACTION = 0.9  # of a device's free memory, for pages
 _EDITS_PER_CALL = 64
+_NUM_TOP = (0, 1, MAX_LOGPROBS)  # numbers of most probable tokens for which a program scores prompts
 _CHUNK, _GPU_CHUNK = 512, 2048  # tokens to prefill per call
 
 
@@ -48,10 +49,14 @@ class PendingStep(NamedTuple):
     Attributes:
         output: The chosen tokens.
         requests: The requests that get them, each with its index in the output.
+        scores: The log-probabilities of prompts, None if none are requested.
+        chunks: The chunks that get them, or that end their requests, each with its index in the scores.
     """
 
     output: DecodeOutput
     requests: list[tuple[int, Request]]
+    scores: Logprobs | None
+    chunks: list[tuple[int, Chunk]]
 
 
 class Runner:
@@ -137,10 +142,11 @@ class Runner:
         for admission in step.admissions:
             self.admit(admission, row_pages[admission.request.id])
         for shape, chunks in divide_chunks(step.chunks, self._shapes, self._groups):
-            first = [(index, chunk.request) for index, chunk in chunks.items() if chunk.is_last]
-            output = self._prefill(shape, chunks, uses_sampler=any(request.uses_sampler for _, request in first))
-            if first:
-                pending.append(_pending(output, first))
+            first = [(index, chunk.request) for index, chunk in chunks.items() if chunk.generates]
+            scored = [(index, chunk) for index, chunk in chunks.items() if chunk.scored or chunk.finishes]
+            output, scores = self._prefill(shape, chunks, uses_sampler=any(one.uses_sampler for _, one in first))
+            if first or scored:
+                pending.append(_pending(output, first, scores, scored))
         return pending
 
     def admit(self, admission: Admission, row_pages: RowPages) -> None:
@@ -229,13 +235,30 @@ class Runner:
         model = self.config, self.plan, self._weights
         return *model, self.state, per_row(self.plan, count_B), steps, greedy
 
-    def _prefill(self, shape: PrefillShape, chunks: Mapping[int, Chunk], *, uses_sampler: bool) -> DecodeOutput:
+    def _prefill(
+        self, shape: PrefillShape, chunks: Mapping[int, Chunk], *, uses_sampler: bool
+    ) -> tuple[DecodeOutput, Logprobs | None]:
         """Prefill chunks, given by their index among those of the call."""
-        arguments = self._prefill_arguments(shape, chunks)
-        output, logits_XV, self.state = self.call(programs.prefill, *arguments)
+        arguments, scores = self._prefill_arguments(shape, chunks), None
+        if any(chunk.scored for chunk in chunks.values()):
+            output, logits_XV, x_XTD, self.state = self.call(programs.prefill_to_score, *arguments)
+            scores = self._score(x_XTD, chunks)
+        else:
+            output, logits_XV, self.state = self.call(programs.prefill, *arguments)
         if uses_sampler:
             output, self.state = self.call(programs.choose_first, self.plan, self.state, arguments[-1], logits_XV)
-        return output
+        return output, scores
+
+    def _score(self, x_XTD: jax.Array, chunks: Mapping[int, Chunk]) -> Logprobs:
+        """Compute the log-probabilities of chunks from their hidden states."""
+        next_XT, requested = np.zeros(x_XTD.shape[:2]), 0
+        for index, chunk in chunks.items():
+            tokens = chunk.request.prompt[chunk.first + 1 : chunk.first + 1 + chunk.count]
+            next_XT[index, : len(tokens)] = tokens
+            requested = max(requested, chunk.request.params.prompt_logprobs or 0)
+        num_top = next(number for number in _NUM_TOP if number >= requested)
+        model = self.config, self.plan, self._weights
+        return self.call(programs.score_tokens, *model, x_XTD, per_row(self.plan, next_XT), num_top)
 
     def _prefill_arguments(self, shape: PrefillShape, chunks: Mapping[int, Chunk]) -> tuple[Any, ...]:
         number = self._groups * shape.chunks
@@ -244,7 +267,7 @@ class Runner:
         for index, chunk in chunks.items():
             row_X[index], count_X[index] = chunk.request.assigned_row, chunk.count
             tokens_XT[index, : chunk.count] = chunk.request.all_token_ids[chunk.first : chunk.first + chunk.count]
-            is_last_X[index] = chunk.is_last
+            is_last_X[index] = chunk.generates
         where = partial(per_row, self.plan)
         is_last = put(is_last_X, self.plan.mesh, ROWS_B)
         arrays = Chunks(where(row_X), where(tokens_XT), where(count_X), is_last)
@@ -289,13 +312,18 @@ def _most_pages(plan: Plan, spec: CacheSpec, max_len: int, chunk: int, page: int
     return min(pages, ring_pages(plan.layout, spec.window, chunk, page)) if spec.window else pages
 
 
-def _pending(output: DecodeOutput, requests: list[tuple[int, Request]]) -> PendingStep:
+def _pending(
+    output: DecodeOutput,
+    requests: list[tuple[int, Request]],
+    scores: Logprobs | None = None,
+    chunks: Iterable[tuple[int, Chunk]] = (),
+) -> PendingStep:
     """Start to copy an output to the host, as soon as it is computed."""
     if all(request.params.logprobs is None for _, request in requests):
         output = output._replace(logprobs_BS=None)
-    for array in jax.tree.leaves(output):
+    for array in jax.tree.leaves((output, scores)):
         array.copy_to_host_async()
-    return PendingStep(output, requests)
+    return PendingStep(output, requests, scores, list(chunks))
 
 
 def default_chunk(mesh: AnyMesh) -> int:

@@ -35,8 +35,9 @@ class Chunk:
         request: The request.
         first: The position of the first token.
         count: The number of tokens.
-        is_last: Whether they are the last ones, so that the step also generates a token.
+        is_last: Whether they are the last ones.
         group: The dp group of the row.
+        scored: The positions whose next tokens get log-probabilities.
     """
 
     request: Request
@@ -44,6 +45,17 @@ class Chunk:
     count: int
     is_last: bool
     group: int
+    scored: range = range(0)
+
+    @property
+    def generates(self) -> bool:
+        """Whether the step also generates a token."""
+        return self.is_last and self.request.params.max_new_tokens > 0
+
+    @property
+    def finishes(self) -> bool:
+        """Whether it ends a request that generates nothing."""
+        return self.is_last and self.request.params.max_new_tokens == 0
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ class Scheduler:
         """Return the work of the next step, and advance the counts of its requests as if it had run."""
         step = ScheduledStep()
         preemptions = self.preemptions
-        for request in [r for r in self.running if r.num_generated == r.params.max_new_tokens]:
+        for request in [r for r in self.running if self._is_prefilled(r) and not r.num_remaining]:
             self._free(request)  # its last token is in flight, so it needs neither row nor pages
         self._schedule_decodes(step)
         # No request is admitted in a step that preempts one: the preempted request is the next to be admitted, but some
@@ -244,7 +256,9 @@ class Scheduler:
         if row is None or not self._can_try_to_admit():
             return None
         request, allocator = self.waiting[0], self._allocator(row)
-        row_pages, num_cached = allocator.match_prefix(request.all_token_ids)
+        # The cache does not have the hidden states of the tokens that are to be scored.
+        end = request.num_scored + 1 if request.needs_scores else request.num_to_prefill
+        row_pages, num_cached = allocator.match_prefix(request.all_token_ids[:end])
         length = self._block_end(request, len(request.all_token_ids))
         if allocator.grow(row_pages, length, len(request.prompt)) is None:
             allocator.release(row_pages)
@@ -265,17 +279,18 @@ class Scheduler:
         self._free_rows.remove(row)
         request.row = row
         self.row_pages[request.id] = row_pages
-        self._prefill_len[request.id] = len(request.all_token_ids)
+        self._prefill_len[request.id] = request.num_to_prefill
         self.running.append(request)
 
     def _chunks(self, request: Request, budget: int) -> Iterator[Chunk]:
         prefill_len = self._prefill_len[request.id]
         while request.num_computed < prefill_len and budget > 0:
             count = min(prefill_len - request.num_computed, self._chunk, budget)
-            is_last = request.num_computed + count == prefill_len
-            chunk = Chunk(request, request.num_computed, count, is_last, self.group_of(request.assigned_row))
-            request.num_computed += count
-            request.in_flight += chunk.is_last
+            first, end = request.num_computed, request.num_computed + count
+            scored, group = request.schedule_scores(first, end), self.group_of(request.assigned_row)
+            chunk = Chunk(request, first, count, end == prefill_len, group, scored)
+            request.num_computed = end
+            request.in_flight += chunk.generates
             budget -= count
             allocator = self._allocator(request.assigned_row)
             allocator.register_prefix(self.row_pages[request.id], request.all_token_ids, request.num_computed)

@@ -1,4 +1,4 @@
-"""Chooses the devices of a command.
+"""Chooses the devices of a command or an evaluation.
 
 This happens before a backend of JAX starts, because from then on the number of fake devices is fixed.
 """
@@ -62,6 +62,11 @@ def open_mesh(platform: str, tp: int, cp: int | None, dp: int = 1, processes: Pr
             f"them, or start fewer processes"
         )
     return make_mesh(tp, cp, dp, devices=devices)
+
+
+def default_dtype(mesh: Mesh) -> str:
+    """Return float32 on a CPU, where bfloat16 is slow and copies the cache, and bfloat16 elsewhere."""
+    return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
 
 
 def _configure(name: str, value: object) -> None:
