@@ -29,6 +29,7 @@ from helix_jax.cache import CacheSpec, KVCache, Rows, cache_specs, make_cache, m
 from helix_jax.checkpoint import DEMO_MODEL, load, save, shard
 from helix_jax.combine import COMBINES, combine
 from helix_jax.config import ModelConfig
+from helix_jax.decoding import DecodeOutput, DecodeState, decode
 from helix_jax.engine import Engine, EngineStats, FinishedEvent, RequestOutput, SamplingParams, TokenEvent, transfer
 from helix_jax.generation import generate, stream
 from helix_jax.helix import helix_attention
@@ -37,7 +38,7 @@ from helix_jax.mesh import make_mesh
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.sampling import Sampling, make_sampling
-from helix_jax.step import DecodeOutput, DecodeState, StepOutput, decode, step
+from helix_jax.step import StepOutput, step
 from helix_jax.text import Detokenizer, Tokenizer, open_tokenizer
 from helix_jax.validation import MissingPackageError
 

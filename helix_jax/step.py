@@ -1,4 +1,4 @@
-"""The jitted device programs: prefill new tokens of each row, and decode several tokens per row in one call."""
+"""One step of the model: append new tokens to each row, and choose the token that follows."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,36 +8,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jax.sharding import NamedSharding
-from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from helix_jax.cache import KVCache, Rows, layer_groups
 from helix_jax.config import ModelConfig
 from helix_jax.helix import helix_attention
-from helix_jax.mesh import DP, EXPERT_WEIGHTS, ROWS_B, first_device, sharding, weight_sharding
+from helix_jax.mesh import DP, EXPERT_WEIGHTS, ROWS_B, sharding, weight_sharding
 from helix_jax.models import moe
 from helix_jax.models.transformer import Transformer, Weights, assemble
 from helix_jax.plan import Plan
-from helix_jax.sampling import MAX_LOGPROBS, Logprobs, RowSampling, Sampling, choose, sample
-
-DEFAULT_STEPS = 32  # decode steps per call
-
-# What XLA may record as CUDA graphs. Other platforms ignore these options. On one GPU a graph contains the whole loop
-# of `decode`, so that the host does not read its condition in each step, and a call returns before the device begins.
-_CUDA_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
-_ONE_GPU = {"xla_gpu_enable_command_buffer": f"{_CUDA_GRAPHS},WHILE,CONDITIONAL"}
-
-# On several GPUs a graph contains a step. Its collectives are those of NCCL, because XLA's own all-reduce cannot be
-# recorded, and ends a graph before and after it. CUDA does not accept a loop around NCCL's kernels.
-_GRAPH_COLLECTIVES = "ALLREDUCE,ALLGATHER,ALLTOALL,REDUCESCATTER"
-_SEVERAL_GPUS = {
-    "xla_gpu_enable_command_buffer": f"{_CUDA_GRAPHS},COLLECTIVES",
-    "xla_gpu_enable_collectives_command_buffer_filter": _GRAPH_COLLECTIVES,
-    "xla_gpu_experimental_use_collective_kernels": "",
-    "xla_gpu_unsupported_use_all_reduce_one_shot_kernel": False,
-}
-_COLLECTIVES_IN_GRAPHS_SINCE = (0, 11)  # the JAX whose XLA has these options
-
+from helix_jax.sampling import Sampling, sample
 
 CachesAndLayer = tuple[tuple[KVCache, ...], int]  # what attention passes on from layer to layer
 
@@ -56,41 +36,6 @@ class StepOutput(NamedTuple):
     logits_BV: Float[Array, "B V"]
     caches: tuple[KVCache, ...]
     rows: Rows
-
-
-class DecodeState(NamedTuple):
-    """Everything that decoding changes.
-
-    Attributes:
-        caches: The cache of each cache group.
-        rows: The page tables and lengths.
-        token_B: The last token of each row. It is not in the cache yet.
-        finished_B: Whether a row has produced a stop token. It then decodes nothing.
-        stop_BV: The stop tokens of each row. None: there are none.
-        sampling: How each row chooses its next token. None: every row takes the most probable one.
-    """
-
-    caches: tuple[KVCache, ...]
-    rows: Rows
-    token_B: Int[Array, "B"]
-    finished_B: Bool[Array, "B"]
-    stop_BV: Bool[Array, "B V"] | None = None
-    sampling: RowSampling | None = None
-
-
-class DecodeOutput(NamedTuple):
-    """The tokens that a call chose.
-
-    Attributes:
-        tokens_BS: The tokens of each row, at most S.
-        count_B: How many of them each row has. The others are undefined.
-        logprobs_BS: Their log-probabilities, each array with the dimensions B and S first, 0 if no row requests any.
-            None from a greedy program.
-    """
-
-    tokens_BS: Int[Array, "B S"]
-    count_B: Int[Array, "B"]
-    logprobs_BS: Logprobs | None
 
 
 def advance(
@@ -172,6 +117,13 @@ def last_logits(
     return constrain_rows(plan, logits_BV)
 
 
+def all_logits(
+    config: ModelConfig, plan: Plan, weights: Weights, x_BTD: Float[Array, "B T D"]
+) -> Float[Array, "B T V"]:
+    """Return the logits that follow each token, from the hidden states of a few new tokens."""
+    return constrain_rows(plan, assemble(config, weights).logits(x_BTD))
+
+
 def _pad_single_token(plan: Plan, tokens_BT: Array) -> Array:
     """Pad the new tokens if there is only one per device. No count includes the padding.
 
@@ -219,117 +171,7 @@ def _step(
     return StepOutput(constrain_rows(plan, sample(logits_BV, sampling, rows.length_B)), logits_BV, caches, rows)
 
 
-def _decode(
-    config: ModelConfig,
-    plan: Plan,
-    weights: Weights,
-    state: DecodeState,
-    count_B: Int[Array, "B"],
-    max_steps: int = DEFAULT_STEPS,
-    greedy: bool = True,
-) -> tuple[DecodeOutput, DecodeState]:
-    """Decode up to `count_B` tokens per row in one call. A row ends early after a stop token.
-
-    The first step appends `state.token_B`. One compiled program serves all counts: it returns as soon as every row has
-    its tokens or has ended; on several GPUs, after `max_steps` steps (see `decode_steps`).
-
-    Args:
-        config: `model.config`.
-        plan: How the mesh decodes.
-        weights: `model.weights()`.
-        state: Donated: continue with the one that is returned.
-        count_B: The most tokens of each row, 0 to `max_steps`. The row must have pages for them.
-        max_steps: The most steps of a call.
-        greedy: Whether the rows that decode take the most probable token, without a penalty or log-probabilities. The
-            program then contains no sampler, which shortens its compilation by a third to a half.
-    """
-
-    def live_rows(step: Array, state: DecodeState) -> Array:
-        return (step < count_B) & ~state.finished_B
-
-    def has_live_row(carry: tuple[Array, DecodeState, DecodeOutput]) -> Array:
-        step, state, _ = carry
-        return live_rows(step, state).any()
-
-    def one_step(carry: tuple[Array, DecodeState, DecodeOutput]) -> tuple[Array, DecodeState, DecodeOutput]:
-        step, state, output = carry
-        live_B = live_rows(step, state)
-        token_B, logprobs, state = _decode_token(config, plan, weights, state, live_B, greedy)
-        tokens_BS = output.tokens_BS.at[:, step].set(token_B)
-        logprobs_BS = jax.tree.map(lambda all_BS, new_B: all_BS.at[:, step].set(new_B), output.logprobs_BS, logprobs)
-        output = DecodeOutput(constrain_rows(plan, tokens_BS), output.count_B + live_B, logprobs_BS)
-        return step + 1, state, output
-
-    carry = jnp.zeros((), jnp.int32), state, _empty_output(plan, state, max_steps, greedy)
-    if _has_fixed_length(plan):
-        _, state, output = lax.fori_loop(0, max_steps, lambda _, carry: one_step(carry), carry)
-    else:
-        _, state, output = lax.while_loop(has_live_row, one_step, carry)
-    return output, state
-
-
-def decode_steps(plan: Plan, max_steps: int) -> tuple[int, ...]:
-    """Return the values of `max_steps` for which an engine compiles `decode`, in ascending order.
-
-    On several GPUs a call always takes all of its steps. A CUDA graph with collectives cannot contain the loop, so the
-    host would read its condition in every step, and each call would return only after its last step: 1.23 ms per token
-    instead of 1.14 (two H200s, 8 layers of Llama-3.1-8B). There a second program decodes a single token.
-    """
-    return tuple(sorted({1, max_steps})) if _has_fixed_length(plan) else (max_steps,)
-
-
-def _has_fixed_length(plan: Plan) -> bool:
-    device = first_device(plan.mesh)
-    return device is not None and device.platform == "gpu" and plan.mesh.size > 1
-
-
-def decode_program(plan: Plan) -> Any:
-    """Return `decode`, jitted with the compiler options that are fastest on the devices of a plan."""
-    recent = jax.__version_info__ >= _COLLECTIVES_IN_GRAPHS_SINCE
-    return _decode_on_several_gpus if recent and _has_fixed_length(plan) else decode
-
-
-def _decode_token(
-    config: ModelConfig, plan: Plan, weights: Weights, state: DecodeState, live_B: Array, greedy: bool
-) -> tuple[Array, Logprobs | None, DecodeState]:
-    """Append the last token of each live row, and choose the next."""
-    new = state.token_B[:, None], live_B.astype(jnp.int32)
-    logits_BV, caches, rows = advance(config, plan, weights, state.caches, state.rows, *new)
-    sampling = state.sampling
-    if sampling is not None:
-        appended_BV = live_B[:, None] & (jnp.arange(sampling.seen_BV.shape[1]) == state.token_B[:, None])
-        sampling = sampling._replace(seen_BV=constrain_rows(plan, sampling.seen_BV | appended_BV))
-    token_B, logprobs = choose(logits_BV, None if greedy else sampling, rows.length_B, live_B)
-    token_B = constrain_rows(plan, jnp.where(live_B, token_B, state.token_B))
-    finished_B = constrain_rows(plan, state.finished_B | (live_B & is_stop(state.stop_BV, token_B)))
-    return token_B, logprobs, DecodeState(caches, rows, token_B, finished_B, state.stop_BV, sampling)
-
-
-def is_stop(stop_BV: Array | None, token_B: Array) -> Array:
-    """Return whether each token is a stop token of its row."""
-    if stop_BV is None:
-        return jnp.zeros(token_B.shape, bool)
-    return jnp.take_along_axis(stop_BV, token_B[:, None], axis=1)[:, 0]
-
-
-def _empty_output(plan: Plan, state: DecodeState, max_steps: int, greedy: bool) -> DecodeOutput:
-    """Return an output with space for `max_steps` tokens per row."""
-
-    def zeros(*shape: int, dtype: DTypeLike = jnp.int32) -> Array:
-        return constrain_rows(plan, jnp.zeros((len(state.token_B), *shape), dtype))
-
-    logprobs = None
-    if state.sampling is not None and not greedy:
-        num_top = min(MAX_LOGPROBS, state.sampling.seen_BV.shape[1])
-        floats = partial(zeros, max_steps, dtype=jnp.float32)
-        logprobs = Logprobs(floats(), floats(num_top), zeros(max_steps, num_top))
-    return DecodeOutput(zeros(max_steps), zeros(), logprobs)
-
-
 step = partial(jax.jit, static_argnames=("config", "plan"), donate_argnames="caches")(_step)
-_jit_decode = partial(jax.jit, static_argnames=("config", "plan", "max_steps", "greedy"), donate_argnames="state")
-decode = _jit_decode(_decode, compiler_options=_ONE_GPU)
-_decode_on_several_gpus = _jit_decode(_decode, compiler_options=_SEVERAL_GPUS)
 
 
 def check_model_placement(model: Transformer, plan: Plan) -> None:

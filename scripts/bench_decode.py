@@ -40,6 +40,7 @@ from helix_jax.cli.options import DTYPES, add_choice, default_dtype
 from helix_jax.cli.output import new_figure, write_json
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
+from helix_jax.decoding import DEFAULT_STEPS, DecodeState, decode_program
 from helix_jax.devices import open_mesh
 from helix_jax.engine.engine import DEFAULT_PAGE
 from helix_jax.kernels import KERNELS
@@ -47,7 +48,6 @@ from helix_jax.layout import PLACEMENTS
 from helix_jax.mesh import CP, ROWS_B, TP, make_mesh
 from helix_jax.models.transformer import Transformer, Weights, assemble
 from helix_jax.plan import Plan
-from helix_jax.step import DEFAULT_STEPS, DecodeState, decode_program
 from helix_jax.validation import check_int
 
 PROGRAM = "bench_decode.py"

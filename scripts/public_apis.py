@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from helix_jax import generate
+from helix_jax.decoding import DEFAULT_STEPS
 from helix_jax.engine import Engine, FinishedEvent, SamplingParams
 from helix_jax.engine.runner import default_chunk
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
-from helix_jax.step import DEFAULT_STEPS
 
 CALLS = 6  # timed calls of an engine
 REPEATS = 3  # of what is timed as a whole

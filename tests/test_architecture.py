@@ -44,9 +44,11 @@ MAY_IMPORT = {
     "checkpoint": {"arrays", "config", "families", "heads", "mesh", "models", "plan", "processes", "validation"},
     "abstract": {"cache", "checkpoint", "config", "heads", "kernels", "mesh", "models", "plan", "sampling"},
     "step": {"cache", "config", "helix", "mesh", "models", "plan", "sampling"},
+    "speculation": set(),
+    "decoding": {"cache", "config", "mesh", "models", "plan", "sampling", "speculation", "step"},
     "engine": {
         *("arrays", "cache", "config", "layout", "mesh", "models", "plan", "processes", "quantisation"),
-        *("sampling", "step", "text", "validation"),
+        *("decoding", "sampling", "speculation", "step", "text", "validation"),
     },
     "generation": {"engine", "mesh", "models", "plan"},
     "training": {
@@ -54,8 +56,8 @@ MAY_IMPORT = {
         *("processes", "text", "validation"),
     },
     "evaluation": {
-        *("arrays", "cache", "checkpoint", "config", "devices", "engine", "layout", "mesh", "models", "parsing"),
-        *("plan", "sampling", "step", "text", "training", "validation"),
+        *("arrays", "cache", "checkpoint", "config", "decoding", "devices", "engine", "layout", "mesh", "models"),
+        *("parsing", "plan", "sampling", "step", "text", "training", "validation"),
     },
 }
 MAY_IMPORT_ANYTHING = {"cli", "__init__", "__main__"}

@@ -21,10 +21,10 @@ from helix_jax import (
     transfer,
 )
 from helix_jax.cache import ring_pages
+from helix_jax.decoding import decode
 from helix_jax.engine import engine as engine_module
 from helix_jax.engine import programs, sampling_params
 from helix_jax.sampling import apply_repetition_penalty
-from helix_jax.step import decode
 from helix_jax.text import ByteTokenizer
 from tests.conftest import GOLDEN
 from tests.reference import TIE, TINY, gaps_of, naive_logits, plan_of, tiny_model
@@ -142,7 +142,7 @@ def test_outputs_do_not_change_when_pages_run_out(model, make_engine, options, m
     """Also if a decode call takes all of its steps, as on several GPUs."""
     options = dict(options)
     if options.pop("fixed", False):
-        monkeypatch.setattr(sys.modules["helix_jax.step"], "_has_fixed_length", lambda plan: True)
+        monkeypatch.setattr(sys.modules["helix_jax.decoding"], "_has_fixed_length", lambda plan: True)
     engine = make_engine(**options)
     results = run_random_requests(engine, requests=24, longest=110, most=50, cancelled=4, seed=4)
     assert engine.stats().preemptions >= 2

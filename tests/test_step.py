@@ -16,6 +16,7 @@ from helix_jax.cache import KVCache, Rows, cache_specs, make_caches, per_row
 from helix_jax.checkpoint import shard
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
+from helix_jax.decoding import DecodeState, _decode, decode, decode_program
 from helix_jax.engine import SamplingParams, programs, runner
 from helix_jax.generation import generate
 from helix_jax.layout import PLACEMENTS
@@ -23,7 +24,7 @@ from helix_jax.mesh import ROWS_B, make_mesh
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.sampling import RowSampling, make_sampling
-from helix_jax.step import DecodeState, _decode, decode, decode_program, step
+from helix_jax.step import step
 from tests.reference import TINY, plan_of, tiny_model
 
 # In one layer: the collectives of the combine, and an all-reduce each after the output and the down projection.
@@ -184,7 +185,7 @@ def test_one_trace_of_each_program_serves_a_whole_generation(tp: int, cp: int, d
 
 
 def test_several_gpus_have_a_program_of_their_own_if_xla_knows_its_options(monkeypatch):
-    module, plan = sys.modules["helix_jax.step"], plan_of(1, 2)
+    module, plan = sys.modules["helix_jax.decoding"], plan_of(1, 2)
     assert decode_program(plan) is decode
     monkeypatch.setattr(module, "_has_fixed_length", lambda plan: True)
     for version, expected in (((0, 10, 2), decode), ((0, 11, 0), module._decode_on_several_gpus)):
@@ -204,7 +205,7 @@ def test_several_steps_in_one_call_equal_single_steps(
     placement: str, temperature: float, fixed: bool, tiny, monkeypatch
 ):
     """Also if a call takes all of its steps, as on several GPUs."""
-    monkeypatch.setattr(sys.modules["helix_jax.step"], "_has_fixed_length", lambda plan: fixed)
+    monkeypatch.setattr(sys.modules["helix_jax.decoding"], "_has_fixed_length", lambda plan: fixed)
     plan = Plan(make_mesh(2, 4), 3, placement)
     model = shard(tiny, plan)
     V = model.embed_VD.shape[0]

@@ -15,7 +15,7 @@ from helix_jax.checkpoint import read_config
 from helix_jax.cli.app import FAILED, OK
 from helix_jax.cli.console import Reporter
 from helix_jax.cli.jsonl import RejectedLine, RequestLine, ResultCounter, ResultsFile, read_requests
-from helix_jax.cli.options import DecodeSetup, add_decode_arguments, make_setup, open_devices
+from helix_jax.cli.options import DecodeSetup, add_decode_arguments, make_setup, open_devices, report_drafts
 from helix_jax.config import ModelConfig
 from helix_jax.engine import Engine, EngineStats, FinishedEvent
 from helix_jax.processes import on_first_process
@@ -66,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
             reporter.info(f"prefix caching is {engine.prefix_caching_status}")
             try:
                 _answer_all(engine, chain([first], requests), results, REQUESTS_PER_ROW * options.rows, reporter)
+                report_drafts(engine, reporter)
             except KeyboardInterrupt:
                 reporter.info(f"'{options.out}' has the {results.answered} lines answered: the same command continues")
                 raise
@@ -149,6 +150,7 @@ def _make_engine(options: argparse.Namespace, setup: DecodeSetup, reporter: Repo
         max_len=options.max_len,
         chunk=setup.chunk,
         tokenizer=open_tokenizer(setup.folder, setup.config),
+        speculate=setup.speculate,
     )
     engine.warm_up()  # so that the times of requests do not include compilation
     return engine

@@ -15,7 +15,7 @@ from helix_jax.cache import tokens_per_rank
 from helix_jax.checkpoint import read_config
 from helix_jax.cli.app import FAILED, OK
 from helix_jax.cli.console import Reporter
-from helix_jax.cli.options import DecodeSetup, add_decode_arguments, make_setup, open_devices
+from helix_jax.cli.options import DecodeSetup, add_decode_arguments, make_setup, open_devices, report_drafts
 from helix_jax.cli.prompts import encode, read_ids, read_text
 from helix_jax.engine import Engine, FinishedEvent, RequestOutput, SamplingParams
 from helix_jax.engine.requests import check_prompt
@@ -65,9 +65,14 @@ class GenerateJob:
     tokenizer: Tokenizer | None
     params: SamplingParams
 
-    def make_engine(self, model: Transformer, plan: Plan) -> Engine:
+    def make_engine(self, model: Transformer, plan: Plan, speculate: str | None = None) -> Engine:
         """Create an engine for this prompt alone."""
-        options = {"page": self.setup.page, "chunk": self.setup.chunk, "tokenizer": self.tokenizer}
+        options = {
+            "speculate": speculate,
+            "page": self.setup.page,
+            "chunk": self.setup.chunk,
+            "tokenizer": self.tokenizer,
+        }
         return make_engine(model, [self.prompt], plan, self.params, **options)
 
 
@@ -122,7 +127,7 @@ def _read_prompt(options: argparse.Namespace, tokenizer: Tokenizer | None) -> li
 
 def _decode(job: GenerateJob, model: Transformer, reporter: Reporter, *, quiet: bool) -> tuple[RequestOutput, float]:
     """Decode, and unless `quiet`, write the text to stdout as it arrives. Return the output and the compile time."""
-    engine = job.make_engine(model, job.setup.plan)
+    engine = job.make_engine(model, job.setup.plan, job.setup.speculate)
     job.setup.report_devices(reporter)  # not before all input is known to be valid
     reporter.info(f"the cache stores {engine.stats().capacity:,} tokens as {job.setup.cache_dtype}")
     compile_s = engine.warm_up(greedy=job.params.is_greedy, sampling=not job.params.is_greedy)
@@ -137,6 +142,7 @@ def _decode(job: GenerateJob, model: Transformer, reporter: Reporter, *, quiet: 
                 if isinstance(event, FinishedEvent):
                     # Without a tokenizer there are only ids to show.
                     _write("" if quiet else "\n" if job.tokenizer else f"{json.dumps(event.result.tokens)}\n")
+                    report_drafts(engine, reporter)
                     return event.result, compile_s
                 _write("" if quiet else event.text or "")
             bar.update(task, completed=engine.stats().prefilled_tokens)

@@ -17,7 +17,7 @@ from helix_jax.cli.console import Reporter
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
 from helix_jax.devices import default_dtype, open_mesh
-from helix_jax.engine.engine import DEFAULT_PAGE
+from helix_jax.engine.engine import DEFAULT_PAGE, Engine
 from helix_jax.heads import HeadLayout
 from helix_jax.kernels import KERNELS
 from helix_jax.layout import PLACEMENTS
@@ -25,6 +25,7 @@ from helix_jax.mesh import TP
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import CACHE_DTYPES, EXPERTS, Plan
 from helix_jax.processes import Processes
+from helix_jax.speculation import SPECULATIONS
 from helix_jax.validation import check_choice, check_int
 
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
@@ -82,6 +83,8 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
     add_choice(parser, "--experts", EXPERTS, "devices that share the experts: all (flat) or cp", default="flat")
     add_kernel_arguments(parser)
     add_choice(parser, "--dtype", DTYPES, "type of the weights (default: bfloat16; float32 on a CPU)")
+    text = "draft tokens and verify several at once: ngram looks them up in the request (default: no drafts)"
+    add_choice(parser, "--speculate", SPECULATIONS, text)
     add_device_arguments(parser)
 
 
@@ -159,6 +162,7 @@ class DecodeSetup:
         dtype: The dtype of the weights.
         platform: The platform of the devices.
         kernel: The attention kernel.
+        speculate: How tokens are drafted. None: they are not.
     """
 
     folder: Path
@@ -169,6 +173,7 @@ class DecodeSetup:
     dtype: str
     platform: str
     kernel: str
+    speculate: str | None = None
 
     @property
     def cache_dtype(self) -> str:
@@ -232,6 +237,7 @@ def make_setup(options: argparse.Namespace, config: ModelConfig, mesh: Mesh) -> 
         dtype=dtype,
         platform=platform,
         kernel=plan.kernel_for_model(config, options.page, dtype),
+        speculate=options.speculate,
     )
 
 
@@ -257,3 +263,13 @@ def report_fake_devices(mesh: Mesh, reporter: Reporter) -> None:
     """Report that the CPU is split into fake devices, if the mesh has several."""
     if mesh.devices.flat[0].platform == "cpu" and mesh.size > 1:
         reporter.info(f"the CPU is split into {mesh.size} fake devices")
+
+
+def report_drafts(engine: Engine, reporter: Reporter) -> None:
+    """Report how many draft tokens were right, if there were any."""
+    stats = engine.stats()
+    if stats.drafted_tokens:
+        reporter.info(
+            f"{stats.accepted_tokens:,} of {stats.drafted_tokens:,} draft tokens were right: "
+            f"{stats.tokens_per_step:.2f} tokens per step"
+        )

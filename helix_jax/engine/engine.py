@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from helix_jax.arrays import fetch
+from helix_jax.decoding import DEFAULT_STEPS, DecodeOutput
 from helix_jax.engine.logprobs import PromptLogprobs, TokenLogprobs
 from helix_jax.engine.output_text import OutputText
 from helix_jax.engine.page_allocator import PageAllocator, describe_prefix_caching
@@ -32,9 +33,10 @@ from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.processes import on_first_process
 from helix_jax.sampling import Logprobs
-from helix_jax.step import DEFAULT_STEPS, DecodeOutput, check_model_placement
+from helix_jax.speculation import SPECULATIONS, SpeculationCounts
+from helix_jax.step import check_model_placement
 from helix_jax.text import Tokenizer, check_stop_string
-from helix_jax.validation import check_int, check_token_ids
+from helix_jax.validation import check_choice, check_int, check_token_ids
 
 DEFAULT_PAGE = 64
 
@@ -67,6 +69,8 @@ class Engine:
         steps_per_call: The most tokens per row that one call decodes. While a prompt is prefilled it is 1. A request
             that is submitted, cancelled or ended by a stop string waits for the call in progress.
         tokenizer: Converts text prompts to tokens, and tokens to text. None: requests have token ids only.
+        speculate: "ngram" drafts tokens, which are verified several at once: those that followed the last occurrence of
+            the most recent tokens. The output does not change. None: one token is decoded per step.
         prefix_caching: Whether requests that start with the same tokens share their pages. Only the placement striped
             can do this, and only for models without windows, see `prefix_caching_status`.
 
@@ -88,6 +92,7 @@ class Engine:
     steps_per_call: int = DEFAULT_STEPS
     tokenizer: Tokenizer | None = None
     prefix_caching: bool = True
+    speculate: str | None = None
 
     def __post_init__(self) -> None:
         plan, config = self.plan, self.model.config
@@ -107,6 +112,7 @@ class Engine:
             max_len=self._max_len,
             chunk=self.chunk,
             max_steps=self.steps_per_call,
+            speculate=self.speculate is not None,
         )
         self.prefix_caching_status = describe_prefix_caching(
             plan.layout, self.page, enabled=self.prefix_caching, windows=bool(config.windowed_layers)
@@ -124,6 +130,7 @@ class Engine:
         self._pending: deque[PendingStep] = deque()  # dispatched, not yet read
         self._events: deque[Event] = deque()  # not yet returned
         self._submitted = self._steps = self._prefilled = self._shared = self._decoded = self._finished = 0
+        self._row_steps = self._drafted = self._accepted = 0
         self._busy_s = 0.0
 
     @property
@@ -245,6 +252,7 @@ class Engine:
             output, requests, scores, chunks = self._pending[0]
             output, scores = jax.tree.map(fetch, (output, scores))
             self._pending.popleft()
+            self._count_drafts(output.speculation)
             self._events.extend(self._append_scores(scores, chunks))
             self._events.extend(self._append_tokens(output, requests))
 
@@ -345,6 +353,9 @@ class Engine:
             preemptions=scheduler.preemptions,
             tokens_per_s=self._decoded / self._busy_s if self._busy_s else 0.0,
             prefix_caching=self.prefix_caching_status,
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
+            tokens_per_step=1 + self._accepted / max(self._row_steps, 1),
         )
 
     def find_request(self, id: str) -> Request:
@@ -393,6 +404,8 @@ class Engine:
             self.runner.admit(Admission(request, request.num_computed), self.scheduler.row_pages[request.id])
 
     def _check_options(self) -> None:
+        if self.speculate is not None:
+            check_choice("speculate", self.speculate, SPECULATIONS)
         options = {name: getattr(self, name) for name in ("rows", "page", "chunk", "steps_per_call")}
         options["max_len"] = self._max_len
         optional = {"pages": self.pages, "budget": self.budget}
@@ -437,6 +450,12 @@ class Engine:
         self._prefilled += sum(chunk.count for chunk in step.chunks)
         self._shared += sum(admission.num_cached for admission in step.admissions)
         self.drain(leave=len(pending))
+
+    def _count_drafts(self, counts: SpeculationCounts | None) -> None:
+        if counts is not None:
+            self._row_steps += int(counts.steps_B.sum())
+            self._drafted += int(counts.drafted_B.sum())
+            self._accepted += int(counts.accepted_B.sum())
 
     def _append_scores(self, scores: Logprobs | None, chunks: list[tuple[int, Chunk]]) -> Iterator[Event]:
         """Append log-probabilities of prompts to their requests, and finish those that generate nothing."""

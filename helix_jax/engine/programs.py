@@ -10,11 +10,13 @@ from jaxtyping import Bool, Float, Int
 
 from helix_jax.cache import Rows
 from helix_jax.config import ModelConfig
+from helix_jax.decoding import DecodeOutput, DecodeState, is_stop
 from helix_jax.mesh import DP, TABLE_RBM, sharding
 from helix_jax.models.transformer import Weights, assemble
 from helix_jax.plan import Plan
 from helix_jax.sampling import Logprobs, RowSampling, choose, compute_logprobs
-from helix_jax.step import DecodeOutput, DecodeState, append_tokens, constrain_rows, is_stop, last_logits
+from helix_jax.speculation import Drafts
+from helix_jax.step import append_tokens, constrain_rows, last_logits
 
 
 class RowUpdate(NamedTuple):
@@ -26,6 +28,7 @@ class RowUpdate(NamedTuple):
         prompt_len: The length of its prompt.
         stop_V: Its stop tokens.
         sampling: How it chooses its next token, as arrays for one row.
+        tokens_S: Its tokens, from which drafts are made. None: there are no drafts.
     """
 
     table_RM: Int[Array, "R M"]
@@ -33,6 +36,7 @@ class RowUpdate(NamedTuple):
     prompt_len: Int[Array, ""]
     stop_V: Bool[Array, "V"]
     sampling: RowSampling
+    tokens_S: Int[Array, "S"] | None
 
 
 class Chunks(NamedTuple):
@@ -67,6 +71,7 @@ def _admit(plan: Plan, state: DecodeState, row: Int[Array, ""], update: RowUpdat
     def set_row(all_B: Array, one: Array) -> Array:
         return constrain_rows(plan, all_B.at[row].set(one))
 
+    drafts = None if update.tokens_S is None else Drafts(update.tokens_S, jnp.int32(0))
     rows = Rows(
         _with_table(plan, state.rows.tables_RBM, state.rows.tables_RBM[0].at[:, row].set(update.table_RM)),
         set_row(state.rows.length_B, update.length),
@@ -77,6 +82,7 @@ def _admit(plan: Plan, state: DecodeState, row: Int[Array, ""], update: RowUpdat
         finished_B=set_row(state.finished_B, jnp.zeros((), bool)),
         stop_BV=jax.tree.map(set_row, state.stop_BV, update.stop_V),
         sampling=jax.tree.map(lambda all_B, one_1: set_row(all_B, one_1[0]), state.sampling, update.sampling),
+        drafts=jax.tree.map(set_row, state.drafts, drafts),
     )
 
 
@@ -206,7 +212,7 @@ def _set_tokens(
     """Store the first tokens of rows whose prompt is complete."""
     token_X = output.tokens_BS[:, 0]
     row_X = jnp.where(chunks.is_last_X, chunks.row_X, len(state.token_B))
-    finished_X = is_stop(jax.tree.map(partial(_take, plan, chunks.row_X), state.stop_BV), token_X)
+    finished_X = is_stop(jax.tree.map(partial(_take, plan, chunks.row_X), state.stop_BV), token_X[:, None])[:, 0]
 
     def set_rows(all_B: Array, x_X: Array) -> Array:
         return constrain_rows(plan, all_B.at[row_X].set(x_X, mode="drop"))

@@ -101,6 +101,9 @@ class EngineStats:
         preemptions: How often a request was preempted.
         tokens_per_s: Generated tokens per second of running time.
         prefix_caching: Whether requests share the pages of equal prefixes: "on", or "off: " and the reason.
+        drafted_tokens: Draft tokens that were verified.
+        accepted_tokens: Draft tokens that were right.
+        tokens_per_step: Tokens that a request decoded per step, on average. It is 1 without drafts.
     """
 
     waiting: int
@@ -117,6 +120,9 @@ class EngineStats:
     preemptions: int
     tokens_per_s: float
     prefix_caching: str
+    drafted_tokens: int
+    accepted_tokens: int
+    tokens_per_step: float
 
 
 @dataclass(eq=False)  # compared by identity: two requests may be equal in all fields

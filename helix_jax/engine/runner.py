@@ -1,7 +1,7 @@
 """Runs scheduled steps: keeps the arrays on the devices, and calls the jitted programs."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from helix_jax.cache import (
     per_row,
     ring_pages,
 )
+from helix_jax.decoding import DecodeOutput, DecodeState, decode_program, decode_steps
 from helix_jax.engine import programs
 from helix_jax.engine.output_text import OutputText
 from helix_jax.engine.page_allocator import RowPages
@@ -35,7 +36,7 @@ from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.processes import min_over_processes
 from helix_jax.sampling import MAX_LOGPROBS, Logprobs, RowSampling, make_sampling
-from helix_jax.step import DecodeOutput, DecodeState, decode_program, decode_steps
+from helix_jax.speculation import MAX_DRAFT_TOKENS, Drafts
 
 _MEMORY_FRACTION = 0.9  # of a device's free memory, for pages
 _EDITS_PER_CALL = 64
@@ -71,6 +72,7 @@ class Runner:
         max_len: The most positions of a request.
         chunk: Tokens to prefill per call, in each dp group.
         max_steps: The most decode steps per call.
+        speculate: Whether tokens are drafted.
     """
 
     def __init__(
@@ -84,13 +86,17 @@ class Runner:
         max_len: int,
         chunk: int,
         max_steps: int,
+        speculate: bool,
     ):
         self.config, self.plan, self.rows = model.config, plan, rows
-        self._decode_steps, self._decode_program = decode_steps(plan, max_steps), decode_program(plan)
+        self._decode_steps = decode_steps(plan, max_steps, drafts=speculate)
+        self._decode_program = decode_program(plan)
         self.specs, self.page = cache_specs(model.config, plan.cache_dtype_for(model.dtype)), page
         self._weights = model.weights()
         self._device = min(model.embed_VD[...].sharding.addressable_devices, key=lambda device: device.id)
-        self.pages_per_row = [_most_pages(plan, spec, max_len, chunk, page) for spec in self.specs]
+        in_flight = max(chunk, 1 + MAX_DRAFT_TOKENS) if speculate else chunk
+        self.pages_per_row = [_most_pages(plan, spec, max_len, in_flight, page) for spec in self.specs]
+        self._drafted_from = max_len if speculate else None  # the most tokens of a row
         # Only pages of the first cache group are allocated. The others are rings, whose pages belong to the rows.
         self.ring = self.pages_per_row[0] if self.specs[0].window else None
         self._groups = plan.mesh.shape[DP]
@@ -213,6 +219,7 @@ class Runner:
             self.put(np.int32(len(request.prompt))),
             self.put(_mask(request.stop_token_ids, self._vocab)),
             self.put(sampling),
+            None if self._drafted_from is None else self.put(_padded(request.all_token_ids, self._drafted_from)),
         )
         self.state = self.call(programs.admit, self.plan, self.state, self.put(np.int32(row)), update)
 
@@ -303,13 +310,17 @@ class Runner:
         sampling = RowSampling(
             put_rows(make_sampling(rows)), put_rows(np.ones(rows, np.float32)), put_rows(no_B), put_rows(no_BV)
         )
-        return DecodeState(caches, device_rows, per_row(plan, zeros_B), put_rows(no_B), put_rows(no_BV), sampling)
+        drafts = None
+        if self._drafted_from is not None:
+            drafts = Drafts(per_row(plan, np.zeros((rows, self._drafted_from))), per_row(plan, zeros_B))
+        row_arrays = per_row(plan, zeros_B), put_rows(no_B), put_rows(no_BV)
+        return DecodeState(caches, device_rows, *row_arrays, sampling, drafts)
 
 
-def _most_pages(plan: Plan, spec: CacheSpec, max_len: int, chunk: int, page: int) -> int:
+def _most_pages(plan: Plan, spec: CacheSpec, max_len: int, in_flight: int, page: int) -> int:
     """Return the pages that a row needs on each rank for the layers of a cache group."""
     pages = max_pages_per_row(plan.layout, max_len, page)
-    return min(pages, ring_pages(plan.layout, spec.window, chunk, page)) if spec.window else pages
+    return min(pages, ring_pages(plan.layout, spec.window, in_flight, page)) if spec.window else pages
 
 
 def _pending(
@@ -330,6 +341,12 @@ def default_chunk(mesh: AnyMesh) -> int:
     """Return how many tokens to prefill per call in each dp group, on the devices of a mesh."""
     device = first_device(mesh)
     return _GPU_CHUNK if device and device.platform == "gpu" else _CHUNK
+
+
+def _padded(tokens: Sequence[int], length: int) -> np.ndarray:
+    padded_S = np.zeros(length, np.int32)
+    padded_S[: len(tokens)] = tokens
+    return padded_S
 
 
 def _mask(tokens: Iterable[int], vocab: int) -> np.ndarray:

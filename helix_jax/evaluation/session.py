@@ -7,12 +7,13 @@ import numpy as np
 
 from helix_jax.arrays import put
 from helix_jax.cache import KVCache, cache_specs, make_caches, per_row
+from helix_jax.decoding import DEFAULT_STEPS, DecodeState, decode_program
 from helix_jax.engine.engine import DEFAULT_PAGE
 from helix_jax.engine.runner import default_chunk
 from helix_jax.mesh import CP, ROWS_B
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
-from helix_jax.step import DEFAULT_STEPS, DecodeState, StepOutput, check_model_placement, decode_program, step
+from helix_jax.step import StepOutput, check_model_placement, step
 
 APPEND_CHUNK = 64  # tokens per step of texts that are appended to a prompt, such as questions
 

@@ -1,0 +1,205 @@
+"""Speculative decoding: drafts change the number of steps, and never the output."""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helix_jax import Engine, Plan, SamplingParams, decoding, load, shard
+from helix_jax.engine import runner
+from helix_jax.speculation import MAX_DRAFT_TOKENS, count_accepted, count_right, propose
+from tests.conftest import GOLDEN
+from tests.reference import TINY, plan_of, tiny_model
+
+SHAPE = {"rows": 3, "page": 4, "pages": 14, "max_len": 96, "chunk": 32}
+PARAMS = {
+    "greedy": {},
+    "sampled": {"temperature": 0.7, "seed": 5, "top_k": 9},
+    "penalised, with log-probabilities": {"repetition_penalty": 1.3, "logprobs": 2},
+}
+
+
+def look_up(tokens: list[int], drafts: int) -> list[int] | None:
+    """Return the drafts of a row, found by trying every earlier place."""
+    best = (1, 0)
+    for end in range(len(tokens) - 1):
+        length = 0
+        while length < min(8, end + 1) and tokens[end - length] == tokens[-1 - length]:
+            length += 1
+        best = max(best, (length, end))
+    length, end = best
+    if length < 2:
+        return None
+    following = tokens[end + 1 :]
+    return list(itertools.islice(itertools.cycle(following), drafts))
+
+
+def test_drafts_follow_the_last_occurrence_of_the_longest_match():
+    random = np.random.default_rng(0)
+    rows = [random.integers(0, 3, n).tolist() for n in (1, 2, 3, 5, 9, 20, 31, 40, 40, 40)]
+    tokens_BS = np.full((len(rows), 40), 7, np.int32)
+    for row, tokens in zip(tokens_BS, rows, strict=True):
+        row[: len(tokens)] = tokens
+    draft_BD, found_B = jax.jit(partial(propose, drafts=7))(jnp.asarray(tokens_BS), jnp.asarray([*map(len, rows)]))
+    expected = [look_up(tokens, 7) for tokens in rows]
+    assert found_B.tolist() == [draft is not None for draft in expected]
+    assert sum(found_B) > 4
+    for draft_D, draft in zip(draft_BD.tolist(), expected, strict=True):
+        assert draft is None or draft_D == draft
+
+
+def test_drafts_are_accepted_up_to_the_first_wrong_one():
+    choice_BT = jnp.asarray([[1, 2, 3, 9], [1, 5, 3, 9], [4, 2, 3, 9], [1, 2, 3, 9]])
+    draft_BD = jnp.broadcast_to(jnp.asarray([1, 2, 3]), (4, 3))
+    assert count_accepted(choice_BT, draft_BD, jnp.asarray([3, 3, 3, 1])).tolist() == [3, 1, 0, 1]
+
+
+def test_a_row_whose_drafts_were_wrong_has_to_be_right_again():
+    right_B, count_B, accepted_B = jnp.asarray([0, 2, 3, 3]), jnp.asarray([0, 0, 7, 7]), jnp.asarray([0, 0, 7, 6])
+    first_right_B = jnp.asarray([True, False, True, True])
+    assert count_right(right_B, count_B, accepted_B, first_right_B).tolist() == [1, 0, 4, 0]
+
+
+@pytest.fixture(scope="module")
+def models():
+    sharded = {}
+
+    def get(tp: int, cp: int):
+        if (tp, cp) not in sharded:
+            sharded[tp, cp] = shard(tiny_model(), plan_of(tp, cp))
+        return sharded[tp, cp]
+
+    return get
+
+
+def make_engine(model, block: int = 4, placement: str = "helix", combine: str = "psum", **options) -> Engine:
+    plan = Plan(model.embed_VD[...].sharding.mesh, block, placement, combine)
+    return Engine(model, plan, **(SHAPE | options))
+
+
+def repetitive_prompts() -> list[list[int]]:
+    random = np.random.default_rng(3)
+    phrase = random.integers(0, TINY.vocab, 7).tolist()
+    return [phrase * 3, random.integers(0, TINY.vocab, 19).tolist(), [*phrase, 1, 2, *phrase]]
+
+
+def run(engine: Engine, params: list[SamplingParams]) -> list[tuple]:
+    outputs = engine.generate(repetitive_prompts(), params)
+    return [(output.tokens, output.finish_reason, output.logprobs) for output in outputs]
+
+
+def all_params(**options) -> list[SamplingParams]:
+    return [SamplingParams(max_new_tokens=31 + index, **options) for index in range(3)]
+
+
+@pytest.fixture
+def inject(monkeypatch: pytest.MonkeyPatch):
+    """Return a function that sets the tokens that follow each prompt. They are the drafts, and are always verified."""
+    following: dict[tuple[int, ...], list[int]] = {}
+
+    def pad(tokens: list[int], length: int) -> np.ndarray:
+        [known] = [[*prompt, *more] for prompt, more in following.items() if tuple(tokens[: len(prompt)]) == prompt]
+        padded_S = np.zeros(length, np.int32)
+        padded_S[: len(known)] = known
+        padded_S[: len(tokens)] = tokens
+        return padded_S
+
+    def take(tokens_BS, known_B, drafts):
+        index_BD = jnp.minimum(known_B[:, None] + jnp.arange(drafts), tokens_BS.shape[1] - 1)
+        return jnp.take_along_axis(tokens_BS, index_BD, axis=1), known_B > 0
+
+    monkeypatch.setattr(runner, "_padded", pad)
+    monkeypatch.setattr(decoding, "propose", take)
+    monkeypatch.setattr(decoding, "is_trusted", lambda right_B: right_B >= 0)
+    decoding.decode.clear_cache()
+    yield lambda tokens: following.update(zip(map(tuple, repetitive_prompts()), tokens, strict=True))
+    decoding.decode.clear_cache()
+
+
+def distort(tokens: list[int], kind: str) -> list[int]:
+    random = np.random.default_rng(0)
+    is_wrong = {"right": [False] * len(tokens), "wrong": [True] * len(tokens)}
+    is_wrong["random"] = (random.random(len(tokens)) < 0.3).tolist()
+    return [(token + wrong) % TINY.vocab for token, wrong in zip(tokens, is_wrong[kind], strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [
+        ((1, 4), {}),
+        pytest.param((2, 4), {"placement": "striped", "block": 3, "page": 64, "pages": 2}, marks=pytest.mark.slow),
+        pytest.param((1, 1), {"placement": "last_rank", "steps_per_call": 8, "pages": 48}, marks=pytest.mark.slow),
+        pytest.param((1, 8), {"combine": "all_to_all", "block": 16, "pages": 20}, marks=pytest.mark.slow),
+    ],
+)
+def test_the_output_does_not_change(models, mesh, options, inject):
+    """With right, wrong and random drafts; greedy, sampled, and with a penalty and log-probabilities."""
+    plain, drafting = (make_engine(models(*mesh), **options, speculate=how) for how in (None, "ngram"))
+    for name, params in PARAMS.items():
+        expected = run(plain, all_params(**params))
+        for kind in ("right", "wrong", "random") if name == "greedy" else ("random",):
+            inject([distort(tokens, kind) for tokens, *_ in expected])
+            before = drafting.stats()
+            for found, wanted in zip(run(drafting, all_params(**params)), expected, strict=True):
+                assert found[:2] == wanted[:2]
+                if wanted[2]:
+                    np.testing.assert_allclose([x[0] for x in found[2]], [x[0] for x in wanted[2]], atol=1e-4)
+            stats = drafting.stats()
+            drafted = stats.drafted_tokens - before.drafted_tokens
+            accepted = stats.accepted_tokens - before.accepted_tokens
+            assert drafted > 0
+            assert {"right": accepted == drafted, "wrong": accepted == 0}.get(kind, 0 < accepted < drafted)
+    assert plain.stats().tokens_per_step == 1 < stats.tokens_per_step
+
+
+def test_right_drafts_need_few_steps_and_a_stop_token_ends_a_group(models, inject):
+    plain, drafting = (make_engine(models(1, 4), speculate=how, pages=60) for how in (None, "ngram"))
+    [(tokens, *_), *_] = expected = run(plain, all_params())
+    inject([tokens for tokens, *_ in expected])
+    assert run(drafting, all_params()) == expected
+    assert drafting.stats().tokens_per_step > MAX_DRAFT_TOKENS / 2
+    stop = all_params(stop_token_ids=[tokens[13]])
+    assert run(drafting, stop) == run(plain, stop)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt_oss", "gemma3", "deepseek_v3", "qwen3"])
+@pytest.mark.parametrize("cache_dtype", ["auto", "fp8"])
+def test_windows_latents_and_quantised_caches_decode_the_same_with_drafts(name: str, cache_dtype: str):
+    plan = Plan(plan_of(1, 4).mesh, 4, cache_dtype=cache_dtype)
+    model = load(GOLDEN / name, plan)
+    outputs = []
+    for how in (None, "ngram"):
+        engine = Engine(model, plan, rows=2, page=32, max_len=128, chunk=8, speculate=how)
+        phrase = np.random.default_rng(1).integers(0, model.config.vocab, 9).tolist()
+        outputs.append(
+            [
+                one.tokens
+                for one in engine.generate([phrase * 3, phrase], SamplingParams(max_new_tokens=60, ignore_eos=True))
+            ]
+        )
+    assert outputs[0] == outputs[1]
+    assert engine.stats().accepted_tokens > 0
+
+
+@pytest.mark.slow
+def test_random_requests_equal_those_without_drafts(models):
+    """Requests arrive over time, and are preempted and cancelled."""
+    random, model = np.random.default_rng(0), models(1, 4)
+    prompts = [(random.integers(0, 5, random.integers(2, 9)).tolist() * 5)[:30] for _ in range(100)]
+    params = [
+        SamplingParams(max_new_tokens=int(random.integers(1, 40)), temperature=(i % 3) / 3, seed=i) for i in range(100)
+    ]
+    plain, drafting = (make_engine(model, speculate=how) for how in (None, "ngram"))
+    expected = plain.generate(prompts, params)
+    found = drafting.generate(prompts, params)
+    assert [one.tokens for one in found] == [one.tokens for one in expected]
+    assert drafting.stats().preemptions > 0
+
+
+def test_an_unknown_way_to_draft_is_rejected(models):
+    with pytest.raises(ValueError, match=r"speculate is 'medusa': choose one of ngram"):
+        make_engine(models(1, 4), speculate="medusa")
