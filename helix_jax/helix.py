@@ -131,21 +131,24 @@ def _attention_shard(
     """Run `helix_attention` on one device. All arrays are the share of this device."""
     plan, table_BM = options.plan, rows.tables_RBM[options.group][0]
     q_BTNH, k_BTKH, v_BTKH = new
-    token_T = jnp.arange(q_BTNH.shape[1])
-    position_BT = rows.length_B[:, None] + token_T
-    is_new_BT = token_T < count_B[:, None]
+    T = q_BTNH.shape[1]
+    length_BU = rows.length_B[:, None] + jnp.arange(T + 1)  # before each new token, and after the last
+    is_new_BT = jnp.arange(T) < count_B[:, None]
 
     def filled(length_BT: Array) -> Array:  # how many of the first `length` positions this rank stores
-        return plan.layout.filled(length_BT, rows.prompt_len_B[:, None], lax.axis_index(CP))
+        # Unsigned, because a floor division of signed integers is ten operations, which XLA compiles for each layer.
+        numbers = (length_BT, rows.prompt_len_B[:, None], lax.axis_index(CP))
+        return plan.layout.filled(*(x.astype(jnp.uint32) for x in numbers)).astype(jnp.int32)
 
     # Append: the owner of a position stores its key and value in the next free slot.
-    slot_BT, end_BT = filled(position_BT), filled(position_BT + 1)
+    filled_BU = filled(length_BU)
+    slot_BT, end_BT = filled_BU[:, :-1], filled_BU[:, 1:]
     owned_BT = is_new_BT & (end_BT > slot_BT)
     cache = append(cache, layer, k_BTKH, v_BTKH, table_BM, slot_BT, owned_BT)
 
     # Attend: a query sees the slots [lo, hi) of this rank.
     hi_BT = jnp.where(is_new_BT, end_BT, 0)
-    lo_BT = filled(position_BT + 1 - options.window) if options.window else jnp.zeros_like(hi_BT)
+    lo_BT = filled(jnp.maximum(length_BU[:, 1:] - options.window, 0)) if options.window else jnp.zeros_like(hi_BT)
     partial = _attend(options, q_BTNH, cache, layer, table_BM, lo_BT, hi_BT)
 
     # Combine: exchange partial results with the other ranks. Each rank keeps 1 / cp of the heads.
