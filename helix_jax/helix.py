@@ -136,9 +136,7 @@ def _attention_shard(
     is_new_BT = jnp.arange(T) < count_B[:, None]
 
     def filled(length_BT: Array) -> Array:  # how many of the first `length` positions this rank stores
-        # Unsigned, because a floor division of signed integers is ten operations, which XLA compiles for each layer.
-        numbers = (length_BT, rows.prompt_len_B[:, None], lax.axis_index(CP))
-        return plan.layout.filled(*(x.astype(jnp.uint32) for x in numbers)).astype(jnp.int32)
+        return _filled_unsigned(plan, length_BT, rows.prompt_len_B[:, None], lax.axis_index(CP))
 
     # Append: the owner of a position stores its key and value in the next free slot.
     filled_BU = filled(length_BU)
@@ -156,6 +154,15 @@ def _attention_shard(
     if sink_n is not None:
         result = merge_sink(result, sink_n)
     return result.o_BTNH.astype(q_BTNH.dtype), cache
+
+
+def _filled_unsigned(plan: Plan, length_BT: Array, prompt_len_B1: Array, rank: Array) -> Array:
+    """Compute `plan.layout.filled` with unsigned integers.
+
+    A floor division of signed integers is ten operations, and XLA compiles them again for the append of each layer.
+    """
+    numbers = (x.astype(jnp.uint32) for x in (length_BT, prompt_len_B1, rank))
+    return plan.layout.filled(*numbers).astype(jnp.int32)
 
 
 def _attend(

@@ -185,7 +185,7 @@ def append(
     """
     pool_XKWH, pages, parts = cache.pool_XKWH, cache.pages, cache.spec.parts
     X, K, W, H = pool_XKWH.shape
-    entry_BT, offset_BT = split_slot(slot_BT.astype(jnp.uint32), W)  # unsigned: see `helix_attention`
+    entry_BT, offset_BT = split_slot(slot_BT.astype(jnp.uint32), W)  # simpler than signed divisions
     entry_BT = entry_BT % table_BM.shape[1] if cache.spec.window else entry_BT
     page_BT = jnp.take_along_axis(table_BM, entry_BT, axis=1, mode="fill", fill_value=-1)
     page_BTC = page_BT[..., None] + (layer * parts + jnp.arange(parts)) * pages
