@@ -131,21 +131,22 @@ def _attention_shard(
     """Run `helix_attention` on one device. All arrays are the share of this device."""
     plan, table_BM = options.plan, rows.tables_RBM[options.group][0]
     q_BTNH, k_BTKH, v_BTKH = new
-    token_T = jnp.arange(q_BTNH.shape[1])
-    position_BT = rows.length_B[:, None] + token_T
-    is_new_BT = token_T < count_B[:, None]
+    T = q_BTNH.shape[1]
+    length_BU = rows.length_B[:, None] + jnp.arange(T + 1)  # before each new token, and after the last
+    is_new_BT = jnp.arange(T) < count_B[:, None]
 
     def filled(length_BT: Array) -> Array:  # how many of the first `length` positions this rank stores
-        return plan.layout.filled(length_BT, rows.prompt_len_B[:, None], lax.axis_index(CP))
+        return _filled_unsigned(plan, length_BT, rows.prompt_len_B[:, None], lax.axis_index(CP))
 
     # Append: the owner of a position stores its key and value in the next free slot.
-    slot_BT, end_BT = filled(position_BT), filled(position_BT + 1)
+    filled_BU = filled(length_BU)
+    slot_BT, end_BT = filled_BU[:, :-1], filled_BU[:, 1:]
     owned_BT = is_new_BT & (end_BT > slot_BT)
     cache = append(cache, layer, k_BTKH, v_BTKH, table_BM, slot_BT, owned_BT)
 
     # Attend: a query sees the slots [lo, hi) of this rank.
     hi_BT = jnp.where(is_new_BT, end_BT, 0)
-    lo_BT = filled(position_BT + 1 - options.window) if options.window else jnp.zeros_like(hi_BT)
+    lo_BT = filled(jnp.maximum(length_BU[:, 1:] - options.window, 0)) if options.window else jnp.zeros_like(hi_BT)
     partial = _attend(options, q_BTNH, cache, layer, table_BM, lo_BT, hi_BT)
 
     # Combine: exchange partial results with the other ranks. Each rank keeps 1 / cp of the heads.
@@ -153,6 +154,15 @@ def _attention_shard(
     if sink_n is not None:
         result = merge_sink(result, sink_n)
     return result.o_BTNH.astype(q_BTNH.dtype), cache
+
+
+def _filled_unsigned(plan: Plan, length_BT: Array, prompt_len_B1: Array, rank: Array) -> Array:
+    """Compute `plan.layout.filled` with unsigned integers.
+
+    A floor division of signed integers is ten operations, and XLA compiles them again for the append of each layer.
+    """
+    numbers = (x.astype(jnp.uint32) for x in (length_BT, prompt_len_B1, rank))
+    return plan.layout.filled(*numbers).astype(jnp.int32)
 
 
 def _attend(

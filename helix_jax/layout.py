@@ -80,7 +80,7 @@ class BlockLayout:
         start = self._prompt_start(prompt_len, rank)
         stop = self._prompt_start(prompt_len, rank + 1)
         prompt = _clip(length, start, stop) - start
-        decoded = _max(length - prompt_len, 0)
+        decoded = _max(length, prompt_len) - prompt_len
         if self.placement == "last_rank":
             return prompt + decoded * (rank == self.ranks - 1)
         return prompt + self._round_robin_share(decoded, rank)
@@ -118,11 +118,12 @@ class BlockLayout:
     def _round_robin_share(self, count: Integer, rank: Integer) -> Integer:
         """Return the share of `rank` in `count` positions that are distributed round-robin from rank 0."""
         turn = self.block * self.ranks
-        return count // turn * self.block + _clip(count % turn - rank * self.block, 0, self.block)
+        start = rank * self.block
+        return count // turn * self.block + _clip(count % turn, start, start + self.block) - start
 
     def _prompt_runs(self, prompt_len: Integer) -> tuple[Integer, Integer]:
         """Return how many blocks of the prompt every rank stores, and how many of the first ranks store one more."""
-        blocks = -(-prompt_len // self.block)
+        blocks = (prompt_len + self.block - 1) // self.block
         return blocks // self.ranks, blocks % self.ranks
 
     def _prompt_start(self, prompt_len: Integer, rank: Integer) -> Integer:

@@ -63,10 +63,15 @@ def test_a_decode_step_for_four_chips_has_the_computed_memory_and_the_documented
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--topology", "v9:2x2"], "the memory of a v9 is not known: v5e, v5p, v6e are"),
         (["--topology", "v5e:3x7"], "--topology 'v5e:3x7' cannot be made"),
-        (["--layers", 99], "--layers is 99: give 1 to 32"),
-        (["--config", "none.toml"], "none.toml"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (["--topology", "v9:2x2"], "the memory of a v9 is not known: v5e, v5p, v6e are"),
+                (["--layers", 99], "--layers is 99: give 1 to 32"),
+                (["--config", "none.toml"], "none.toml"),
+            )
+        ),
     ],
 )
 def test_bad_options_are_reported_in_one_line_with_exit_code_2(options, message: str):
@@ -116,10 +121,14 @@ def operations_of_shape(text: str, shape: tuple[int, ...]) -> set[str]:
 
 
 def shapes_and_chips() -> Iterator:
-    """Yield every shape for every generation of chips. In the fast tier each shape is compiled for one of them."""
+    """Yield every shape for every generation of chips. In the fast tier each shape is compiled for one of them.
+
+    The longest pages take more than all the others together.
+    """
     for number, name in enumerate(SHAPES):
         for index, generation in enumerate(CHIPS):
-            yield pytest.param(name, generation, marks=[] if index == number % len(CHIPS) else pytest.mark.slow)
+            is_fast = index == number % len(CHIPS) and "longest" not in name
+            yield pytest.param(name, generation, marks=[] if is_fast else pytest.mark.slow)
 
 
 @with_libtpu

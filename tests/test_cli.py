@@ -209,7 +209,9 @@ def test_without_cp_all_fake_devices_of_the_environment_are_used(byte_model: Pat
     assert json_of(helix(*arguments, **flag))["mesh"] == {"tp": 2, "cp": 2}
 
 
-@pytest.mark.parametrize(("variables", "cp"), [({}, 1), ({"JAX_NUM_CPU_DEVICES": "2"}, 2)])
+@pytest.mark.parametrize(
+    ("variables", "cp"), [pytest.param({}, 1, marks=pytest.mark.slow), ({"JAX_NUM_CPU_DEVICES": "2"}, 2)]
+)
 def test_without_cp_the_mesh_has_the_devices_of_the_environment(variables: dict[str, str], cp: int):
     script = "from helix_jax.devices import open_mesh; print(open_mesh('auto', 1, None).shape['cp'])"
     environment = ENVIRONMENT | variables
@@ -294,12 +296,9 @@ def test_without_a_tokenizer_text_is_refused_and_ids_are_not(byte_model: Path, t
     assert len(as_json["tokens"]) == 3
 
 
-SLOW = [f for f in UNQUANTISED if f.name not in ("gpt_oss", "gemma3_text", "deepseek_v3")]
-
-
 @pytest.mark.parametrize(
     "folder",
-    [pytest.param(f, marks=[pytest.mark.slow] if f in SLOW else [], id=f.name) for f in UNQUANTISED],
+    [pytest.param(f, marks=[] if f.name == "deepseek_v3" else [pytest.mark.slow], id=f.name) for f in UNQUANTISED],
 )
 def test_a_folder_continues_greedily_as_in_transformers(folder: Path, tmp_path: Path):
     golden = np.load(folder / "golden.npz")

@@ -138,15 +138,22 @@ def test_sharded_attention_equals_float64(placement: str, how: str):
     assert_exact(plan_on(2, 4, placement, how), Case())
 
 
-@pytest.mark.parametrize("window", [1, 5, 1000])
-@pytest.mark.parametrize("placement", PLACEMENTS)
+def placements_and(windows: list[int]) -> list:
+    """Return every placement with every window. In the fast tier, each placement has another window."""
+    return [
+        pytest.param(placement, window, marks=() if i == j else pytest.mark.slow)
+        for i, placement in enumerate(PLACEMENTS)
+        for j, window in enumerate(windows)
+    ]
+
+
+@pytest.mark.parametrize(("placement", "window"), placements_and([1, 5, 1000]))
 def test_windows_equal_float64(placement: str, window: int):
     """Shorter than a block, across several ranks, and longer than any row. Slots that are not written are NaN."""
     assert_exact(plan_on(2, 4, placement), Case(window=window, fill=np.nan))
 
 
-@pytest.mark.parametrize("window", [1, 5, 14])
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(("placement", "window"), placements_and([1, 5, 14]))
 def test_a_window_needs_only_a_ring_of_pages(placement: str, window: int):
     """The rows are up to five times as long as what the pages of all ranks hold of them."""
     plan = plan_on(2, 4, placement)
@@ -175,13 +182,11 @@ def test_a_window_beyond_what_the_cache_keeps_is_rejected(window: int | None):
     ("tp", "cp", "how", "window"),
     [
         (2, 4, "psum", None),
-        (1, 8, "psum", 4),
         (2, 4, "psum_scatter", 4),
-        (1, 8, "psum_scatter", None),
-        (2, 4, "all_to_all", None),
         (1, 8, "all_to_all", 4),
         (1, 1, "psum", None),
-        (1, 1, "all_to_all", 4),
+        *[slow(1, 8, "psum", 4), slow(1, 8, "psum_scatter", None), slow(2, 4, "all_to_all", None)],
+        slow(1, 1, "all_to_all", 4),
     ],
 )
 def test_sinks_count_once_in_the_softmax(tp: int, cp: int, how: str, window: int | None):

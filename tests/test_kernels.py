@@ -255,7 +255,12 @@ LOWERED = {  # name: B, T, N, K, H, W, M
 
 
 @pytest.mark.parametrize(
-    "name", in_tiers(LOWERED, "groups of 16", "short pages", "long pages", "one query per head", "wide heads")
+    "name",
+    in_tiers(
+        LOWERED,
+        *("groups of 16", "short pages", "long pages", "one query per head", "wide heads", "narrow heads"),
+        *("more than 64 queries", "latent, a few new tokens"),
+    ),
 )
 def test_the_gpu_kernel_lowers_and_reads_the_cache_in_place(name: str):
     B, T, N, K, H, W, M = LOWERED[name]
@@ -282,8 +287,14 @@ def test_the_gpu_kernel_lowers_and_reads_the_cache_in_place(name: str):
     assert all("stablehlo.reshape" in line for line in pool_sized)
 
 
-@pytest.mark.parametrize("how", COMBINES)
-@pytest.mark.parametrize(("kernel", "platform"), [("mosaic_gpu", "cuda"), ("tpu", "tpu")])
+@pytest.mark.parametrize(
+    ("kernel", "platform", "how"),
+    [
+        *(("tpu", "tpu", how) for how in COMBINES),
+        ("mosaic_gpu", "cuda", COMBINES[0]),
+        *(pytest.param("mosaic_gpu", "cuda", how, marks=pytest.mark.slow) for how in COMBINES[1:]),
+    ],
+)
 def test_helix_attention_lowers_with_the_kernel_for_every_combine(kernel: str, platform: str, how: str, monkeypatch):
     monkeypatch.setattr(
         jax, "__version_info__", (0, 11, 0)

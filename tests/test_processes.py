@@ -83,7 +83,8 @@ def test_a_batch_has_the_results_of_one_process_and_continues(count: int, byte_m
     (tmp_path / "in").write_text("".join(lines) + "nonsense\n")
 
     def options(out: Path) -> list[object]:
-        model = ("--model", byte_model, "--rows", 4, "--prefill-chunk", 4)  # only two widths to compile
+        rows = 1 if count == TWO else 4  # with one row, each process compiles a prefill program and a sampler less
+        model = ("--model", byte_model, "--rows", rows, "--prefill-chunk", 4)
         return ["batch", tmp_path / "in", "--out", out, *model, *MESH]
 
     def results(out: Path) -> dict[str, object]:
@@ -167,7 +168,9 @@ def test_impossible_processes_are_one_line_and_exit_2(options: list[object], mes
     assert_bad_input(call(*GENERATE, *options), message)
 
 
-@pytest.mark.parametrize("options", [["--distributed"], ["--coordinator", "localhost:1"]])
+@pytest.mark.parametrize(
+    "options", [["--distributed"], pytest.param(["--coordinator", "localhost:1"], marks=pytest.mark.slow)]
+)
 def test_processes_that_cannot_be_detected_are_one_line_and_exit_2(options: list[object]):
     environment = {key: value for key, value in ENVIRONMENT.items() if not key.startswith(("SLURM", "OMPI", "KUBER"))}
     command = [*HELIX, *GENERATE, *options]

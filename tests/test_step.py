@@ -68,12 +68,12 @@ def empty_cache(
 
 
 def collective_cases() -> list:
-    """Return every combination of mesh, combine and shape. Half of them, with every pair of settings, are not slow."""
+    """Return every combination of mesh, combine and shape. A few of them, with every setting, are not slow."""
     cases = []
     for m, mesh in enumerate(MESHES):
         for c, how in enumerate(COMBINES):
             for s, (rows, T) in enumerate([(3, 1), (1, 1), (3, 8)]):
-                marks = () if (m + c + s) % 2 == 0 else pytest.mark.slow
+                marks = () if c == s and m == c % 2 else pytest.mark.slow
                 cases.append(pytest.param(*mesh, how, rows, T, marks=marks))
     return cases
 
@@ -114,9 +114,9 @@ def test_a_single_token_is_padded():
 @pytest.mark.parametrize(
     ("tp", "cp", "how"),
     [
-        pytest.param(*mesh, how, marks=() if (m + c) % 2 == 0 else pytest.mark.slow)
-        for m, mesh in enumerate(MESHES)
-        for c, how in enumerate(COMBINES)
+        pytest.param(*mesh, how, marks=() if (mesh, how) == ((1, 8), "all_to_all") else pytest.mark.slow)
+        for mesh in MESHES
+        for how in COMBINES
     ],
 )
 def test_the_cache_is_written_in_place(tp: int, cp: int, how: str):
@@ -156,8 +156,8 @@ def test_decoding_several_steps_has_the_collectives_and_the_memory_of_one(how: s
 @pytest.mark.parametrize(
     ("tp", "cp", "dp"),
     [
-        *((2, 4, 1), (1, 1, 1), (2, 1, 3)),
-        *(pytest.param(tp, cp, 1, marks=pytest.mark.slow) for tp, cp in ((1, 4), (8, 1))),
+        *((2, 4, 1), (2, 1, 3)),
+        *(pytest.param(tp, cp, 1, marks=pytest.mark.slow) for tp, cp in ((1, 1), (1, 4), (8, 1))),
     ],
 )
 def test_one_trace_of_each_program_serves_a_whole_generation(tp: int, cp: int, dp: int, tiny, monkeypatch):

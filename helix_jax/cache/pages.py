@@ -185,11 +185,11 @@ def append(
     """
     pool_XKWH, pages, parts = cache.pool_XKWH, cache.pages, cache.spec.parts
     X, K, W, H = pool_XKWH.shape
-    entry_BT, offset_BT = split_slot(slot_BT, W)
+    entry_BT, offset_BT = split_slot(slot_BT.astype(jnp.uint32), W)  # simpler than signed divisions
     entry_BT = entry_BT % table_BM.shape[1] if cache.spec.window else entry_BT
     page_BT = jnp.take_along_axis(table_BM, entry_BT, axis=1, mode="fill", fill_value=-1)
     page_BTC = page_BT[..., None] + (layer * parts + jnp.arange(parts)) * pages
-    page_BTC = jnp.where((owned_BT & (page_BT >= 0))[..., None], page_BTC, X)
+    page_BTC = jnp.where((owned_BT & (page_BT >= 0))[..., None], page_BTC, X).astype(jnp.uint32)
     new_BTCKH = jnp.stack([x for x in (k_BTKH, v_BTKH) if x is not None], axis=2)
     new_BTCKH = pad_width(new_BTCKH, H)
     if isinstance(pool_XKWH, QuantisedPages):
@@ -197,7 +197,7 @@ def append(
 
     # The heads are indexed too: as a slice between page and offset, they make XLA transpose the whole pool. Keys and
     # values are one scatter, because each scatter is a kernel.
-    index = (page_BTC[..., None], jnp.arange(K), offset_BT[..., None, None])
+    index = (page_BTC[..., None], jnp.arange(K, dtype=jnp.uint32), offset_BT[..., None, None])
 
     def write(pool_XKWH: Array, new_BTCKH: Array) -> Array:
         return pool_XKWH.at[index].set(new_BTCKH.astype(pool_XKWH.dtype), mode="drop")
