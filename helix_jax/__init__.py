@@ -30,7 +30,16 @@ from helix_jax.checkpoint import DEMO_MODEL, load, save, shard
 from helix_jax.combine import COMBINES, combine
 from helix_jax.config import ModelConfig
 from helix_jax.decoding import DecodeOutput, DecodeState, decode
-from helix_jax.engine import Engine, EngineStats, FinishedEvent, RequestOutput, SamplingParams, TokenEvent, transfer
+from helix_jax.engine import (
+    Engine,
+    EngineStats,
+    FinishedEvent,
+    PromptLogprobs,
+    RequestOutput,
+    SamplingParams,
+    TokenEvent,
+    transfer,
+)
 from helix_jax.generation import generate, stream
 from helix_jax.helix import helix_attention
 from helix_jax.layout import PLACEMENTS, BlockLayout
@@ -61,6 +70,7 @@ __all__ = [
     "ModelConfig",
     "Partial",
     "Plan",
+    "PromptLogprobs",
     "RequestOutput",
     "Rows",
     "Sampling",

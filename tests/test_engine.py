@@ -23,7 +23,6 @@ from helix_jax import (
     transfer,
 )
 from helix_jax.cache import ring_pages
-from helix_jax.decoding import decode
 from helix_jax.engine import engine as engine_module
 from helix_jax.engine import sampling_params
 from helix_jax.sampling import apply_repetition_penalty

@@ -229,11 +229,13 @@ class HelixLM(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the continuation of each context, up to a stop string."""
-        prompts, params = [], []
+        prompts, params, lens = [], [], []
         for context, options in (request.args for request in requests):
-            own = self._generation_params(dict(options))
-            prompts.append(self._encode_context(context, own.max_new_tokens))
-            params.append(own)
+            params.append(self._generation_params(dict(options)))
+            prompts.append(self.tok_encode(context) or [self.prefix_token_id])
+            lens.append(len(prompts[-1]))
+            prompts[-1] = prompts[-1][-self._longest_context(params[-1].max_new_tokens) :]
+        _warn_of_truncation(lens, [len(prompt) for prompt in prompts], self.max_length)
         texts = [""] * len(requests)
         for index, output in self._run(prompts, params, "Running generate_until requests", disable_tqdm):
             texts[index] = self.tok_decode(output.tokens)
@@ -286,17 +288,15 @@ class HelixLM(TemplateLM):
             **{name: value for name, value in given.items() if value is not None},
         )
 
-    def _encode_context(self, context: str, max_new_tokens: int) -> list[int]:
-        """Return the token ids of a context, without those at its beginning that leave too little room to generate."""
+    def _longest_context(self, max_new_tokens: int) -> int:
+        """Return how many tokens of context leave room to generate."""
         longest = self.max_length - max_new_tokens
         if longest < 1:
             raise ValueError(
                 f"{max_new_tokens} tokens to generate leave no room for a context: generate fewer than the maximum "
                 f"length of {self.max_length}"
             )
-        tokens = self.tok_encode(context) or [self.prefix_token_id]
-        _warn_of_truncation([len(tokens)], [min(len(tokens), longest)], self.max_length)
-        return tokens[-longest:]
+        return longest
 
     def _run(
         self, prompts: list[list[int]], params: list[SamplingParams], description: str, disable_tqdm: bool
