@@ -26,7 +26,7 @@ from helix_jax.engine.requests import (
     RequestOutput,
     check_length,
 )
-from helix_jax.engine.runner import PendingStep, Runner, default_chunk
+from helix_jax.engine.runner import DecodeOptions, PendingStep, Runner, default_chunk
 from helix_jax.engine.scheduler import Admission, Chunk, ScheduledStep, Scheduler
 from helix_jax.mesh import DP
 from helix_jax.models.transformer import Transformer
@@ -111,8 +111,7 @@ class Engine:
             page=self.page,
             max_len=self._max_len,
             chunk=self.chunk,
-            max_steps=self.steps_per_call,
-            speculate=self.speculate is not None,
+            decoding=DecodeOptions(self.steps_per_call, self.speculate is not None),
         )
         self.prefix_caching_status = describe_prefix_caching(
             plan.layout, self.page, enabled=self.prefix_caching, windows=bool(config.windowed_layers)

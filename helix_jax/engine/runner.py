@@ -60,6 +60,18 @@ class PendingStep(NamedTuple):
     chunks: list[tuple[int, Chunk]]
 
 
+class DecodeOptions(NamedTuple):
+    """How rows decode.
+
+    Attributes:
+        max_steps: The most tokens per row and call.
+        speculate: Whether tokens are drafted.
+    """
+
+    max_steps: int
+    speculate: bool
+
+
 class Runner:
     """The device side of an engine: the weights, the pages, and the state of each row.
 
@@ -71,8 +83,7 @@ class Runner:
         page: Tokens per page.
         max_len: The most positions of a request.
         chunk: Tokens to prefill per call, in each dp group.
-        max_steps: The most decode steps per call.
-        speculate: Whether tokens are drafted.
+        decoding: How rows decode.
     """
 
     def __init__(
@@ -85,18 +96,17 @@ class Runner:
         page: int,
         max_len: int,
         chunk: int,
-        max_steps: int,
-        speculate: bool,
+        decoding: DecodeOptions,
     ):
         self.config, self.plan, self.rows = model.config, plan, rows
-        self._decode_steps = decode_steps(plan, max_steps, drafts=speculate)
+        self._decode_steps = decode_steps(plan, decoding.max_steps, drafts=decoding.speculate)
         self._decode_program = decode_program(plan)
         self.specs, self.page = cache_specs(model.config, plan.cache_dtype_for(model.dtype)), page
         self._weights = model.weights()
         self._device = min(model.embed_VD[...].sharding.addressable_devices, key=lambda device: device.id)
-        in_flight = max(chunk, 1 + MAX_DRAFT_TOKENS) if speculate else chunk
+        in_flight = max(chunk, 1 + MAX_DRAFT_TOKENS) if decoding.speculate else chunk
         self.pages_per_row = [_most_pages(plan, spec, max_len, in_flight, page) for spec in self.specs]
-        self._drafted_from = max_len if speculate else None  # the most tokens of a row
+        self._drafted_from = max_len if decoding.speculate else None  # the most tokens of a row
         # Only pages of the first cache group are allocated. The others are rings, whose pages belong to the rows.
         self.ring = self.pages_per_row[0] if self.specs[0].window else None
         self._groups = plan.mesh.shape[DP]
