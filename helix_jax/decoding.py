@@ -199,9 +199,9 @@ def _decode_drafts(
     assert state.drafts is not None
     live_B, length_B = remaining_B > 0, state.rows.length_B
     tokens_BS = _write_rows(state.drafts.tokens_BS, length_B, state.token_B[:, None], live_B.astype(jnp.int32))
-    draft_BD, found_B = propose(tokens_BS, length_B + 1, MAX_DRAFT_TOKENS)
+    draft_BD, match_B = propose(tokens_BS, length_B + 1, MAX_DRAFT_TOKENS)
     most_B = jnp.clip(remaining_B - 1, 0, MAX_DRAFT_TOKENS)
-    count_B = constrain_rows(plan, jnp.where(found_B & is_trusted(state.drafts.right_B), most_B, 0))
+    count_B = constrain_rows(plan, jnp.where(is_trusted(match_B, state.drafts.right_B), most_B, 0))
     group_BT = jnp.concatenate([state.token_B[:, None], draft_BD], axis=1)
 
     def run(T: int, state: DecodeState) -> Choice:
@@ -213,7 +213,7 @@ def _decode_drafts(
     # Verifying takes longer than decoding one token, so it is done only if a row has a draft.
     choice = lax.cond((count_B > 0).any(), partial(run, group_BT.shape[1]), partial(run, 1), state)
     accepted_B = count_accepted(choice.token_BT, draft_BD, count_B)
-    first_right_B = found_B & (choice.token_BT[:, 0] == draft_BD[:, 0])
+    first_right_B = (match_B > 0) & (choice.token_BT[:, 0] == draft_BD[:, 0])
     right_B = count_right(state.drafts.right_B, count_B, accepted_B, first_right_B)
     right_B = jnp.where(live_B, right_B, state.drafts.right_B)
     drafts = Drafts(constrain_rows(plan, tokens_BS), constrain_rows(plan, right_B))

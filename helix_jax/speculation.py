@@ -29,8 +29,7 @@ class Drafts(NamedTuple):
 
     Attributes:
         tokens_BS: The prompt and the generated tokens.
-        right_B: How many drafts in a row were right. Until there are `_TRUSTED`, a draft is not verified, which takes
-            longer than decoding a token, but compared with the token that is decoded.
+        right_B: How many drafts in a row were right.
     """
 
     tokens_BS: Int[Array, "B S"]
@@ -52,9 +51,10 @@ class SpeculationCounts(NamedTuple):
 
 
 def propose(tokens_BS: Int[Array, "B S"], known_B: Int[Array, "B"], drafts: int) -> tuple[Array, Array]:
-    """Return the tokens that followed the last occurrence of the most recent tokens, [B, drafts], and whether any did.
+    """Return the tokens that followed the last occurrence of the most recent tokens, [B, drafts].
 
-    The longest match is preferred, and of those the last one. If fewer tokens follow, they repeat.
+    The longest match is preferred, and of those the last one. If fewer tokens follow, they repeat. The second result is
+    the length of the match, 0 if there is none.
 
     Args:
         tokens_BS: The tokens of each row.
@@ -76,7 +76,7 @@ def _look_up(tokens_S: Array, known: Array, drafts: int) -> tuple[Array, Array]:
     end = jnp.where(length_S == longest, position_S, -1).max()
     following = jnp.maximum(last - end, 1)
     draft_D = tokens_S[jnp.clip(end + 1 + jnp.arange(drafts) % following, 0, tokens_S.size - 1)]
-    return draft_D, (longest >= _SHORTEST_MATCH) & (known > _SHORTEST_MATCH)
+    return draft_D, jnp.where((longest >= _SHORTEST_MATCH) & (known > _SHORTEST_MATCH), longest, 0)
 
 
 def count_accepted(
@@ -94,9 +94,16 @@ def count_accepted(
     return jnp.cumprod(right_BD.astype(jnp.int32), axis=1).sum(1)
 
 
-def is_trusted(right_B: Int[Array, "B"]) -> Bool[Array, "B"]:
-    """Return whether to verify the drafts of each row."""
-    return right_B >= _TRUSTED
+def is_trusted(match_B: Int[Array, "B"], right_B: Int[Array, "B"]) -> Bool[Array, "B"]:
+    """Return whether to verify the drafts of each row, which takes longer than to decode a token.
+
+    Others are only compared with the token that is decoded.
+
+    Args:
+        match_B: The length of the match that each draft follows.
+        right_B: How many drafts in a row were right.
+    """
+    return (match_B >= _LONGEST_MATCH) | ((match_B > 0) & (right_B >= _TRUSTED))
 
 
 def count_right(

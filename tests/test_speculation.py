@@ -22,8 +22,8 @@ PARAMS = {
 }
 
 
-def look_up(tokens: list[int], drafts: int) -> list[int] | None:
-    """Return the drafts of a row, found by trying every earlier place."""
+def look_up(tokens: list[int], drafts: int) -> tuple[list[int], int]:
+    """Return the drafts of a row, found by trying every earlier place, and the length of the match."""
     best = (1, 0)
     for end in range(len(tokens) - 1):
         length = 0
@@ -31,10 +31,7 @@ def look_up(tokens: list[int], drafts: int) -> list[int] | None:
             length += 1
         best = max(best, (length, end))
     length, end = best
-    if length < 2:
-        return None
-    following = tokens[end + 1 :]
-    return list(itertools.islice(itertools.cycle(following), drafts))
+    return list(itertools.islice(itertools.cycle(tokens[end + 1 :]), drafts)), length if length > 1 else 0
 
 
 def test_drafts_follow_the_last_occurrence_of_the_longest_match():
@@ -43,12 +40,12 @@ def test_drafts_follow_the_last_occurrence_of_the_longest_match():
     tokens_BS = np.full((len(rows), 40), 7, np.int32)
     for row, tokens in zip(tokens_BS, rows, strict=True):
         row[: len(tokens)] = tokens
-    draft_BD, found_B = jax.jit(partial(propose, drafts=7))(jnp.asarray(tokens_BS), jnp.asarray([*map(len, rows)]))
+    draft_BD, match_B = jax.jit(partial(propose, drafts=7))(jnp.asarray(tokens_BS), jnp.asarray([*map(len, rows)]))
     expected = [look_up(tokens, 7) for tokens in rows]
-    assert found_B.tolist() == [draft is not None for draft in expected]
-    assert sum(found_B) > 4
-    for draft_D, draft in zip(draft_BD.tolist(), expected, strict=True):
-        assert draft is None or draft_D == draft
+    assert match_B.tolist() == [match for _, match in expected]
+    assert sum(match_B > 0) > 4
+    for draft_D, (draft, match) in zip(draft_BD.tolist(), expected, strict=True):
+        assert not match or draft_D == draft
 
 
 def test_drafts_are_accepted_up_to_the_first_wrong_one():
@@ -109,11 +106,10 @@ def inject(monkeypatch: pytest.MonkeyPatch):
 
     def take(tokens_BS, known_B, drafts):
         index_BD = jnp.minimum(known_B[:, None] + jnp.arange(drafts), tokens_BS.shape[1] - 1)
-        return jnp.take_along_axis(tokens_BS, index_BD, axis=1), known_B > 0
+        return jnp.take_along_axis(tokens_BS, index_BD, axis=1), jnp.where(known_B > 0, 99, 0)
 
     monkeypatch.setattr(runner, "_padded", pad)
     monkeypatch.setattr(decoding, "propose", take)
-    monkeypatch.setattr(decoding, "is_trusted", lambda right_B: right_B >= 0)
     decoding.decode.clear_cache()
     yield lambda tokens: following.update(zip(map(tuple, repetitive_prompts()), tokens, strict=True))
     decoding.decode.clear_cache()
