@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
-from shapes import read_shape, take_first_layers
 
 from helix_jax.abstract import abstract_arguments
 from helix_jax.arrays import bytes_per_device
@@ -34,6 +33,7 @@ from helix_jax.config import ModelConfig
 from helix_jax.devices import libtpu_silenced
 from helix_jax.mesh import CP, DP, TP, make_mesh
 from helix_jax.plan import Plan
+from helix_jax.planner.shapes import read_shape, take_first_layers
 from helix_jax.step import step
 from helix_jax.training import TrainConfig, TrainPlan, abstract_batch, abstract_state, make_optimizer, train_step
 

@@ -30,8 +30,7 @@ from public_apis import time_engine, time_generate, time_prefill
 from random_weights import fill_with_noise, make_random_weights
 from rich.console import Console
 from rich.table import Table
-from roofline import count_kv_bytes, count_weight_bytes, measure_bandwidth
-from shapes import read_shape, take_first_layers
+from roofline import count_kv_bytes, count_weight_bytes
 
 from helix_jax.arrays import bytes_per_device, put
 from helix_jax.cache import cache_specs, make_caches, per_row
@@ -48,6 +47,8 @@ from helix_jax.layout import PLACEMENTS
 from helix_jax.mesh import CP, ROWS_B, TP, make_mesh
 from helix_jax.models.transformer import Transformer, Weights, assemble
 from helix_jax.plan import Plan
+from helix_jax.planner.measure import measure_bandwidth
+from helix_jax.planner.shapes import read_shape, take_first_layers
 from helix_jax.validation import check_int
 
 PROGRAM = "bench_decode.py"

@@ -18,7 +18,6 @@ from pathlib import Path
 import jax
 from public_apis import time_to_first_token
 from random_weights import make_random_weights
-from shapes import read_shape, take_first_layers
 
 from helix_jax.cli.app import Parser, run_command
 from helix_jax.cli.compilation_cache import enable_compilation_cache
@@ -27,6 +26,7 @@ from helix_jax.combine import COMBINES
 from helix_jax.devices import open_mesh
 from helix_jax.models.transformer import assemble
 from helix_jax.plan import Plan
+from helix_jax.planner.shapes import read_shape, take_first_layers
 
 PROGRAM = "bench_startup.py"
 PROMPT = 512

@@ -1,8 +1,7 @@
-"""Computes the roofline of a decode step: the bytes that it must read, and the bandwidth at which a device reads."""
+"""Computes the roofline of a decode step: the bytes that a device must read."""
 
 import argparse
-import time
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,26 +13,6 @@ from helix_jax.layout import BlockLayout
 from helix_jax.mesh import EXPERT_WEIGHTS, TP
 from helix_jax.models.transformer import Weights
 from helix_jax.plan import Plan
-
-
-def measure_bandwidth(device: Any, calls: int = 10, repeats: int = 5) -> float:
-    """Measure the bytes per second that a device reads, with the maximum of a large array.
-
-    Args:
-        device: The device.
-        calls: How many calls are queued before waiting for all of them.
-        repeats: How often this is timed. The fastest counts.
-    """
-    size = 2**27 if device.platform == "cpu" else 2**32
-    x_X = jnp.zeros(size // 2, jnp.bfloat16, device=device)
-    compute_max = jax.jit(jnp.max)
-    jax.block_until_ready(compute_max(x_X))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready([compute_max(x_X) for _ in range(calls)])
-        seconds.append(time.perf_counter() - start)
-    return calls * size / min(seconds)
 
 
 def count_weight_bytes(config: ModelConfig, rows: int, weights: Weights) -> float:

@@ -50,6 +50,7 @@ MAY_IMPORT = {
         *("arrays", "cache", "config", "layout", "mesh", "models", "plan", "processes", "quantisation"),
         *("decoding", "sampling", "speculation", "step", "text", "validation"),
     },
+    "planner": {"cache", "config", "heads", "mesh", "parsing", "quantisation", "validation"},
     "generation": {"engine", "mesh", "models", "plan"},
     "training": {
         *("arrays", "attention", "checkpoint", "combine", "config", "layout", "mesh", "models", "numerics", "parsing"),

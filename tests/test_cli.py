@@ -533,4 +533,4 @@ def test_the_version():
 def test_help_lists_all_commands():
     done = call("--help")
     assert done.returncode == 0
-    assert all(name in done.stdout for name in ("layout", "generate", "batch", "train", "eval"))
+    assert all(name in done.stdout for name in ("layout", "generate", "batch", "train", "eval", "plan"))

@@ -17,6 +17,7 @@ _COMMANDS = {
     "batch": "answer a file of requests",
     "train": "train a model",
     "eval": "evaluate long contexts on each placement",
+    "plan": "predict which mesh decodes best on some devices",
 }
 
 
