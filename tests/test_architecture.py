@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "abstract": {"cache", "checkpoint", "config", "heads", "kernels", "mesh", "models", "plan", "sampling"},
     "step": {"cache", "config", "helix", "mesh", "models", "plan", "sampling"},
     "engine": {
-        *("arrays", "cache", "config", "layout", "mesh", "models", "plan", "processes", "quantisation"),
+        *("arrays", "cache", "config", "helix", "layout", "mesh", "models", "plan", "processes", "quantisation"),
         *("sampling", "step", "text", "validation"),
     },
     "generation": {"engine", "mesh", "models", "plan"},
