@@ -47,8 +47,8 @@ MAY_IMPORT = {
     "speculation": set(),
     "decoding": {"cache", "config", "mesh", "models", "plan", "sampling", "speculation", "step"},
     "engine": {
-        *("arrays", "cache", "config", "layout", "mesh", "models", "plan", "processes", "quantisation"),
-        *("decoding", "sampling", "speculation", "step", "text", "validation"),
+        *("arrays", "cache", "config", "decoding", "helix", "layout", "mesh", "models", "plan", "processes"),
+        *("quantisation", "sampling", "speculation", "step", "text", "validation"),
     },
     "planner": {"cache", "config", "heads", "mesh", "parsing", "quantisation", "validation"},
     "generation": {"engine", "mesh", "models", "plan"},
