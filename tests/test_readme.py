@@ -7,13 +7,13 @@ import numpy as np
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+*EXAMPLES, CORE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_python_examples_run(monkeypatch):
     monkeypatch.chdir(ROOT)
     names: dict = {}
-    for block in BLOCKS[:3]:
+    for block in EXAMPLES:
         exec(block, names)
     assert names["o_BTNH"].shape == (2, 7, 8, 64)
     assert names["rows"].length_B.tolist() == [7, 3]
@@ -21,11 +21,12 @@ def test_the_python_examples_run(monkeypatch):
     assert len(names["tokens"]) == 32
     first, second = names["tokens_of"].values()
     assert (first, len(second)) == (names["tokens"][:8], 4)
+    assert [sample.index for sample in names["samples"]] == [0, 1, 2, 3]
 
 
 def test_the_core_shown_is_the_source():
     source = (ROOT / "helix_jax" / "helix.py").read_text()
-    shown = "".join(f"    {line}" if line.strip() else line for line in BLOCKS[3].splitlines(keepends=True))
+    shown = "".join(f"    {line}" if line.strip() else line for line in CORE.splitlines(keepends=True))
     assert shown in source
 
 
