@@ -24,7 +24,7 @@ def generate(
     params: Params = None,
     **options: Any,
 ) -> list[list[int]]:
-    """Return the new tokens of each prompt.
+    """Return the new tokens of each prompt, or with several samples (`params.n`) those of each sample, in order.
 
     Args:
         model: A model of `load` or `shard`.
@@ -55,7 +55,8 @@ def stream(
     a call together.
 
     Returns:
-        A `TokenEvent` per token and a `FinishedEvent` per prompt. Their ids are "0", "1" and so on.
+        A `TokenEvent` per token and a `FinishedEvent` per prompt. Their ids are "0", "1" and so on, or with several
+        samples "0/0", "0/1" and so on.
 
     Raises:
         TypeError: As `generate`.
@@ -69,7 +70,7 @@ def stream(
 def make_engine(
     model: Transformer, prompts: Sequence[Sequence[int] | np.ndarray], plan: Plan, params: Params, **options: Any
 ) -> Engine:
-    """Create an engine that is large enough to run all prompts at once.
+    """Create an engine that is large enough to run all prompts at once. All samples of a prompt are in one dp group.
 
     Raises:
         TypeError: As `generate`.
@@ -83,8 +84,9 @@ def make_engine(
         len(check_prompt(f"prompt {index}", prompt, own.max_new_tokens, **limits))
         for index, (prompt, own) in enumerate(zip(prompts, each, strict=True))
     ]
+    samples = [own.n for own in each]
     defaults = {
-        "rows": -(-len(prompts) // dp) * dp,
+        "rows": max(-(-sum(samples) // dp), *samples) * dp,
         "max_len": max(length + own.max_new_tokens for length, own in zip(lens, each, strict=True)),
     }
     engine_options = defaults | options

@@ -13,12 +13,13 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from helix_jax.attention import PageTable, Partial, merge_sink
-from helix_jax.cache import KVCache, Rows, append, pad_width
+from helix_jax.cache import KVCache, Rows, append, copy_pages, pad_width
 from helix_jax.combine import combine
 from helix_jax.kernels import backend_attend
 from helix_jax.kernels.page_format import PageFormat
 from helix_jax.mesh import (
     ATTENTION_OUT_BTNH,
+    COPIES_Z2X,
     CP,
     NEW_KEYS_BTKH,
     NEW_LATENT_BTKH,
@@ -107,6 +108,23 @@ def helix_attention(
         out_specs=(ATTENTION_OUT_BTNH, pool_spec),
     )
     return sharded(cache, jnp.asarray(layer, jnp.int32), (q_BTNH, k_BTKH, v_BTKH), rows, count_B, sink_N)
+
+
+def copy_pages_of_ranks(plan: Plan, cache: KVCache, copies_Z2X: Int[Array, "Z 2 X"]) -> KVCache:
+    """Copy pages within each rank, without communication.
+
+    Args:
+        plan: The mesh.
+        cache: The cache. It is updated in place if donated.
+        copies_Z2X: For each rank of each dp group, the pages to copy and the pages that they are copied to. A copy to a
+            negative page is dropped.
+    """
+    pool_spec = POOL_LATENT_XKWH if cache.spec.latent else POOL_XKWH
+
+    def copy(cache: KVCache, copies_12X: Array) -> KVCache:
+        return copy_pages(cache, copies_12X[0, 0], copies_12X[0, 1])
+
+    return jax.shard_map(copy, mesh=plan.mesh, in_specs=(pool_spec, COPIES_Z2X), out_specs=pool_spec)(cache, copies_Z2X)
 
 
 def _check_heads(plan: Plan, cache: KVCache, q_BTNH: Array, k_BTKH: Array) -> None:

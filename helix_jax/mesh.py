@@ -37,6 +37,7 @@ POOL_XKWH = P((DP, CP), TP, None, None)
 POOL_LATENT_XKWH = P((DP, CP), None, None, None)
 NEW_LATENT_BTKH = P(DP, None, None, None)
 TABLE_RBM = P(CP, DP, None)
+COPIES_Z2X = P((DP, CP))  # Z counts the ranks of all dp groups
 ROWS_B = P(DP)
 SINK_N = P(FLAT)
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, UInt32
 from helix_jax.validation import check_int, check_number
 
 MAX_LOGPROBS = 20  # of the most probable tokens, that can be reported per token
-_SEEDS = 2**64
+SEEDS = 2**64
 _LARGEST = 1e30  # a setting must be finite in float32
 
 
@@ -61,7 +61,7 @@ def make_sampling(
     """
     check_sampling(temperature, top_k, top_p, min_p)
     check_seed(seed)
-    seed_B = [(seed + row) % _SEEDS for row in range(rows)]
+    seed_B = [(seed + row) % SEEDS for row in range(rows)]
     words_B2 = np.asarray([divmod(seed, 2**32) for seed in seed_B], np.uint32).reshape(rows, 2)
     return Sampling(
         jnp.full(rows, temperature, jnp.float32),
@@ -100,7 +100,7 @@ def check_seed(seed: int) -> None:
         ValueError: It is not between 0 and 2^64 - 1.
     """
     check_int("seed", seed)
-    if not 0 <= seed < _SEEDS:
+    if not 0 <= seed < SEEDS:
         raise ValueError(f"seed is {seed}: give a whole number from 0 to 2^64 - 1")
 
 

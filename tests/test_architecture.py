@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "speculation": set(),
     "decoding": {"cache", "config", "mesh", "models", "plan", "sampling", "speculation", "step"},
     "engine": {
-        *("arrays", "cache", "config", "layout", "mesh", "models", "plan", "processes", "quantisation"),
+        *("arrays", "cache", "config", "helix", "layout", "mesh", "models", "plan", "processes", "quantisation"),
         *("decoding", "sampling", "speculation", "step", "text", "validation"),
     },
     "generation": {"engine", "mesh", "models", "plan"},

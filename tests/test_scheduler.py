@@ -1,5 +1,8 @@
 """The scheduler, the page allocator and the output text, without devices: dictionaries stand for the pages."""
 
+from collections import Counter
+from functools import cache
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -18,9 +21,14 @@ from helix_jax.text import ByteTokenizer
 VOCAB, ROWS, MAX_LEN = 5, 3, 40
 
 
-def next_token(tokens: list[int]) -> int:
-    """Stand in for the model: a function of all previous tokens, in order."""
-    return hash(tuple(tokens)) % VOCAB
+def next_token(tokens: list[int], sample: int = 0) -> int:
+    """Stand in for the model: a function of all previous tokens, in order, and of the index of the sample."""
+    return hash((sample, *tokens)) % VOCAB
+
+
+@cache
+def owner_and_slot(layout: BlockLayout, position: int, prompt_len: int) -> tuple[int, int]:
+    return layout.owner(position, prompt_len), layout.slot(position, prompt_len)
 
 
 class FakeDevices:
@@ -33,6 +41,9 @@ class FakeDevices:
 
     def run(self, step: ScheduledStep, scheduler: Scheduler) -> list[tuple[Request, int | Chunk]]:
         """Return (request, token) and (request, scored chunk), to be appended after the next step is scheduled."""
+        contents = [self._content(copy.rank, copy.source) for copy in step.page_copies]
+        for copy, content in zip(step.page_copies, contents, strict=True):
+            self.words |= {(copy.rank, copy.page, offset): word for offset, word in enumerate(content)}
         for rank, row, entry, page in step.table_edits:
             self.table_RBM[rank, row, entry] = page
         generated = []
@@ -40,7 +51,7 @@ class FakeDevices:
             tokens = self._tokens_with_in_flight(request, count)
             for _ in range(count):
                 self._write(request, tokens, len(tokens) - 1)
-                tokens.append(next_token(self._read(request, len(tokens))))
+                tokens.append(next_token(self._read(request, len(tokens)), request.index))
                 generated.append((request, tokens[-1]))
         for admission in step.admissions:
             row_pages = scheduler.row_pages[admission.request.id]
@@ -51,19 +62,21 @@ class FakeDevices:
             tokens = self._read(chunk.request, chunk.first + chunk.count)
             generated.append((chunk.request, chunk))
             if chunk.generates:
-                generated.append((chunk.request, next_token(tokens)))
+                generated.append((chunk.request, next_token(tokens, chunk.request.index)))
         return generated
+
+    def _content(self, rank: int, page: int) -> list[tuple[int, int]]:
+        return [self.words.get((rank, page, offset), (-1, -1)) for offset in range(self.allocator.page)]
 
     def _tokens_with_in_flight(self, request: Request, count: int) -> list[int]:
         """Return the tokens of a request before a call that decodes `count` of them."""
         tokens = list(request.all_token_ids)
         while len(tokens) <= request.num_computed - count:
-            tokens.append(next_token(tokens))
+            tokens.append(next_token(tokens, request.index))
         return tokens
 
     def _locate(self, request: Request, position: int) -> tuple[int, int, int]:
-        layout, prompt_len = self.allocator.layout, len(request.prompt)
-        rank, slot = layout.owner(position, prompt_len), layout.slot(position, prompt_len)
+        rank, slot = owner_and_slot(self.allocator.layout, position, len(request.prompt))
         entry, offset = split_slot(slot, self.allocator.page)
         return rank, int(self.table_RBM[rank, request.row, entry]), offset
 
@@ -109,12 +122,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         new=st.integers(2, 15),
         scoring=st.sampled_from([{}, {}, {"prompt_logprobs": 1}, {"prompt_logprobs": 0, "max_new_tokens": 0}]),
         first=st.integers(1, 3),
+        samples=st.sampled_from([1, 1, 2, 5]),
     )
-    def submit(self, start, more, new, scoring, first):
+    def submit(self, start, more, new, scoring, first, samples):
+        """Submit a request, or several samples of one prompt, of which the first may be scored."""
+        prompt = [start, *more]
+        for index in range(1 if scoring.get("max_new_tokens") == 0 else samples):
+            self._submit(prompt, index, new, scoring if index == 0 else {}, first)
+
+    def _submit(self, prompt: list[int], index: int, new: int, scoring: dict, first: int) -> None:
         first = {"prompt_logprobs_start": first} if scoring else {}
         request = Request(
             id=str(self.submitted),
-            prompt=[start, *more],
+            prompt=prompt,
+            index=index,
             params=SamplingParams(**{"max_new_tokens": new, **scoring, **first}),
             stop_token_ids=frozenset({VOCAB - 1}),
             order=self.submitted,
@@ -156,17 +177,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             self._finish(request)
 
     @invariant()
-    def every_page_is_in_one_place(self):
+    def every_page_is_free_or_has_the_users_that_are_counted(self):
         if not hasattr(self, "allocator"):
             return
-        all_pages = list(range(self.allocator.pages))
-        for rank in range(self.allocator.layout.ranks):
-            cached = [page for block in self.allocator._prefix_blocks.values() for page in block.pages[rank]]
-            private = []
-            for row_pages in self.scheduler.row_pages.values():
-                shared = {page for block in row_pages.prefix_blocks for page in block.pages[rank]}
-                private += [page for page in row_pages.pages[rank] if page not in shared]
-            assert sorted(cached + private + self.allocator._free_pages[rank]) == all_pages
+        rows, blocks = self.scheduler.row_pages.values(), self.allocator._prefix_blocks.values()
+        for rank, free in enumerate(self.allocator._free_pages):
+            users = Counter(page for one in (*rows, *blocks) for page in one.pages[rank])
+            assert all(self.allocator._users[rank, page] == users[page] for page in range(self.allocator.pages))
+            assert sorted([*free, *users]) == list(range(self.allocator.pages))
+            in_blocks = Counter(page for block in blocks for page in block.pages[rank])
+            assert max(in_blocks.values(), default=1) == 1
+        for row_pages in rows:
+            for block in self.allocator._unused_blocks:
+                assert not any(set(a) & set(b) for a, b in zip(row_pages.pages, block.pages, strict=True))
         for request in self.scheduler.running:
             self._check_page_counts(request)
 
@@ -193,7 +216,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _finish(self, request: Request) -> None:
         expected = list(request.prompt)
         for token in request.token_ids:
-            assert token == next_token(expected)
+            assert token == next_token(expected, request.index)
             expected.append(token)
         del self.unfinished[request.id]
         self.scheduler.remove(request)

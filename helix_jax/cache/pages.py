@@ -205,6 +205,26 @@ def append(
     return cache._replace(pool_XKWH=jax.tree.map(write, pool_XKWH, new_BTCKH))
 
 
+def copy_pages(cache: KVCache, source_X: Int[Array, "X"], page_X: Int[Array, "X"]) -> KVCache:
+    """Copy pages to others of this rank, in all layers. Call it inside `shard_map`.
+
+    The write is in place if `cache` is donated.
+
+    Args:
+        cache: The pages of this rank.
+        source_X: The pages to copy.
+        page_X: Where they are copied to. A copy to a negative page is dropped.
+    """
+    first_Y1 = jnp.arange(cache.spec.layers * cache.spec.parts)[:, None] * cache.pages
+    to_YX = jnp.where(page_X >= 0, first_Y1 + page_X, cache.pool_XKWH.shape[0])
+    from_YX = first_Y1 + source_X
+
+    def copy(pool_XKWH: Array) -> Array:
+        return pool_XKWH.at[to_YX].set(pool_XKWH.at[from_YX].get(mode="clip"), mode="drop")
+
+    return cache._replace(pool_XKWH=jax.tree.map(copy, cache.pool_XKWH))
+
+
 def pad_width(x: Array, width: int) -> Array:
     """Pad vectors with zeros to the width that the pages store."""
     missing = width - x.shape[-1]

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from itertools import count
+from itertools import chain, count
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ from helix_jax.engine.requests import (
     Request,
     RequestOutput,
     check_length,
+    sample_ids,
 )
 from helix_jax.engine.runner import DecodeOptions, PendingStep, Runner, default_chunk
 from helix_jax.engine.scheduler import Admission, Chunk, ScheduledStep, Scheduler
@@ -124,8 +125,10 @@ class Engine:
             budget=self.budget or len(groups) * self.chunk,
             chunk=self.chunk,
             max_steps=self.steps_per_call,
+            windows=bool(config.windowed_layers),
         )
-        self.requests: dict[str, Request] = {}  # those that have not finished
+        self.requests: dict[str, Request] = {}  # those that have not finished, each sample by its own id
+        self._samples: dict[str, list[Request]] = {}  # those of each id that was submitted with several
         self._pending: deque[PendingStep] = deque()  # dispatched, not yet read
         self._events: deque[Event] = deque()  # not yet returned
         self._submitted = self._steps = self._prefilled = self._shared = self._decoded = self._finished = 0
@@ -146,7 +149,8 @@ class Engine:
             id: Its name. None: the engine chooses one.
 
         Returns:
-            The id.
+            The id. With several samples (`params.n`), each is a request with events and an output of its own. Their ids
+            are `id/0`, `id/1` and so on.
 
         Raises:
             TypeError: The prompt, `params` or `id` has the wrong type.
@@ -156,7 +160,7 @@ class Engine:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"params is {params!r}: give SamplingParams(...)")
-        return self._submit("the prompt", prompt, params, id)
+        return self._submit("the prompt", prompt, params, id)[0]
 
     def submit_all(
         self,
@@ -178,7 +182,16 @@ class Engine:
             TypeError: As `submit`, or `prompts` is a string.
             ValueError: As `submit`, or the number of params or ids differs from that of prompts.
         """
-        submitted: list[str] = []
+        return [id for id, _ in self._submit_all(prompts, params, ids)]
+
+    def _submit_all(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        ids: Sequence[str] | None = None,
+    ) -> list[tuple[str, list[Request]]]:
+        """Submit like `submit_all`. Return each id and its samples."""
+        submitted: list[tuple[str, list[Request]]] = []
         all_params = params_of_each(params, prompts)
         all_ids = [None] * len(prompts) if ids is None else ids
         if len(all_ids) != len(prompts):
@@ -187,42 +200,61 @@ class Engine:
             for index, (prompt, own, id) in enumerate(zip(prompts, all_params, all_ids, strict=True)):
                 submitted.append(self._submit(f"prompt {index}", prompt, own, id))
         except (TypeError, ValueError):
-            for id in submitted:
-                self.discard(self.requests[id])
+            for request in chain.from_iterable(samples for _, samples in submitted):
+                self.discard(request)
             raise
         return submitted
 
-    def _submit(self, name: str, prompt: Prompt, params: SamplingParams, id: str | None) -> str:
+    def _submit(self, name: str, prompt: Prompt, params: SamplingParams, id: str | None) -> tuple[str, list[Request]]:
         id = self._new_id() if id is None else id
         if not isinstance(id, str):
             raise TypeError(f"id is {id!r}: give a string, or none")
-        if id in self.requests:
-            raise ValueError(f"a request '{id}' has not finished yet: give another id")
-        ids = check_token_ids(name, self._encode(name, prompt, params), self.config.vocab)
+        own_ids = sample_ids(id, params.n)
+        for used in (id, *own_ids):
+            if used in self.requests or used in self._samples:
+                raise ValueError(f"a request '{used}' has not finished yet: give another id")
+        token_ids = check_token_ids(name, self._encode(name, prompt, params), self.config.vocab)
+        all_params = self._with_seed(params).of_samples()
+        samples = [self._make_request(own_id, token_ids, own) for own_id, own in zip(own_ids, all_params, strict=True)]
+        self.check_fits(samples[0], name)
+        for index, request in enumerate(samples):
+            request.index, request.order = index, self._submitted
+            request.parent_id = id if len(samples) > 1 else None
+            self._submitted += 1
+            self._add(request)
+            self.scheduler.waiting.append(request)
+        return id, samples
+
+    def _make_request(self, id: str, prompt: list[int], params: SamplingParams) -> Request:
         eos = () if params.ignore_eos else self.config.eos_token_ids
-        request = Request(
+        return Request(
             id=id,
-            prompt=ids,
-            params=self._with_seed(params),
+            prompt=prompt,
+            params=params,
             stop_token_ids=frozenset((*params.stop_token_ids, *eos)),
             order=self._submitted,
-            text=OutputText(self.tokenizer, params.stop, ids),
+            text=OutputText(self.tokenizer, params.stop, prompt),
             num_scored=params.prompt_logprobs_start - 1,
             submitted_s=time.perf_counter(),
         )
-        self.check_fits(request, name)
-        self._submitted += 1
-        self.requests[id] = request
-        self.scheduler.waiting.append(request)
-        return id
+
+    def _add(self, request: Request) -> None:
+        self.requests[request.id] = request
+        if request.parent_id is not None:
+            self._samples.setdefault(request.parent_id, []).append(request)
 
     def cancel(self, id: str) -> None:
         """Finish a request where it is. The next step returns its event.
 
+        Args:
+            id: The request: one sample of a prompt, such as `id/0`, or all that have not finished, if it is the id that
+                was submitted.
+
         Raises:
             ValueError: The id is unknown, or the request has finished.
         """
-        self._events.append(self._finish(self.find_request(id), CANCELLED))
+        requests = list(self._samples[id]) if id in self._samples else [self.find_request(id)]
+        self._events.extend([self._finish(request, CANCELLED) for request in requests])
 
     def step(self) -> list[Event]:
         """Dispatch one step, then read the tokens of the previous one.
@@ -275,13 +307,14 @@ class Engine:
             params: How they continue: one for all, or one each.
 
         Returns:
-            The outputs, in the order of the prompts. Later calls of `step` return the events of other requests.
+            The outputs, in the order of the prompts. With several samples (`params.n`), there is one of each, in order
+            of their `index`. Later calls of `step` return the events of other requests.
 
         Raises:
             TypeError: As `submit_all`.
             ValueError: As `submit_all`. Then nothing runs.
         """
-        own_ids = self.submit_all(prompts, params)
+        own_ids = [request.id for _, samples in self._submit_all(prompts, params) for request in samples]
         outputs: dict[str, RequestOutput] = {}
         others: list[Event] = []
         try:
@@ -363,6 +396,11 @@ class Engine:
         Raises:
             ValueError: The id is unknown, or the request has finished.
         """
+        if id in self._samples:
+            names = ", ".join(f"'{request.id}'" for request in self._samples[id][:2])
+            raise ValueError(
+                f"request '{id}' has {len(self._samples[id])} samples: give the id of one, such as {names}"
+            )
         if id not in self.requests:
             raise ValueError(f"no request '{id}' is waiting or running: it has finished, or was never submitted")
         return self.requests[id]
@@ -390,12 +428,16 @@ class Engine:
     def discard(self, request: Request) -> None:
         """Remove a request without an event."""
         del self.requests[request.id]
+        if request.parent_id is not None:
+            self._samples[request.parent_id].remove(request)
+            if not self._samples[request.parent_id]:
+                del self._samples[request.parent_id]
         self.scheduler.remove(request)
 
     def adopt(self, request: Request) -> None:
         """Continue a request that was started in another engine. Its cache is in its pages here."""
         request.order = self._submitted
-        self.requests[request.id] = request
+        self._add(request)
         self._submitted += 1
         if request.row is None:
             self.scheduler.waiting.append(request)
@@ -419,7 +461,7 @@ class Engine:
 
     def _new_id(self) -> str:
         names = (f"request-{number}" for number in count(self._submitted))
-        return next(name for name in names if name not in self.requests)
+        return next(name for name in names if name not in self.requests and name not in self._samples)
 
     def _encode(self, name: str, prompt: Prompt, params: SamplingParams) -> Sequence[int] | np.ndarray:
         if self.tokenizer is None and (isinstance(prompt, str) or params.stop):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,22 @@ class PrefixBlock:
     users: int = 0
 
 
+class NewPage(NamedTuple):
+    """A page that a row gets.
+
+    Attributes:
+        rank: The rank that it is on.
+        entry: Its entry in the page table of the row.
+        page: The page.
+        source: The page that it is a copy of, which it replaces in the table. None: it has no content.
+    """
+
+    rank: int
+    entry: int
+    page: int
+    source: int | None = None
+
+
 @dataclass
 class RowPages:
     """The pages of one row.
@@ -33,11 +50,14 @@ class RowPages:
         length: How many positions they suffice for.
         prefix_blocks: The prefix blocks of its first tokens. If another row registered a block first, this row has
             pages of its own for the same tokens, and uses the registered block only to extend the prefix.
+        is_fork: Whether it began as a fork of another row. It then registers no prefix blocks, because those of the
+            other row may end beyond the positions that both have in common.
     """
 
     pages: list[list[int]]
     length: int = 0
     prefix_blocks: list[PrefixBlock] = field(default_factory=list)
+    is_fork: bool = False
 
     @classmethod
     def empty(cls, ranks: int) -> "RowPages":
@@ -52,6 +72,9 @@ class PageAllocator:
     block that it follows. Blocks that no row uses stay cached until pages run out. The one that was released first is
     evicted first.
 
+    The users of a page, rows and prefix blocks, are counted. A row that is to write to a page with other users gets a
+    copy of it first. Other users never see what a row wrote to a page before: it is beyond the slots that they read.
+
     Args:
         layout: Which rank owns which position.
         pages: Pages per rank.
@@ -65,6 +88,7 @@ class PageAllocator:
         self.prefix_block_len = prefix_block_len(layout, page) if share else None
         self.num_releases = 0
         self._free_pages = [list(range(pages - 1, -1, -1)) for _ in range(layout.ranks)]
+        self._users = np.zeros((layout.ranks, pages), np.int32)
         self._prefix_blocks: dict[tuple[int, bytes], PrefixBlock] = {}
         self._unused_blocks: dict[PrefixBlock, None] = {}  # in the order in which they were released
 
@@ -88,48 +112,72 @@ class PageAllocator:
             if block is None:
                 break
             self._use(row_pages, block)
+            self._add_user(block.pages)
             for pages, block_pages in zip(row_pages.pages, block.pages, strict=True):
                 pages.extend(block_pages)
-        return row_pages, len(row_pages.prefix_blocks) * self.prefix_block_len
+        row_pages.length = len(row_pages.prefix_blocks) * self.prefix_block_len
+        return row_pages, row_pages.length
 
-    def grow(self, row_pages: RowPages, length: int, prompt_len: int) -> list[tuple[int, int, int]] | None:
+    def fork(self, source: RowPages, length: int, prompt_len: int) -> RowPages:
+        """Return the pages of a new row that begins with the first `length` positions of another row.
+
+        Both rows use the same pages. Of those that the new row is to write to, `grow` makes copies. The other row must
+        be prefilled.
+        """
+        needed_R = self.count_pages(length, prompt_len)
+        shared = [pages[:needed] for needed, pages in zip(needed_R, source.pages, strict=True)]
+        row_pages = RowPages(shared, length, is_fork=True)
+        self._add_user(shared)
+        # A row uses every block whose pages it uses, so that a block without users can be evicted.
+        blocks = pages_needed(length, self.prefix_block_len) if self.prefix_block_len else 0
+        for block in source.prefix_blocks[:blocks]:
+            self._use(row_pages, block)
+        return row_pages
+
+    def grow(self, row_pages: RowPages, length: int, prompt_len: int) -> list[NewPage] | None:
         """Allocate the pages that a row is missing for `length` positions, evicting cached prefixes if necessary.
 
         Returns:
-            The new pages as (rank, entry of the page table, page), or None if there are too few. Then nothing changed.
+            The new pages, some of which are copies, or None if there are too few. Then nothing changed.
         """
         if length <= row_pages.length:
             return []
         needed_R = self.count_pages(length, prompt_len)
-        missing_R = [int(needed) - len(pages) for needed, pages in zip(needed_R, row_pages.pages, strict=True)]
+        copied = self._entries_to_copy(row_pages, length, prompt_len)
+        missing_R = [
+            int(needed) - len(pages) + len(entries)
+            for needed, pages, entries in zip(needed_R, row_pages.pages, copied, strict=True)
+        ]
         if not self._evict_for(missing_R):
             return None
         new_pages = []
-        for rank, missing in enumerate(missing_R):
-            for _ in range(missing):
-                page = self._free_pages[rank].pop()
-                new_pages.append((rank, len(row_pages.pages[rank]), page))
-                row_pages.pages[rank].append(page)
+        for rank, pages in enumerate(row_pages.pages):
+            for entry in copied[rank]:
+                new_pages.append(NewPage(rank, entry, self._allocate(rank), source=pages[entry]))
+                self._users[rank, pages[entry]] -= 1  # which is still used
+                pages[entry] = new_pages[-1].page
+            for entry in range(len(pages), needed_R[rank]):
+                new_pages.append(NewPage(rank, entry, self._allocate(rank)))
+                pages.append(new_pages[-1].page)
         row_pages.length = length
         return new_pages
 
     def register_prefix(self, row_pages: RowPages, tokens: Sequence[int], length: int) -> None:
         """Register the first `length` of a row's tokens as cached, so that other rows can use them from now on."""
-        if self.prefix_block_len is None:
+        if self.prefix_block_len is None or row_pages.is_fork:
             return
         for index in range(len(row_pages.prefix_blocks), length // self.prefix_block_len):
             key = self._key(row_pages, tokens, index)
             if key not in self._prefix_blocks:
                 span = slice(index * self._pages_per_block, (index + 1) * self._pages_per_block)
                 self._prefix_blocks[key] = PrefixBlock(key, [pages[span] for pages in row_pages.pages])
+                self._add_user(self._prefix_blocks[key].pages)
             self._use(row_pages, self._prefix_blocks[key])
 
     def release(self, row_pages: RowPages) -> None:
-        """Free the pages of a row. Those of prefix blocks stay cached."""
+        """Free the pages of a row that have no other user. Those of prefix blocks stay cached."""
         self.num_releases += 1
-        for rank, pages in enumerate(row_pages.pages):
-            cached = {page for block in row_pages.prefix_blocks for page in block.pages[rank]}
-            self._free_pages[rank].extend(page for page in reversed(pages) if page not in cached)
+        self._remove_user(row_pages.pages)
         # From the end: a row that uses a block also uses those before it, so a block is evicted after those that
         # follow it.
         for block in reversed(row_pages.prefix_blocks):
@@ -178,8 +226,39 @@ class PageAllocator:
 
     def _evict(self, block: PrefixBlock) -> None:
         del self._prefix_blocks[block.key], self._unused_blocks[block]
-        for free, pages in zip(self._free_pages, block.pages, strict=True):
-            free.extend(reversed(pages))
+        self._remove_user(block.pages)
+
+    def _entries_to_copy(self, row_pages: RowPages, length: int, prompt_len: int) -> list[list[int]]:
+        """Return for each rank the entries of the pages with other users that a row writes to up to `length` positions.
+
+        These can only be the last page of a rank, if it is partly filled, or all of them if rows reuse their pages.
+        """
+        ranks = np.arange(self.layout.ranks)
+        before_R, after_R = (self.layout.filled(end, prompt_len, ranks) for end in (row_pages.length, length))
+        entries = []
+        for rank, pages in enumerate(row_pages.pages):
+            if self.ring is not None:
+                first = 0
+            else:
+                first = before_R[rank] // self.page if after_R[rank] > before_R[rank] else len(pages)
+            entries.append([entry for entry in range(first, len(pages)) if self._users[rank, pages[entry]] > 1])
+        return entries
+
+    def _allocate(self, rank: int) -> int:
+        """Return a free page, which then has one user."""
+        page = self._free_pages[rank].pop()
+        self._users[rank, page] = 1
+        return page
+
+    def _add_user(self, pages: list[list[int]]) -> None:
+        for users, own in zip(self._users, pages, strict=True):
+            users[own] += 1
+
+    def _remove_user(self, pages: list[list[int]]) -> None:
+        """Remove a user of pages on each rank, and free those that have no other."""
+        for users, own, free in zip(self._users, pages, self._free_pages, strict=True):
+            users[own] -= 1
+            free.extend(page for page in reversed(own) if not users[page])
 
 
 def prefix_block_len(layout: BlockLayout, page: int) -> int | None:

@@ -1,13 +1,14 @@
 """The parameters of a request, checked when they are created."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from helix_jax.sampling import MAX_LOGPROBS, check_sampling, check_seed
+from helix_jax.sampling import MAX_LOGPROBS, SEEDS, check_sampling, check_seed
 from helix_jax.validation import check_int, check_keys, check_number
 
 _LARGEST = 1e30  # a setting must be finite in float32
+_MOST_SAMPLES = 16384
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,11 @@ class SamplingParams:
             log-probabilities, 0 those of the chosen tokens alone.
         prompt_logprobs: How many of the most probable tokens to report with each token of the prompt but the first, 0
             to 20. None reports no log-probabilities of the prompt, 0 those of its tokens alone.
+            With several samples, the first one reports them.
         prompt_logprobs_start: The index of the first token of the prompt to report, at least 1. If another request has
             cached the beginning of the prompt, it is used only as far as nothing is reported.
+        n: How many samples to generate, 1 to 16,384. More than one need a temperature. Sample i equals the output of a
+            request with the seed `seed + i` (modulo 2^64), but the prompt is prefilled once, and its pages are shared.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -54,6 +58,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     prompt_logprobs_start: int = 1
+    n: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -74,11 +79,30 @@ class SamplingParams:
             check_seed(self.seed)
         self._check_penalty()
         self._check_stop()
+        self._check_n()
 
     @property
     def is_greedy(self) -> bool:
         """Whether the next token is the most probable one, without a penalty."""
         return self.temperature == 0 and self.repetition_penalty == 1
+
+    def of_samples(self) -> "list[SamplingParams]":
+        """Return the parameters of each sample, as a request of its own."""
+        if self.n == 1:
+            return [self]
+        assert self.seed is not None  # the engine draws one
+        first = replace(self, n=1)
+        others = replace(first, prompt_logprobs=None, prompt_logprobs_start=1)
+        return [first, *(replace(others, seed=(self.seed + index) % SEEDS) for index in range(1, self.n))]
+
+    def _check_n(self) -> None:
+        check_int("n", self.n, least=1)
+        if self.n > _MOST_SAMPLES:
+            raise ValueError(f"n is {self.n}: give at most {_MOST_SAMPLES}")
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(f"n is {self.n} with temperature 0, so that all samples are equal: give a temperature too")
+        if self.n > 1 and self.max_new_tokens == 0:
+            raise ValueError(f"n is {self.n} with max_new_tokens 0, so that nothing is sampled: give n 1")
 
     def _check_penalty(self) -> None:
         check_number("repetition_penalty", self.repetition_penalty)

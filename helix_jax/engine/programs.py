@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from helix_jax.cache import Rows
 from helix_jax.config import ModelConfig
 from helix_jax.decoding import DecodeOutput, DecodeState, is_stop
+from helix_jax.helix import copy_pages_of_ranks
 from helix_jax.mesh import DP, TABLE_RBM, sharding
 from helix_jax.models.transformer import Weights, assemble
 from helix_jax.plan import Plan
@@ -25,6 +26,7 @@ class RowUpdate(NamedTuple):
     Attributes:
         table_RM: Its page tables in the first cache group.
         length: How many of its tokens are cached already.
+        token: The token that follows these. A row that is not prefilled begins to decode with it.
         prompt_len: The length of its prompt.
         stop_V: Its stop tokens.
         sampling: How it chooses its next token, as arrays for one row.
@@ -33,6 +35,7 @@ class RowUpdate(NamedTuple):
 
     table_RM: Int[Array, "R M"]
     length: Int[Array, ""]
+    token: Int[Array, ""]
     prompt_len: Int[Array, ""]
     stop_V: Bool[Array, "V"]
     sampling: RowSampling
@@ -79,11 +82,24 @@ def _admit(plan: Plan, state: DecodeState, row: Int[Array, ""], update: RowUpdat
     )
     return state._replace(
         rows=rows,
+        token_B=set_row(state.token_B, update.token),
         finished_B=set_row(state.finished_B, jnp.zeros((), bool)),
         stop_BV=jax.tree.map(set_row, state.stop_BV, update.stop_V),
         sampling=jax.tree.map(lambda all_B, one_1: set_row(all_B, one_1[0]), state.sampling, update.sampling),
         drafts=jax.tree.map(set_row, state.drafts, drafts),
     )
+
+
+def _copy_pages(plan: Plan, state: DecodeState, copies: tuple[Int[Array, "Z 2 X"], ...]) -> DecodeState:
+    """Copy pages of each cache group within each rank.
+
+    Args:
+        plan: How the mesh decodes.
+        state: Donated: continue with the one that is returned.
+        copies: For each cache group, the copies as `copy_pages_of_ranks` takes them.
+    """
+    caches = (copy_pages_of_ranks(plan, cache, own) for cache, own in zip(state.caches, copies, strict=True))
+    return state._replace(caches=tuple(caches))
 
 
 def _edit_page_table(plan: Plan, state: DecodeState, edits_X4: Int[Array, "X 4"]) -> DecodeState:
@@ -225,6 +241,7 @@ def _set_tokens(
 
 _donate_state = {"donate_argnames": "state"}
 admit = partial(jax.jit, static_argnames="plan", **_donate_state)(_admit)
+copy_pages = partial(jax.jit, static_argnames="plan", **_donate_state)(_copy_pages)
 edit_page_table = partial(jax.jit, static_argnames="plan", **_donate_state)(_edit_page_table)
 prefill = partial(jax.jit, static_argnames=("config", "plan"), **_donate_state)(_prefill)
 prefill_to_score = partial(jax.jit, static_argnames=("config", "plan"), **_donate_state)(_prefill_to_score)

@@ -44,13 +44,15 @@ class RequestOutput:
         finish_reason: "stop" (an end-of-sequence or stop token, or a stop string), "length" or "cancelled".
         ttft_s: The time from submission to the first token. None if there is no token.
         s_per_token: The mean time between tokens. None if there are fewer than two.
-        shared_tokens: Prompt tokens that were cached already, because another request starts with them too.
+        shared_tokens: Prompt tokens that were cached already, because another request, or another sample of the same
+            prompt, starts with them too.
         preemptions: How often the request was preempted and recomputed.
         logprobs: For each token, its log-probability and the most probable tokens with theirs. None if not requested.
         seed: The seed that it was sampled with: of its parameters, or drawn at submission. None for a greedy request
             without one, which needs no seed.
         prompt_logprobs: For each token of the prompt but the first, or from `prompt_logprobs_start` on, as in
             `logprobs`. None if not requested. Of a cancelled request there may be fewer.
+        index: Which of the samples of its prompt it is. 0 if there is one.
     """
 
     id: str
@@ -65,6 +67,7 @@ class RequestOutput:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     seed: int | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    index: int = 0
 
 
 class FinishedEvent(NamedTuple):
@@ -87,7 +90,7 @@ class EngineStats:
     """Statistics of an engine, since its start.
 
     Attributes:
-        waiting: Requests that wait for a row.
+        waiting: Requests that wait for a row. Each sample of a prompt counts, here and below.
         running: Requests that have a row.
         finished: Requests that have finished.
         capacity: Tokens that the pages of all ranks can store.
@@ -127,11 +130,12 @@ class EngineStats:
 
 @dataclass(eq=False)  # compared by identity: two requests may be equal in all fields
 class Request:
-    """The state of a request in an engine.
+    """The state of a request in an engine. Each of several samples of a prompt is a request.
 
     Attributes:
         id: Its name.
-        prompt: The token ids of the prompt. They never change, as the places of all tokens depend on their number.
+        prompt: The token ids of the prompt. They never change, as the places of all tokens depend on their number. The
+            samples of a prompt have the same list object.
         params: How it continues.
         stop_token_ids: Tokens that end it.
         order: The order of submission. The newest request has the largest.
@@ -150,6 +154,8 @@ class Request:
         submitted_s: The time of submission.
         first_token_s: The time of the first token.
         last_token_s: The time of the latest token.
+        index: As in `RequestOutput`.
+        parent_id: The id that was submitted, if its prompt has several samples.
     """
 
     id: str
@@ -171,6 +177,8 @@ class Request:
     submitted_s: float = 0.0
     first_token_s: float | None = None
     last_token_s: float | None = None
+    index: int = 0
+    parent_id: str | None = None
 
     def __post_init__(self) -> None:
         self.all_token_ids = self.prompt + self.token_ids
@@ -200,6 +208,15 @@ class Request:
     def num_to_prefill(self) -> int:
         """The positions to prefill when the request gets a row."""
         return min(len(self.all_token_ids), self.max_computed)
+
+    @property
+    def num_shareable(self) -> int:
+        """The positions that it can share with other samples of its prompt. Each appends the last token itself."""
+        return len(self.prompt) - 1
+
+    def is_sample_with(self, other: "Request") -> bool:
+        """Return whether this request and `other` are samples of a prompt, whose pages `other` can share."""
+        return self.prompt is other.prompt and self.num_shareable > 0 and not other.needs_scores
 
     @property
     def needs_scores(self) -> bool:
@@ -250,7 +267,13 @@ class Request:
             logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
             seed=self.params.seed,
             prompt_logprobs=None if num_top is None else PromptLogprobs.concatenate(self.prompt_logprobs, num_top),
+            index=self.index,
         )
+
+
+def sample_ids(id: str, n: int) -> list[str]:
+    """Return the ids of the samples of a request: its own if there is one, else `id/0`, `id/1` and so on."""
+    return [id] if n == 1 else [f"{id}/{index}" for index in range(n)]
 
 
 def check_prompt(

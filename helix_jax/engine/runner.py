@@ -31,7 +31,7 @@ from helix_jax.engine.prefill_shapes import PrefillShape, divide_chunks, prefill
 from helix_jax.engine.programs import Chunks, RowUpdate
 from helix_jax.engine.requests import Request
 from helix_jax.engine.scheduler import Admission, Chunk, ScheduledStep, make_page_table
-from helix_jax.mesh import DP, REPLICATED, ROWS_B, TABLE_RBM, AnyMesh, first_device, sharding
+from helix_jax.mesh import COPIES_Z2X, DP, REPLICATED, ROWS_B, TABLE_RBM, AnyMesh, first_device, sharding
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.processes import min_over_processes
@@ -40,6 +40,7 @@ from helix_jax.speculation import MAX_DRAFT_TOKENS, Drafts
 
 _MEMORY_FRACTION = 0.9  # of a device's free memory, for pages
 _EDITS_PER_CALL = 64
+_COPIES_PER_CALL = 8  # pages of each rank in each cache group, all of which are in memory twice meanwhile
 _NUM_TOP = (0, 1, MAX_LOGPROBS)  # numbers of most probable tokens for which a program scores prompts
 _CHUNK, _GPU_CHUNK = 512, 2048  # tokens to prefill per call
 
@@ -129,6 +130,7 @@ class Runner:
         start = time.perf_counter()
         compiled = self._compile_concurrently(greedy=greedy, sampling=sampling)
         self._edit_page_table([])
+        self._copy_pages([[] for _ in self.specs])
         idle = Request("", [0], SamplingParams(), frozenset(), -1, OutputText(None, ()))
         self._set_row(self.rows, RowPages.empty(self.plan.layout.ranks), idle, 0)  # a row that does not exist
         # On a CPU, a compiled program needs no first call, and to prefill padding takes as long as to prefill tokens.
@@ -151,6 +153,8 @@ class Runner:
             The outputs that will be read later.
         """
         pending = []
+        if step.page_copies or any(admission.source_row is not None for admission in step.admissions):
+            self._copy_pages(self._list_copies(step))
         if step.table_edits:
             self._edit_page_table(step.table_edits)
         if step.decodes:
@@ -231,12 +235,47 @@ class Runner:
         update = RowUpdate(
             self.put(self.row_table(0, row, row_pages)),
             self.put(np.int32(num_cached)),
+            self.put(np.int32(request.all_token_ids[min(num_cached, len(request.all_token_ids) - 1)])),
             self.put(np.int32(len(request.prompt))),
             self.put(_mask(request.stop_token_ids, self._vocab)),
             self.put(sampling),
             None if self._drafted_from is None else self.put(_padded(request.all_token_ids, self._drafted_from)),
         )
         self.state = self.call(programs.admit, self.plan, self.state, self.put(np.int32(row)), update)
+
+    def _list_copies(self, step: ScheduledStep) -> list[list[tuple[int, int, int]]]:
+        """Return the pages that a step copies in each cache group, as (rank, source, page).
+
+        The rank is among those of all dp groups. A row that is forked gets a copy of the whole rings of the other row.
+        """
+        ranks, rows_per_group = self.plan.layout.ranks, self.rows // self._groups
+        copies = [
+            [(copy.row // rows_per_group * ranks + copy.rank, copy.source, copy.page) for copy in step.page_copies]
+        ]
+        forks = [
+            (admission.request.assigned_row, admission.source_row)
+            for admission in step.admissions
+            if admission.source_row is not None
+        ]
+        for pages in self.pages_per_row[1:]:
+            table_BM = fixed_pages(self.plan, self.rows, pages)
+            copies.append(
+                [
+                    (row // rows_per_group * ranks + rank, int(source), int(page))
+                    for row, source_row in forks
+                    for source, page in zip(table_BM[source_row], table_BM[row], strict=True)
+                    for rank in range(ranks)
+                ]
+            )
+        return copies
+
+    def _copy_pages(self, copies: list[list[tuple[int, int, int]]]) -> None:
+        """Copy pages, given for each cache group as (rank among those of all dp groups, source, page)."""
+        batches = [_batch_copies(group, self._groups * self.plan.layout.ranks) for group in copies]
+        for index in range(max(map(len, batches))):
+            arrays = tuple(group[index] if index < len(group) else np.full_like(group[0], -1) for group in batches)
+            arguments = self.plan, self.state, put(arrays, self.plan.mesh, COPIES_Z2X)
+            self.state = self.call(programs.copy_pages, *arguments)
 
     def _edit_page_table(self, edits: list[tuple[int, int, int, int]]) -> None:
         no_edit = (self.plan.layout.ranks, 0, 0, 0)  # a rank that does not exist
@@ -350,6 +389,18 @@ def _pending(
     for array in jax.tree.leaves((output, scores)):
         array.copy_to_host_async()
     return PendingStep(output, requests, scores, list(chunks))
+
+
+def _batch_copies(copies: Iterable[tuple[int, int, int]], ranks: int) -> list[np.ndarray]:
+    """Return copies of pages, given as (rank, source, page), as at least one array [Z, 2, X] for a call each."""
+    of_rank: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
+    for rank, *pages in copies:
+        of_rank[rank].append((pages[0], pages[1]))
+    batches = max(1, -(-max(map(len, of_rank)) // _COPIES_PER_CALL))
+    copies_ZX2 = np.full((ranks, batches * _COPIES_PER_CALL, 2), -1, np.int32)
+    for rank, own in enumerate(of_rank):
+        copies_ZX2[rank, : len(own)] = np.asarray(own, np.int32).reshape(-1, 2)
+    return np.split(copies_ZX2.swapaxes(1, 2), batches, axis=2)
 
 
 def default_chunk(mesh: AnyMesh) -> int:

@@ -5,12 +5,13 @@ With several processes, all of them therefore decide the same.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
-from helix_jax.engine.page_allocator import PageAllocator, RowPages
+from helix_jax.engine.page_allocator import NewPage, PageAllocator, RowPages
 from helix_jax.engine.requests import Request
 
 
@@ -21,10 +22,28 @@ class Admission:
     Attributes:
         request: The request.
         num_cached: How many of its tokens are in the cache already.
+        source_row: The row of another sample of the same prompt, if these tokens are that row's.
     """
 
     request: Request
     num_cached: int
+    source_row: int | None = None
+
+
+class PageCopy(NamedTuple):
+    """A page of a row that is copied before the row writes to it.
+
+    Attributes:
+        row: The row.
+        rank: The rank that both pages are on.
+        source: The page.
+        page: The copy.
+    """
+
+    row: int
+    rank: int
+    source: int
+    page: int
 
 
 @dataclass(frozen=True)
@@ -63,16 +82,30 @@ class ScheduledStep:
     """The work of one step.
 
     Attributes:
+        page_copies: Pages to copy before everything else.
         table_edits: Updates of the page tables of rows that decode, as (rank, row, entry, page).
         admissions: Requests that get a row.
         chunks: Tokens to prefill.
         decodes: Requests that decode, each with the most tokens that it decodes.
     """
 
+    page_copies: list[PageCopy] = field(default_factory=list)
     table_edits: list[tuple[int, int, int, int]] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     decodes: dict[Request, int] = field(default_factory=dict)
+
+
+class Place(NamedTuple):
+    """Where a waiting request can run.
+
+    Attributes:
+        row: A free row.
+        source: A sample of the same prompt that decodes in the same dp group, with which it shares the prompt's pages.
+    """
+
+    row: int
+    source: Request | None
 
 
 class Scheduler:
@@ -80,16 +113,30 @@ class Scheduler:
 
     The rows are divided evenly among the dp groups of the mesh, in order. Each group has its own pages.
 
+    A sample of a prompt waits while another sample prefills the prompt. It then forks the row of a sample that decodes,
+    in the same dp group, and begins with the last token of the prompt. If no sample has the prompt (any more), because
+    all that were running have finished or were preempted, it prefills the prompt like any request.
+
     Args:
         allocators: The pages of all ranks of each dp group.
         rows: The most requests that run at once, a multiple of the number of groups.
         budget: The most tokens to prefill per step. Decoded tokens do not count.
         chunk: The most tokens of one request to prefill per call.
         max_steps: The most tokens of one request to decode per call.
+        windows: Whether some layers have a window, and keep only as many positions as a window and a chunk need.
     """
 
-    def __init__(self, allocators: Sequence[PageAllocator], *, rows: int, budget: int, chunk: int, max_steps: int):
-        self.allocators, self._rows = allocators, rows
+    def __init__(
+        self,
+        allocators: Sequence[PageAllocator],
+        *,
+        rows: int,
+        budget: int,
+        chunk: int,
+        max_steps: int,
+        windows: bool = False,
+    ):
+        self.allocators, self._rows, self._windows = allocators, rows, windows
         self._budget, self._chunk, self._max_steps = budget, chunk, max_steps
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in the order of admission
@@ -164,6 +211,7 @@ class Scheduler:
             del step.decodes[request]
         rows = {request.row for request in step.decodes}
         step.table_edits[:] = [edit for edit in step.table_edits if edit[1] in rows]
+        step.page_copies[:] = [copy for copy in step.page_copies if copy.row in rows]
 
     def _count_steps(self, decoding: list[Request]) -> int:
         """Return the number of steps of the next decode call.
@@ -172,15 +220,33 @@ class Scheduler:
         for pages, the call ends with the request that ends first. This depends on counts alone.
         """
         remaining = [request.num_remaining for request in decoding]
-        if len(decoding) < len(self.running) or self._can_try_to_admit():
+        if len(decoding) < len(self.running) or self._next_place(decoding):
             return 1
         return min(self._max_steps, (min if self.waiting else max)(remaining, default=1))
 
-    def _can_try_to_admit(self) -> bool:
-        """Return whether a request waits, a row is free, and pages were released since a request was refused."""
-        if not self.waiting or not self._free_rows:
-            return False
-        return self._refused != (self.waiting[0], self._num_releases())
+    def _next_place(self, decoding: Collection[Request]) -> Place | None:
+        """Return where the first waiting request can run.
+
+        Args:
+            decoding: The requests that decode in this step, whose prompts are therefore in the cache.
+
+        Returns:
+            The place, or None if the request waits for a row, for its prompt, or for pages to be released.
+        """
+        if not self.waiting or not self._free_rows or self._refused == (self.waiting[0], self._num_releases()):
+            return None
+        request = self.waiting[0]
+        samples = [other for other in self.running if other.is_sample_with(request)]
+        sources = [sample for sample in samples if sample in decoding and self._keeps_prompt(sample)]
+        if not sources and any(sample not in decoding for sample in samples):
+            return None
+        source = sources[0] if sources else None
+        row = self._free_row(None if source is None else self.group_of(source.assigned_row))
+        return None if row is None else Place(row, source)
+
+    def _keeps_prompt(self, request: Request) -> bool:
+        """Return whether the cache has what the last token of the prompt sees, also in layers with a window."""
+        return not self._windows or request.num_computed - request.num_shareable <= self._chunk
 
     def _allocate_tokens(self, request: Request, steps: int, step: ScheduledStep) -> int:
         """Allocate pages for the next tokens of a request, at most `steps`.
@@ -208,18 +274,18 @@ class Scheduler:
         new_pages = self._allocator(row).grow(self.row_pages[request.id], length, len(request.prompt))
         if new_pages is None:
             return False
-        step.table_edits.extend((rank, row, entry, page) for rank, entry, page in new_pages)
+        step.table_edits.extend((new.rank, row, new.entry, new.page) for new in new_pages)
+        step.page_copies.extend(_copies(row, new_pages))
         return True
 
     def _allocator(self, row: int) -> PageAllocator:
         return self.allocators[self.group_of(row)]
 
-    def _free_row(self) -> int | None:
-        """Return a free row of the dp group that has most of them, None if all rows are in use."""
-        if not self._free_rows:
-            return None
-        free = Counter(map(self.group_of, self._free_rows))
-        return max(self._free_rows, key=lambda row: (free[self.group_of(row)], -row))
+    def _free_row(self, group: int | None = None) -> int | None:
+        """Return a free row of a dp group, or of the one that has most of them. None if all rows are in use."""
+        rows = [row for row in self._free_rows if group in (None, self.group_of(row))]
+        free = Counter(map(self.group_of, rows))
+        return max(rows, key=lambda row: (free[self.group_of(row)], -row), default=None)
 
     def _block_end(self, request: Request, position: int) -> int:
         """Return the end of the block that contains `position`, capped at what the request can cache."""
@@ -251,26 +317,38 @@ class Scheduler:
                 budget -= chunk.count
 
     def _admit_next(self, step: ScheduledStep) -> Request | None:
-        """Admit and return the first waiting request; None if there is none, or too few rows or pages are free."""
-        row = self._free_row()
-        if row is None or not self._can_try_to_admit():
+        """Admit and return the first waiting request; None if there is none, or it has to wait."""
+        place = self._next_place(step.decodes)
+        if place is None:
             return None
-        request, allocator = self.waiting[0], self._allocator(row)
-        # The cache does not have the hidden states of the tokens that are to be scored.
-        end = request.num_scored + 1 if request.needs_scores else request.num_to_prefill
-        row_pages, num_cached = allocator.match_prefix(request.all_token_ids[:end])
+        request, (row, source), allocator = self.waiting[0], place, self._allocator(place.row)
+        row_pages, num_cached = self._cached_prefix(request, place)
         length = self._block_end(request, len(request.all_token_ids))
-        if allocator.grow(row_pages, length, len(request.prompt)) is None:
+        new_pages = allocator.grow(row_pages, length, len(request.prompt))
+        if new_pages is None:
             allocator.release(row_pages)
             self._refused = request, self._num_releases()
             return None
         self.waiting.popleft()
         self._assign_row(request, row, row_pages)
         request.num_computed = num_cached
+        if source and request.num_to_prefill == num_cached + 1:
+            self._prefill_len[request.id] = num_cached  # the first step that it decodes appends the last token
         if not request.preemptions:  # after a preemption, the cached prefix may be what this request wrote itself
             request.shared_tokens = num_cached
-        step.admissions.append(Admission(request, num_cached))
+        step.page_copies.extend(_copies(row, new_pages))
+        step.admissions.append(Admission(request, num_cached, source.row if source else None))
         return request
+
+    def _cached_prefix(self, request: Request, place: Place) -> tuple[RowPages, int]:
+        """Return the pages of what is cached of a request, and the number of these tokens."""
+        allocator, source = self._allocator(place.row), place.source
+        if source:
+            pages = allocator.fork(self.row_pages[source.id], request.num_shareable, len(request.prompt))
+            return pages, request.num_shareable
+        # The cache does not have the hidden states of the tokens that are to be scored.
+        end = request.num_scored + 1 if request.needs_scores else request.num_to_prefill
+        return allocator.match_prefix(request.all_token_ids[:end])
 
     def _num_releases(self) -> int:
         return sum(allocator.num_releases for allocator in self.allocators)
@@ -295,6 +373,10 @@ class Scheduler:
             allocator = self._allocator(request.assigned_row)
             allocator.register_prefix(self.row_pages[request.id], request.all_token_ids, request.num_computed)
             yield chunk
+
+
+def _copies(row: int, new_pages: Sequence[NewPage]) -> Iterator[PageCopy]:
+    return (PageCopy(row, new.rank, new.source, new.page) for new in new_pages if new.source is not None)
 
 
 def make_page_table(row_pages: RowPages, entries: int) -> np.ndarray:
