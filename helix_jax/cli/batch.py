@@ -18,6 +18,7 @@ from helix_jax.cli.jsonl import RejectedLine, RequestLine, ResultCounter, Result
 from helix_jax.cli.options import DecodeSetup, add_decode_arguments, make_setup, open_devices, report_drafts
 from helix_jax.config import ModelConfig
 from helix_jax.engine import Engine, EngineStats, FinishedEvent
+from helix_jax.engine.requests import sample_ids
 from helix_jax.processes import on_first_process
 from helix_jax.text import open_tokenizer
 from helix_jax.validation import check_int
@@ -123,21 +124,32 @@ def _valid_requests(lines: Iterator[RequestLine | RejectedLine], results: Result
 def _answer_all(
     engine: Engine, requests: Iterator[RequestLine], results: ResultCounter, max_active: int, reporter: Reporter
 ) -> None:
-    """Keep up to `max_active` requests in the engine, and write each result when the request finishes."""
+    """Keep `max_active` requests or samples in the engine, and write the result of each when it finishes.
+
+    A request is submitted with all of its samples.
+    """
     active: dict[str, RequestLine] = {}
     with _live_stats(reporter) as show:
         while True:
             while len(active) < max_active and (request := next(requests, None)):
                 try:
-                    active[engine.submit(request.prompt, request.params, str(request.id))] = request
+                    active |= _submit(engine, request)
                 except (TypeError, ValueError) as error:
                     results.add_error(RejectedLine(request.line, request.id, str(error)))
             if not active:
                 return
             for event in engine.step():
-                if isinstance(event, FinishedEvent):
-                    results.add(active.pop(event.id).id, event.result)
+                if isinstance(event, FinishedEvent) and (request := active.pop(event.id, None)):
+                    results.add(request.id, event.result, event.result.index if request.params.n > 1 else None)
             show(engine, results)
+
+
+def _submit(engine: Engine, request: RequestLine) -> dict[str, RequestLine]:
+    """Submit a request, and cancel its samples that have a result already. Return the ids of the others."""
+    ids = sample_ids(engine.submit(request.prompt, request.params, str(request.id)), request.params.n)
+    for index in request.done:
+        engine.cancel(ids[index])
+    return {id: request for index, id in enumerate(ids) if index not in request.done}
 
 
 def _make_engine(options: argparse.Namespace, setup: DecodeSetup, reporter: Reporter) -> Engine:

@@ -12,19 +12,28 @@ from typing import Any, NamedTuple
 
 from helix_jax.engine.logprobs import TokenLogprobs
 from helix_jax.engine.params import SamplingParams, sampling_params
-from helix_jax.engine.requests import RequestOutput
+from helix_jax.engine.requests import RequestOutput, sample_ids
 
 # Every result starts with _START and has one of the keys _OUTCOMES.
 _START, _OUTCOMES = b'{"id": ', {"tokens", "error"}
 
 
 class RequestLine(NamedTuple):
-    """A request of the input file, with the number of its line, from 1."""
+    """A request of the input file.
+
+    Attributes:
+        line: The number of its line, from 1.
+        id: Its id.
+        prompt: Its prompt.
+        params: How it continues.
+        done: The samples that have a result already, if there are several and others have none.
+    """
 
     line: int
     id: str | int
     prompt: str | list[int]
     params: SamplingParams
+    done: tuple[int, ...] = ()
 
 
 class RejectedLine(NamedTuple):
@@ -41,7 +50,7 @@ def read_requests(lines: Iterable[bytes], done: Container[str]) -> Iterator[Requ
     Args:
         lines: The lines of the input file. A request without an id gets the number of its line. Ids are compared as
             text: 7 equals "7".
-        done: The ids, as text, of the requests to skip.
+        done: The ids, as text, of the requests to skip, and of samples of requests, such as `id/0`.
     """
     line_of_id: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
@@ -51,12 +60,16 @@ def read_requests(lines: Iterable[bytes], done: Container[str]) -> Iterator[Requ
         try:
             fields = _object(line)
             id = _id(fields.pop("id", None), default=number)
-            first = line_of_id.setdefault(str(id), number)
-            if first != number:
-                raise ValueError(f"id {id!r} is used in line {first} already: give every line its own id")
-            if str(id) not in done:
-                prompt = _pop_prompt(fields)
-                yield RequestLine(number, id, prompt, sampling_params(fields))
+            _check_unused(id, line_of_id, number)
+            if str(id) in done:
+                continue
+            prompt, params = _pop_prompt(fields), sampling_params(fields)
+            names = sample_ids(str(id), params.n)
+            for name in names:
+                _check_unused(name, line_of_id, number)
+            finished = tuple(index for index, name in enumerate(names) if name in done)
+            if len(finished) < params.n:
+                yield RequestLine(number, id, prompt, params, finished)
         except (TypeError, ValueError) as error:
             yield RejectedLine(number, id, str(error))
 
@@ -81,6 +94,13 @@ def _id(id: Any, default: int) -> str | int:
     return id
 
 
+def _check_unused(id: str | int, line_of_id: dict[str, int], line: int) -> None:
+    """Check that no other line has used an id, as its own or as that of a sample, and record that this line does."""
+    first = line_of_id.setdefault(str(id), line)
+    if first != line:
+        raise ValueError(f"id {id!r} is used in line {first} already: give every line its own id")
+
+
 def _pop_prompt(fields: dict[str, Any]) -> str | list[int]:
     """Remove the prompt from the fields of a request and return it."""
     prompts = {name: fields.pop(name, None) for name in ("prompt", "prompt_ids")}
@@ -101,7 +121,7 @@ class ResultCounter:
     """Counts results. Processes that do not write use it in place of a ResultsFile.
 
     Attributes:
-        done: The ids of the requests that had a result before.
+        done: The ids of the requests, and of the samples of requests, that had a result before.
         answered: Results since the start.
         failed: Errors since the start.
         first_failed: The first of them.
@@ -118,9 +138,9 @@ class ResultCounter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         return
 
-    def add(self, id: str | int, output: RequestOutput) -> None:
-        """Add the output of a finished request."""
-        self._write(_encode(_result(id, output)))
+    def add(self, id: str | int, output: RequestOutput, index: int | None = None) -> None:
+        """Add the output of a finished request, or of the sample `index` if it has several."""
+        self._write(_encode(_result(id, output, index)))
         self.answered += 1
 
     def add_error(self, rejected: RejectedLine) -> None:
@@ -187,7 +207,8 @@ class ResultsFile(ResultCounter):
         if "error" in result:
             self._errors.add(line)
         elif "tokens" in result:
-            self.done.add(str(result.get("id")))
+            id, index = result.get("id"), result.get("index")
+            self.done.add(str(id) if index is None else f"{id}/{index}")
         return "id" in result and bool(_OUTCOMES & result.keys())
 
 
@@ -205,9 +226,10 @@ def _encode(result: dict[str, Any]) -> bytes:
     return json.dumps(result).encode() + b"\n"
 
 
-def _result(id: str | int, output: RequestOutput) -> dict[str, Any]:
+def _result(id: str | int, output: RequestOutput, index: int | None) -> dict[str, Any]:
     return {
         "id": id,
+        **({} if index is None else {"index": index}),
         "text": output.text,
         "tokens": list(output.tokens),
         "prompt_tokens": output.prompt_tokens,
