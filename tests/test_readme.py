@@ -21,7 +21,7 @@ def test_the_python_examples_run(monkeypatch):
     assert len(names["tokens"]) == 32
     first, second = names["tokens_of"].values()
     assert (first, len(second)) == (names["tokens"][:8], 4)
-    assert [sample.index for sample in names["samples"]] == [0, 1, 2, 3]
+    assert [(len(sample.tokens), sample.seed) for sample in names["samples"]] == [(16, seed) for seed in range(1, 5)]
 
 
 def test_the_core_shown_is_the_source():

@@ -208,6 +208,7 @@ def run_random_samples(engine: Engine, seed: int, prompts: int, longest: int, mo
             for options in (
                 {"steps_per_call": 1},
                 {"placement": "striped", "steps_per_call": 32},
+                {"steps_per_call": 16, "speculate": "ngram"},
                 {"placement": "striped", "dp": 2, "cp": 2, "pages": 18},
                 {"placement": "last_rank", "page": 16, "pages": 7},
             )
