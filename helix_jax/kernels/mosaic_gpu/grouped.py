@@ -113,21 +113,18 @@ def _compute(
 
         s = pl.run_scoped(scores, memory.Accumulator((ROWS, work.tile), jnp.float32))
         if shape.quantised:
-            s = s * repeat_along_columns(_scales(shape, stream, shared, ring_step), ROWS)
+            scales = shared.scales(stream, lax.rem(ring_step, shape.scale_stages), softmax.TILE)
+            s = s * repeat_along_columns(scales, ROWS)
         plgpu.barrier_arrive(shared.freed.at[stream, stage])
         if masked:
             s = softmax.mask_unseen(s, shared.spans.at[me, q_turn], first_slot)
 
-        stage = lax.rem(ring_step + 1, shape.stages)
+        stage, scales = lax.rem(ring_step + 1, shape.stages), None
         if shape.quantised:
             plgpu.barrier_wait(shared.filled.at[stream, stage])
-            scales = _scales(shape, stream, shared, ring_step + 1)
+            scales = shared.scales(stream, lax.rem(ring_step + 1, shape.scale_stages), softmax.TILE)
             scales = softmax.clear_unseen_scales(scales, segment, first_slot) if masked else scales
-            p, unscaled, alpha, m = softmax.compute_scaled_weights(s, m, shape.scale, scales)
-        else:
-            p, alpha, m = softmax.compute_weights(s, m, shape.scale)
-            unscaled = p
-        l = l * alpha + unscaled.sum(axis=1)
+        p, alpha, m, l = softmax.weigh(s, m, l, shape.scale, scales)
         accs = [acc * repeat_along_rows(alpha, shape.columns) for acc in accs]
         p = p.astype(shape.product_dtype)
 
@@ -155,11 +152,6 @@ def _compute(
     plgpu.barrier_arrive(shared.q_freed.at[stream, q_turn])
     _store(shape, member, o, lse, shared, segment, me, accs, *softmax.finish(m, l))
     return ring_step
-
-
-def _scales(shape: GroupedShape, stream: int, shared: Shared, ring_step: Array) -> Array:
-    """Return the scales of the slots of a tile."""
-    return plgpu.layout_cast(shared.scales(stream, lax.rem(ring_step, shape.scale_stages)), softmax.COLUMN)
 
 
 def _store(

@@ -31,14 +31,11 @@ def compute(shape: GroupedShape, stream: int, o, lse, shared: Shared, segment: S
         plgpu.barrier_wait(shared.filled.at[stream, stage])
         if masked:
             softmax.clear_unseen(shared.tile(stream, stage), segment, first_slot, shape=(work.tile, shape.width))
+        scales = None
         if shape.quantised:
-            scales = _scales(shape, stream, shared, ring_step + 1)
+            scales = shared.scales(stream, lax.rem(ring_step + 1, shape.scale_stages), FEW)
             scales = softmax.clear_unseen_scales(scales, segment, first_slot, FEW) if masked else scales
-            p, unscaled, alpha, m = softmax.compute_scaled_weights(s, m, shape.scale, scales)
-        else:
-            p, alpha, m = softmax.compute_weights(s, m, shape.scale)
-            unscaled = p
-        l = l * alpha + unscaled.sum(axis=1)
+        p, alpha, m, l = softmax.weigh(s, m, l, shape.scale, scales)
         few.weights[stream] = p.astype(shape.product_dtype)
         alpha = spread_over_product(few.per_query.at[stream], alpha)  # this synchronises the weights, too
         acc = acc * repeat_along_columns(alpha, shape.width)
@@ -72,12 +69,10 @@ def _score(shape: GroupedShape, stream: int, shared: Shared, q_turn: Array, ring
     s = pl.run_scoped(multiply, memory.Accumulator(size, jnp.float32))
     plgpu.barrier_arrive(shared.freed.at[stream, stage])
     s = transpose_scores(few.scores.at[stream], s)
-    return s * repeat_along_columns(_scales(shape, stream, shared, ring_step), s.shape[0]) if shape.quantised else s
-
-
-def _scales(shape: GroupedShape, stream: int, shared: Shared, ring_step: Array) -> Array:
-    """Return the scales of the slots of a tile."""
-    return plgpu.layout_cast(shared.scales(stream, lax.rem(ring_step, shape.scale_stages)), FEW.reduce(0))
+    if not shape.quantised:
+        return s
+    scales = shared.scales(stream, lax.rem(ring_step, shape.scale_stages), FEW)
+    return s * repeat_along_columns(scales, s.shape[0])
 
 
 def _store(

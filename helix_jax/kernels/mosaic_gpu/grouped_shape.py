@@ -185,10 +185,10 @@ class Shared(NamedTuple):
         """Return a tile of keys or values that is ready to be multiplied."""
         return (self.quantised.converted if self.quantised else self.ring).at[stream, stage]
 
-    def scales(self, stream: int, stage: Array) -> Any:
-        """Return the scales of the slots of a tile."""
+    def scales(self, stream: int, stage: Array, layout: Any) -> Array:
+        """Return the scales of the slots of a tile, for scores in a layout."""
         assert self.quantised is not None
-        return self.quantised.scales[stream, stage]
+        return plgpu.layout_cast(self.quantised.scales[stream, stage], layout.reduce(0))
 
 
 def describe_shared(shape: GroupedShape) -> Shared:

@@ -179,8 +179,7 @@ def _scores(
             s = softmax.mask_unseen(s, spans_staged, index * work.tile)
             values = shared.ring.at[stage, :, pl.ds(0, shape.v_width)]
             softmax.clear_unseen(values, segment, index * work.tile, shape=(work.tile, shape.v_width))
-        p, alpha, m = softmax.compute_weights(s, m, shape.scale)
-        l = l * alpha + p.sum(axis=1)
+        p, alpha, m, l = softmax.weigh(s, m, l, shape.scale)
         pl.when(index > segment.begin)(lambda: plgpu.barrier_wait(shared.values_used))
         shared.weights[...] = p.astype(jnp.bfloat16)
         shared.per_query[0] = alpha

@@ -7,7 +7,7 @@ they are added. The weights of its values contain them, too, relative to the lar
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -274,8 +274,8 @@ def _compute(shape: QuantisedLatentShape, o, lse, shared: Shared, segment: Segme
             for group in groups:
                 piece = shared.converted.at[shape.place(tiles, group)]
                 softmax.clear_unseen(piece, segment, first_slot, shape=(work.tile, _GROUP))
-        p, unscaled, alpha, m = softmax.compute_scaled_weights(s, m, shape.scale, largest := _maximum(scales))
-        l = l * alpha + unscaled.sum(axis=1)
+        largest = reduce(jnp.maximum, scales)
+        p, alpha, m, l = softmax.weigh(s, m, l, shape.scale, largest)
         inverse = 1 / jnp.where(largest > 0, largest, 1.0)
         for group, scale in zip(groups, scales, strict=True):
             shared.weights[group] = (p * repeat_along_columns(scale * inverse, queries)).astype(jnp.float16)
@@ -289,13 +289,6 @@ def _compute(shape: QuantisedLatentShape, o, lse, shared: Shared, segment: Segme
     plgpu.barrier_arrive(shared.q_freed)
     _store(shape, o, lse, shared, segment, accs, *softmax.finish(m, l))
     return tiles
-
-
-def _maximum(arrays: list[Array]) -> Array:
-    largest = arrays[0]
-    for array in arrays[1:]:
-        largest = jnp.maximum(largest, array)
-    return largest
 
 
 def _score(shape: QuantisedLatentShape, shared: Shared, tiles: Array) -> Array:

@@ -16,7 +16,6 @@ from helix_jax.kernels.mosaic_gpu.work import ROWS, Segment
 
 TILE = plgpu.Layout.WGMMA
 ROW = TILE.reduce(1)
-COLUMN = TILE.reduce(0)
 
 _LOG2E = math.log2(math.e)
 _PIECE = 64  # a warpgroup changes 64 rows and 64 columns at once
@@ -42,22 +41,37 @@ def mask_unseen(s: Array, spans_staged: Any, first_slot: Array, layout: Any = TI
     )
 
 
-def compute_weights(s: Array, m: Array, scale: float) -> tuple[Array, Array, Array]:
+def weigh(
+    s: Array, m: Array, l: Array, scale: float, value_scales: Array | None = None
+) -> tuple[Array, Array, Array, Array]:
+    """Compute the weights of a tile of scores.
+
+    Args:
+        s: The scores.
+        m: The running maximum (base 2) of each query.
+        l: The running sum of its weights.
+        scale: The factor on the logits.
+        value_scales: The scale of the value in each slot, which its weights are to contain. None: there is none.
+
+    Returns:
+        The weights relative to the new maximum, the factor on earlier weights, the new maximum and the new sum.
+    """
+    if value_scales is None:
+        p, alpha, m = _compute_weights(s, m, scale)
+        return p, alpha, m, l * alpha + p.sum(axis=1)
+    # With the scales in it, the maximum is that of the products, so that none exceeds 1.
+    value_scales = jnp.maximum(value_scales, _LEAST_SCALE)
+    s = s * (scale * _LOG2E) + repeat_along_columns(jnp.log(value_scales) * _LOG2E, s.shape[0])
+    p, alpha, m = _compute_weights(s, m, 1 / _LOG2E)
+    unscaled = p * repeat_along_columns(1 / value_scales, s.shape[0])
+    return p, alpha, m, l * alpha + unscaled.sum(axis=1)
+
+
+def _compute_weights(s: Array, m: Array, scale: float) -> tuple[Array, Array, Array]:
     """Return exp(scale s - maximum), the factor on earlier weights, and the new running maximum (base 2)."""
     m_new = jnp.maximum(m, s.max(axis=1) * (scale * _LOG2E))
     shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)
     return jnp.exp2(s * (scale * _LOG2E) - repeat_along_rows(shift, s.shape[1])), jnp.exp2(m - shift), m_new
-
-
-def compute_scaled_weights(s: Array, m: Array, scale: float, value_scales: Array) -> tuple[Array, Array, Array, Array]:
-    """Return weights times the scales of the values, the weights, and the rest like `compute_weights`.
-
-    The maximum is that of the products, so that none exceeds 1, whatever the scales are.
-    """
-    value_scales = jnp.maximum(value_scales, _LEAST_SCALE)
-    s = s * (scale * _LOG2E) + repeat_along_columns(jnp.log(value_scales) * _LOG2E, s.shape[0])
-    p, alpha, m = compute_weights(s, m, 1 / _LOG2E)
-    return p, p * repeat_along_columns(1 / value_scales, s.shape[0]), alpha, m
 
 
 def start(queries: int = ROWS, layout: Any = TILE) -> tuple[Array, Array]:
