@@ -63,6 +63,10 @@ LAYER_TENSORS = {
     "ff.up_DF": Tensor("mlp.up_proj.weight", "F D"),
     "ff.down_FD": Tensor("mlp.down_proj.weight", "D F"),
 }
+MERGED_GATE_TENSORS = {
+    "ff.gate_DF": Tensor("mlp.gate_up_proj.weight", "(F*+F) D"),
+    "ff.up_DF": Tensor("mlp.gate_up_proj.weight", "(F+F*) D"),
+}
 EXPERT_TENSORS = {
     "ff.router_DE": Tensor("mlp.gate.weight", "E D"),
     "ff.gate_EDF": Tensor("mlp.experts.{e}.gate_proj.weight", "F D"),

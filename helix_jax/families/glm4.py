@@ -1,7 +1,7 @@
 """GLM-4 models: partial rotary embeddings, and either norms before and after, or grouped and shared experts."""
 
 from helix_jax.families.deepseek import SHARED_EXPERT_TENSORS, GroupedExperts
-from helix_jax.families.family import EXPERT_TENSORS, LAYER_TENSORS, Family, Tensor
+from helix_jax.families.family import EXPERT_TENSORS, LAYER_TENSORS, MERGED_GATE_TENSORS, Family, Tensor
 from helix_jax.families.keys import Key, size_keys
 from helix_jax.families.ropes import RopeKeys
 
@@ -19,10 +19,9 @@ GLM4 = Family(
     always={"post_norms": True},
     layer_tensors={
         **LAYER_TENSORS,
+        **MERGED_GATE_TENSORS,
         "attention_post_norm_D": Tensor("post_self_attn_layernorm.weight", "D"),
         "ff_post_norm_D": Tensor("post_mlp_layernorm.weight", "D"),
-        "ff.gate_DF": Tensor("mlp.gate_up_proj.weight", "(F*+F) D"),
-        "ff.up_DF": Tensor("mlp.gate_up_proj.weight", "(F+F*) D"),
     },
 )
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from helix_jax.config import ModelConfig
-from helix_jax.families.family import LAYER_TENSORS, Family, Tensor
+from helix_jax.families.family import LAYER_TENSORS, MERGED_GATE_TENSORS, Family, Tensor
 from helix_jax.families.keys import HEADS, Fields, Published, Windows, all_layers, read_value, size_keys
 from helix_jax.families.ropes import RopeKeys, rope_type
 from helix_jax.validation import check_choice
@@ -45,10 +45,9 @@ PHI3 = Family(
     always={},
     layer_tensors={
         **LAYER_TENSORS,
+        **MERGED_GATE_TENSORS,
         "attention.q_DNH": Tensor("self_attn.qkv_proj.weight", "(NH*+KH+KH) D"),
         "attention.k_DKH": Tensor("self_attn.qkv_proj.weight", "(NH+KH*+KH) D"),
         "attention.v_DKH": Tensor("self_attn.qkv_proj.weight", "(NH+KH+KH*) D"),
-        "ff.gate_DF": Tensor("mlp.gate_up_proj.weight", "(F*+F) D"),
-        "ff.up_DF": Tensor("mlp.gate_up_proj.weight", "(F+F*) D"),
     },
 )
