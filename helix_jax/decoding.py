@@ -25,7 +25,7 @@ from helix_jax.speculation import (
     is_trusted,
     propose,
 )
-from helix_jax.step import all_logits, append_tokens, constrain_rows
+from helix_jax.step import append_tokens, constrain_rows, logits_of
 
 DEFAULT_STEPS = 32  # decode steps per call
 
@@ -139,8 +139,8 @@ def _decode(
         state, output = carry
         live_B = live_rows(state, output)
         if state.drafts is None:
-            choice = choose_tokens(state, state.token_B[:, None], live_B.astype(jnp.int32))
-            return _accept(plan, state, output, choice, state.token_B[:, None], live_B.astype(jnp.int32))
+            new = state.token_B[:, None], live_B.astype(jnp.int32)
+            return _accept(plan, state, output, choose_tokens(state, *new), *new)
         return _decode_drafts(plan, state, output, choose_tokens, jnp.where(live_B, count_B - output.count_B, 0))
 
     carry = state, _empty_output(plan, state, max_steps, greedy)
@@ -164,7 +164,7 @@ def _append_and_choose(
     """Append tokens to each row, and choose a token after each. The lengths of the rows are left as they are."""
     (B, T), rows = tokens_BT.shape, state.rows
     x_BTD, caches, _ = append_tokens(config, plan, weights, state.caches, rows, tokens_BT, count_B)
-    logits_BTV = all_logits(config, plan, weights, x_BTD[:, :T])
+    logits_BTV = logits_of(config, plan, weights, x_BTD[:, :T])
     position_BT = rows.length_B[:, None] + 1 + jnp.arange(T)
     live_BT = jnp.arange(T) < count_B[:, None]
 
@@ -173,7 +173,8 @@ def _append_and_choose(
 
     sampling = None
     if state.sampling is not None and not greedy:
-        seen_BTV = _seen_after_each(state.sampling.seen_BV, tokens_BT, count_B)
+        new_BTV = _one_hot(tokens_BT, count_B, state.sampling.seen_BV.shape[1])
+        seen_BTV = state.sampling.seen_BV[:, None] | lax.associative_scan(jnp.logical_or, new_BTV, axis=1)
         repeated = jax.tree.map(lambda x: jnp.repeat(x, T, axis=0), state.sampling._replace(seen_BV=None))
         sampling = repeated._replace(seen_BV=flat(seen_BTV))
     chosen = choose(flat(logits_BTV), sampling, flat(position_BT), flat(live_BT))
@@ -181,11 +182,10 @@ def _append_and_choose(
     return Choice(token_BT, logprobs_BT, caches)
 
 
-def _seen_after_each(seen_BV: Array, tokens_BT: Array, count_B: Array) -> Array:
-    """Return the tokens that each row contains after each of its first `count_B` new tokens, [B, T, V]."""
-    new_BTV = tokens_BT[..., None] == jnp.arange(seen_BV.shape[1])
-    new_BTV &= (jnp.arange(tokens_BT.shape[1]) < count_B[:, None])[..., None]
-    return seen_BV[:, None] | lax.associative_scan(jnp.logical_or, new_BTV, axis=1)
+def _one_hot(tokens_BT: Array, count_B: Array, vocab: int) -> Array:
+    """Return the first `count_B` tokens of each row as masks of the vocabulary, [B, T, V]. The others are empty."""
+    counts_BT = jnp.arange(tokens_BT.shape[1]) < count_B[:, None]
+    return (tokens_BT[..., None] == jnp.arange(vocab)) & counts_BT[..., None]
 
 
 def _decode_drafts(
@@ -238,8 +238,8 @@ def _accept(
     last_B = jnp.take_along_axis(token_BT, jnp.maximum(count_B - 1, 0)[:, None], axis=1)[:, 0]
     sampling = state.sampling
     if sampling is not None:
-        seen_BTV = _seen_after_each(sampling.seen_BV, group_BT, count_B)
-        sampling = sampling._replace(seen_BV=constrain_rows(plan, seen_BTV[:, -1]))
+        seen_BV = sampling.seen_BV | _one_hot(group_BT, count_B, sampling.seen_BV.shape[1]).any(1)
+        sampling = sampling._replace(seen_BV=constrain_rows(plan, seen_BV))
     write = partial(_write_rows, first_B=output.count_B, count_B=count_B)
     output = output._replace(
         tokens_BS=constrain_rows(plan, write(output.tokens_BS, new_BT=token_BT)),

@@ -21,7 +21,7 @@ SPECULATIONS = ("ngram",)
 MAX_DRAFT_TOKENS = 7
 _LONGEST_MATCH = 8  # recent tokens that are looked up
 _SHORTEST_MATCH = 2
-_TRUSTED = 3
+_TRUSTED = 3  # drafts that have to be right in a row, before those after a shorter match are verified
 
 
 class Drafts(NamedTuple):
@@ -76,7 +76,7 @@ def _look_up(tokens_S: Array, known: Array, drafts: int) -> tuple[Array, Array]:
     end = jnp.where(length_S == longest, position_S, -1).max()
     following = jnp.maximum(last - end, 1)
     draft_D = tokens_S[jnp.clip(end + 1 + jnp.arange(drafts) % following, 0, tokens_S.size - 1)]
-    return draft_D, jnp.where((longest >= _SHORTEST_MATCH) & (known > _SHORTEST_MATCH), longest, 0)
+    return draft_D, jnp.where(longest >= _SHORTEST_MATCH, longest, 0)
 
 
 def count_accepted(

@@ -112,16 +112,15 @@ def last_logits(
 ) -> Float[Array, "B V"]:
     """Return the logits that follow the last token of each row, from the hidden states of its new tokens."""
     last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
-    logits_BV = assemble(config, weights).logits(jnp.take_along_axis(x_BTD, last_B11, axis=1)[:, 0])
+    return logits_of(config, plan, weights, jnp.take_along_axis(x_BTD, last_B11, axis=1)[:, 0])
+
+
+def logits_of(
+    config: ModelConfig, plan: Plan, weights: Weights, x_BD: Float[Array, "B *T D"]
+) -> Float[Array, "B *T V"]:
+    """Return the logits that follow some tokens of each row, from their hidden states."""
     # This is the one gather of the logits in a step: every device then has all of them, and samples the same token.
-    return constrain_rows(plan, logits_BV)
-
-
-def all_logits(
-    config: ModelConfig, plan: Plan, weights: Weights, x_BTD: Float[Array, "B T D"]
-) -> Float[Array, "B T V"]:
-    """Return the logits that follow each token, from the hidden states of a few new tokens."""
-    return constrain_rows(plan, assemble(config, weights).logits(x_BTD))
+    return constrain_rows(plan, assemble(config, weights).logits(x_BD))
 
 
 def _pad_single_token(plan: Plan, tokens_BT: Array) -> Array:

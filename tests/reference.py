@@ -1,6 +1,7 @@
 """Computes what tests compare the library with: float64 softmax in NumPy, and a model without cache or mesh."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from flax import nnx
 from jax import Array
 
 from helix_jax.attention import Partial, merge_sink
+from helix_jax.checkpoint import shard
 from helix_jax.config import ModelConfig
 from helix_jax.mesh import make_mesh
 from helix_jax.models.transformer import Transformer
@@ -106,6 +108,11 @@ def _all_logits(model: Transformer, tokens_BS: jax.Array) -> jax.Array:
     position_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
     x_BSD, _ = model(tokens_BS, position_BS, causal_attention, [None] * model.config.layers)
     return model.logits(x_BSD)
+
+
+def sharded_tiny_models() -> Callable[..., Transformer]:
+    """Return a function that shards the tiny model over (tp, cp, dp), once for each."""
+    return cache(lambda tp, cp, dp=1: shard(tiny_model(), plan_of(tp, cp, dp)))
 
 
 def naive_logits(model: Transformer, texts: Sequence[Sequence[int]], padded_to: int) -> np.ndarray:

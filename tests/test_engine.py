@@ -28,7 +28,7 @@ from helix_jax.engine import sampling_params
 from helix_jax.sampling import apply_repetition_penalty
 from helix_jax.text import ByteTokenizer
 from tests.conftest import GOLDEN
-from tests.reference import TIE, TINY, gaps_of, naive_logits, plan_of, tiny_model
+from tests.reference import TIE, TINY, gaps_of, naive_logits, plan_of, sharded_tiny_models, tiny_model
 
 BLOCK = 4
 # One shape for most tests, so that each program is compiled once per mesh and placement. The pages are few enough that
@@ -48,13 +48,11 @@ def model():
 @pytest.fixture(scope="module")
 def make_engine(model):
     """Return a function that creates engines. It shards the weights once per mesh."""
-    sharded = {}
+    models = sharded_tiny_models()
 
     def make(tp=2, cp=4, dp=1, placement="helix", **options) -> Engine:
-        if (tp, cp, dp) not in sharded:
-            sharded[tp, cp, dp] = shard(tiny_model(), plan_of(tp, cp, dp))
-        mesh = sharded[tp, cp, dp].embed_VD[...].sharding.mesh
-        return Engine(sharded[tp, cp, dp], Plan(mesh, BLOCK, placement), **(SHAPE | options))
+        model = models(tp, cp, dp)
+        return Engine(model, Plan(model.embed_VD[...].sharding.mesh, BLOCK, placement), **(SHAPE | options))
 
     return make
 

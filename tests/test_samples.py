@@ -19,7 +19,7 @@ from helix_jax.engine.requests import Request, sample_ids
 from helix_jax.engine.scheduler import Scheduler
 from helix_jax.layout import PLACEMENTS, BlockLayout
 from tests.conftest import GOLDEN
-from tests.reference import TINY, plan_of, tiny_model
+from tests.reference import TINY, plan_of, sharded_tiny_models, tiny_model
 from tests.test_scheduler import SchedulerMachine
 
 # The scheduler and the page allocator, without devices
@@ -92,13 +92,11 @@ SAMPLED = SamplingParams(max_new_tokens=12, temperature=1, seed=5)
 @pytest.fixture(scope="module")
 def make_engine():
     """Return a function that creates engines. It shards the weights once per mesh."""
-    sharded = {}
+    models = sharded_tiny_models()
 
     def make(tp=2, cp=4, dp=1, placement="helix", **options) -> Engine:
-        if (tp, cp, dp) not in sharded:
-            sharded[tp, cp, dp] = shard(tiny_model(), plan_of(tp, cp, dp))
-        mesh = sharded[tp, cp, dp].embed_VD[...].sharding.mesh
-        return Engine(sharded[tp, cp, dp], Plan(mesh, BLOCK, placement), **(SHAPE | options))
+        model = models(tp, cp, dp)
+        return Engine(model, Plan(model.embed_VD[...].sharding.mesh, BLOCK, placement), **(SHAPE | options))
 
     return make
 

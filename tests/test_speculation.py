@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helix_jax import Engine, Plan, SamplingParams, decoding, load, shard
+from helix_jax import Engine, Plan, SamplingParams, decoding, load
 from helix_jax.engine import runner
 from helix_jax.speculation import MAX_DRAFT_TOKENS, count_accepted, count_right, propose
 from tests.conftest import GOLDEN
-from tests.reference import TINY, plan_of, tiny_model
+from tests.reference import TINY, plan_of, sharded_tiny_models
 
 SHAPE = {"rows": 3, "page": 4, "pages": 14, "max_len": 96, "chunk": 32}
 PARAMS = {
@@ -62,14 +62,7 @@ def test_a_row_whose_drafts_were_wrong_has_to_be_right_again():
 
 @pytest.fixture(scope="module")
 def models():
-    sharded = {}
-
-    def get(tp: int, cp: int):
-        if (tp, cp) not in sharded:
-            sharded[tp, cp] = shard(tiny_model(), plan_of(tp, cp))
-        return sharded[tp, cp]
-
-    return get
+    return sharded_tiny_models()
 
 
 def make_engine(model, block: int = 4, placement: str = "helix", combine: str = "psum", **options) -> Engine:

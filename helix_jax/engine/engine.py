@@ -12,7 +12,7 @@ import numpy as np
 
 from helix_jax.arrays import fetch
 from helix_jax.decoding import DEFAULT_STEPS, DecodeOutput
-from helix_jax.engine.logprobs import PromptLogprobs, TokenLogprobs
+from helix_jax.engine.logprobs import PromptLogprobs, logprobs_of, prompt_logprobs_of
 from helix_jax.engine.output_text import OutputText
 from helix_jax.engine.page_allocator import PageAllocator, describe_prefix_caching
 from helix_jax.engine.params import SamplingParams, check_num_top, params_of_each
@@ -505,7 +505,8 @@ class Engine:
             if self.requests.get(request.id) is not request:
                 continue  # it was cancelled
             if scores is not None and chunk.scored:
-                request.prompt_logprobs.append(_prompt_logprobs_of(scores, index, chunk))
+                num_top = request.params.prompt_logprobs
+                request.prompt_logprobs.append(prompt_logprobs_of(scores, index, chunk.scored_tokens, num_top))
             if chunk.finishes:
                 yield self._finish(request, LENGTH)
 
@@ -516,7 +517,7 @@ class Engine:
             for index, request in requests:
                 if step >= output.count_B[index] or self.requests.get(request.id) is not request:
                     continue  # it had finished before this step
-                logprobs = _logprobs_of(output, (index, step), request.params.logprobs)
+                logprobs = logprobs_of(output.logprobs_BS, (index, step), request.params.logprobs)
                 event, finish_reason = request.append_token(int(output.tokens_BS[index, step]), logprobs, now_s)
                 self._decoded += 1
                 yield event
@@ -527,20 +528,3 @@ class Engine:
         self.discard(request)
         self._finished += 1
         return FinishedEvent(request.id, request.make_output(finish_reason))
-
-
-def _prompt_logprobs_of(scores: Logprobs, index: int, chunk: Chunk) -> PromptLogprobs:
-    """Return the log-probabilities of a chunk, copied, so that those of the other chunks of the call are freed."""
-    scored = slice(chunk.scored.start - chunk.first, chunk.scored.stop - chunk.first)
-    num_top = chunk.request.params.prompt_logprobs
-    tokens_XT, top_XTC, ids_XTC = scores
-    top_SC, ids_SC = (np.array(array[index, scored, :num_top]) for array in (top_XTC, ids_XTC))
-    return PromptLogprobs(np.array(tokens_XT[index, scored]), top_SC, ids_SC)
-
-
-def _logprobs_of(output: DecodeOutput, index: tuple[int, int], num_top: int | None) -> TokenLogprobs | None:
-    if num_top is None or output.logprobs_BS is None:
-        return None
-    chosen_BS, top_BSC, ids_BSC = output.logprobs_BS
-    top = zip(ids_BSC[index].tolist(), top_BSC[index].tolist(), strict=True)
-    return float(chosen_BS[index]), tuple(top)[:num_top]

@@ -7,6 +7,8 @@ from typing import overload
 import numpy as np
 from jaxtyping import Float, Int
 
+from helix_jax.sampling import Logprobs
+
 # The log-probability of a token, and the most probable tokens with theirs.
 TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
 
@@ -58,3 +60,19 @@ class PromptLogprobs(Sequence[TokenLogprobs]):
             return PromptLogprobs(*(array[index] for array in self._arrays))
         top = zip(self.top_ids_SC[index].tolist(), self.top_SC[index].tolist(), strict=True)
         return float(self.logprobs_S[index]), tuple(top)
+
+
+def logprobs_of(logprobs: Logprobs | None, index: tuple[int, int], num_top: int | None) -> TokenLogprobs | None:
+    """Return those of one token, with `num_top` of the most probable tokens. None if they are not requested."""
+    if num_top is None or logprobs is None:
+        return None
+    chosen_BS, top_BSC, ids_BSC = logprobs
+    top = zip(ids_BSC[index].tolist(), top_BSC[index].tolist(), strict=True)
+    return float(chosen_BS[index]), tuple(top)[:num_top]
+
+
+def prompt_logprobs_of(scores: Logprobs, index: int, tokens: slice, num_top: int | None) -> PromptLogprobs:
+    """Return those of some tokens of a chunk, copied, so that those of the other chunks of the call are freed."""
+    tokens_XT, top_XTC, ids_XTC = scores
+    top_SC, ids_SC = (np.array(array[index, tokens, :num_top]) for array in (top_XTC, ids_XTC))
+    return PromptLogprobs(np.array(tokens_XT[index, tokens]), top_SC, ids_SC)

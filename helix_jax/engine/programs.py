@@ -13,11 +13,11 @@ from helix_jax.config import ModelConfig
 from helix_jax.decoding import DecodeOutput, DecodeState, is_stop
 from helix_jax.helix import copy_pages_of_ranks
 from helix_jax.mesh import DP, TABLE_RBM, sharding
-from helix_jax.models.transformer import Weights, assemble
+from helix_jax.models.transformer import Weights
 from helix_jax.plan import Plan
 from helix_jax.sampling import Logprobs, RowSampling, choose, compute_logprobs
 from helix_jax.speculation import Drafts
-from helix_jax.step import append_tokens, constrain_rows, last_logits
+from helix_jax.step import append_tokens, constrain_rows, last_logits, logits_of
 
 
 class RowUpdate(NamedTuple):
@@ -184,7 +184,7 @@ def _score_tokens(
     Returns:
         The log-probabilities, each array with the dimensions X and T first.
     """
-    model, (X, T) = assemble(config, weights), next_XT.shape
+    X, T = next_XT.shape
     size = min(T, max(1, SCORED_AT_ONCE * plan.mesh.shape[DP] // X))
     groups = -(-T // size)
 
@@ -195,7 +195,7 @@ def _score_tokens(
 
     def score(tokens: tuple[Array, Array]) -> Logprobs:
         x_XTD, next_XT = tokens
-        return compute_logprobs(constrain_rows(plan, model.logits(x_XTD)), next_XT, num_top)
+        return compute_logprobs(logits_of(config, plan, weights, x_XTD), next_XT, num_top)
 
     def ungroup(scores: Array) -> Array:
         return constrain_rows(plan, jnp.moveaxis(scores, 0, 1).reshape(X, groups * size, *scores.shape[3:])[:, :T])

@@ -67,6 +67,11 @@ class Chunk:
     scored: range = range(0)
 
     @property
+    def scored_tokens(self) -> slice:
+        """Which tokens of the chunk these are."""
+        return slice(self.scored.start - self.first, self.scored.stop - self.first)
+
+    @property
     def generates(self) -> bool:
         """Whether the step also generates a token."""
         return self.is_last and self.request.params.max_new_tokens > 0
