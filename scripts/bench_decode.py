@@ -4,7 +4,8 @@
 python scripts/bench_decode.py --config configs/llama-3.1-8b.toml --mesh 2x1 --mesh 1x2 --case 1x8192 --case 32x8192
 
 Every combination of mesh, placement, combine and case is one run. The time per token (of every row) is measured for
-`Engine` while all rows decode, for `generate`, and for the program `decode` over a cache of random numbers. The
+`Engine` while all rows decode, for `generate`, and for the program `decode` over a cache of random numbers, or for
+those that --time names. The
 roofline is the time to read a device's weights and an even share of the cache, at the bandwidth measured here. With
 --baseline, PyTorch and FlashInfer run the same cases, tensor parallel over as many devices (baseline_torch.py).
 """
@@ -46,7 +47,7 @@ from helix_jax.kernels import KERNELS
 from helix_jax.layout import PLACEMENTS
 from helix_jax.mesh import CP, ROWS_B, TP, make_mesh
 from helix_jax.models.transformer import Transformer, Weights, assemble
-from helix_jax.plan import Plan
+from helix_jax.plan import CACHE_DTYPES, Plan
 from helix_jax.planner.measure import measure_bandwidth
 from helix_jax.planner.shapes import read_shape, take_first_layers
 from helix_jax.validation import check_int
@@ -55,7 +56,8 @@ PROGRAM = "bench_decode.py"
 CALLS = 4  # timed calls of `decode`, after one that is not
 PLATFORMS = ("auto", "cpu", "gpu")
 POSITIONS = 2**30
-TIMINGS = {"engine_ms": "Engine", "generate_ms": "generate", "decode_ms": "decode", "baseline_ms": "baseline"}
+TIMED = ("Engine", "generate", "decode")
+TIMINGS = {f"{name.lower()}_ms": name for name in (*TIMED, "baseline")}
 
 
 class Case(NamedTuple):
@@ -86,6 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--config", type=Path, required=True, metavar="FILE.toml", help="model config, such as those in configs/")
     add("--mesh", action="append", required=True, metavar="TPxCP", help="mesh, such as 2x4; may be repeated")
     add("--layers", type=int, metavar="N", help="time only the first N layers (default: all)")
+    add("--kv-heads", type=int, metavar="N", help="time a model with N key/value heads (default: those of the config)")
     text = "sequences and the length of each when decoding begins; may be repeated (default: 8x8192)"
     add("--case", action="append", metavar="ROWSxTOKENS", help=text)
     text = "prompts to prefill and the length of each; may be repeated (default: none)"
@@ -101,7 +104,12 @@ def parse_arguments() -> argparse.Namespace:
     text = "tokens per cache page (default: %(default)s)"
     add("--page", type=int, default=DEFAULT_PAGE, metavar="TOKENS", help=text)
     add("--steps-per-call", type=int, default=DEFAULT_STEPS, metavar="N", help="decode steps (default: %(default)s)")
-    add_choice(parser, "--dtype", DTYPES, "type of weights and cache (default: bfloat16; float32 on a CPU)")
+    text = "what is timed; may be repeated (default: all three)"
+    add_choice(parser, "--time", TIMED, text, several=True)
+    add_choice(parser, "--dtype", DTYPES, "type of the weights (default: bfloat16; float32 on a CPU)")
+    add_choice(
+        parser, "--kv-cache-dtype", CACHE_DTYPES, "type of the cache (default: that of the weights)", default="auto"
+    )
     text = "devices to use; cpu is split into as many fake devices as the largest mesh needs"
     add_choice(parser, "--platform", PLATFORMS, text, default="auto")
     add("--baseline", action="store_true", help="run the cases with PyTorch and FlashInfer too")
@@ -111,10 +119,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_options(options: argparse.Namespace) -> argparse.Namespace:
-    least = {"decoded": 0, "page": 1, "steps_per_call": 1}
+    least = {"decoded": 0, "page": 1, "steps_per_call": 1} | ({} if options.kv_heads is None else {"kv_heads": 1})
     for name, minimum in least.items():
         check_int(f"--{name.replace('_', '-')}", getattr(options, name), least=minimum)
     options.placement, options.combine = options.placement or ["helix"], options.combine or ["psum"]
+    options.time = options.time or TIMED
     options.mesh = [parse_sizes("--mesh", text, "tp x cp") for text in options.mesh]
     options.case = [Case(*parse_sizes("--case", text, "rows x tokens")) for text in options.case or ["8x8192"]]
     options.prefill = [Case(*parse_sizes("--prefill", text, "rows x tokens")) for text in options.prefill or []]
@@ -140,6 +149,7 @@ def bench(options: argparse.Namespace) -> None:
     """Measure every run, write the report after each, and print tables."""
     config = read_shape(options.config)
     config = config if options.layers is None else take_first_layers(config, options.layers)
+    config = config if options.kv_heads is None else replace(config, kv_heads=options.kv_heads)
     config = replace(config, max_positions=POSITIONS)  # a case may be as long as the model, and decodes more
     figure = new_figure("--plot", options.plot) if options.plot else None
     baselines = run_baselines(options)  # before JAX takes the memory of the devices
@@ -200,7 +210,7 @@ def make_plans(mesh: Mesh, options: argparse.Namespace, config: ModelConfig) -> 
         ValueError: The mesh does not divide the model's heads, or the kernel does not support them.
     """
     plans = [
-        Plan(mesh, options.block, placement, combine, options.kernel)
+        Plan(mesh, options.block, placement, combine, options.kernel, cache_dtype=options.kv_cache_dtype)
         for placement in options.placement
         for combine in (options.combine if mesh.shape[CP] > 1 else options.combine[:1])
     ]
@@ -212,7 +222,7 @@ def make_plans(mesh: Mesh, options: argparse.Namespace, config: ModelConfig) -> 
 
 def describe(job: Job, device: str) -> dict[str, Any]:
     """Return a report of the settings, without runs."""
-    names = ("decoded", "block", "page", "steps_per_call", "dtype", "platform")
+    names = ("decoded", "block", "page", "steps_per_call", "dtype", "kv_cache_dtype", "platform")
     report = {"config": job.options.config.stem, "layers": job.config.layers, "device": device, "jax": jax.__version__}
     report |= {name: getattr(job.options, name) for name in names}
     return report | {"bandwidth_bytes_per_s": job.bandwidth, "runs": [], "prefills": []}
@@ -228,9 +238,13 @@ def measure_decoding(job: Job, plan: Plan, model: Transformer, case: Case, basel
     options, weights = job.options, model.weights()
     engine_options = {"page": options.page, "steps_per_call": options.steps_per_call}
     run: dict[str, Any] = {"kernel": plan.kernel_for_model(job.config, options.page, options.dtype)}
-    run["engine_ms"] = time_engine(model, plan, *case, **engine_options)
-    run["generate_ms"] = time_generate(model, plan, *case, **engine_options)
-    run |= time_decode(job, plan, weights, case)
+    run |= dict.fromkeys(TIMINGS)
+    if "Engine" in options.time:
+        run["engine_ms"] = time_engine(model, plan, *case, **engine_options)
+    if "generate" in options.time:
+        run["generate_ms"] = time_generate(model, plan, *case, **engine_options)
+    if "decode" in options.time:
+        run |= time_decode(job, plan, weights, case)
     run["baseline_ms"] = baseline.get("decode_ms", {}).get(str(case))
     weight_bytes = count_weight_bytes(job.config, case.rows, weights)
     kv_bytes = count_kv_bytes(case, options, job.config, plan)
@@ -284,7 +298,7 @@ def make_table(report: dict[str, Any]) -> Table:
     for run in report["runs"]:
         numbers = [run[timing] for timing in TIMINGS] + [run["roofline_ms"]]
         numbers += [divide(run[name], run["baseline_ms"]) for name in ("engine_ms", "generate_ms")]
-        numbers += [run["engine_ms"] / run["roofline_ms"], run["cache_bytes"] / 1e9]
+        numbers += [divide(run["engine_ms"], run["roofline_ms"]), divide(run.get("cache_bytes"), 1e9)]
         table.add_row(*(run[name] for name in settings), *map(format_number, numbers))
     return table
 
@@ -306,8 +320,8 @@ def make_title(report: dict[str, Any]) -> str:
     return f"{model}; {report['steps_per_call']} steps per call; {speed}; JAX {report['jax']}"
 
 
-def divide(ours: float, theirs: float | None) -> float | None:
-    return ours / theirs if theirs else None
+def divide(ours: float | None, theirs: float | None) -> float | None:
+    return ours / theirs if ours and theirs else None
 
 
 def format_number(number: float | None) -> str:

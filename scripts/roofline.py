@@ -4,10 +4,10 @@ import argparse
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from helix_jax.arrays import bytes_per_device
+from helix_jax.cache import cache_specs
 from helix_jax.config import ModelConfig
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import EXPERT_WEIGHTS, TP
@@ -51,8 +51,8 @@ def count_kv_bytes(
     Source: arXiv 2507.07120, appendix A.
     """
     tp = plan.mesh.shape[TP]
-    numbers = config.cache_width if config.latent else 2 * -(-config.kv_heads // tp) * config.head_width
-    per_slot = case.rows * numbers * jnp.dtype(options.dtype).itemsize
+    spec = cache_specs(config, plan.cache_dtype_for(options.dtype))[0]  # the groups differ in windows only
+    per_slot = case.rows * -(-spec.kv_heads // tp) * spec.bytes_per_token / (spec.layers * spec.kv_heads)
     lengths = case.context, case.context + options.decoded
     windows = [config.window_of(layer) for layer in range(config.layers)]
     slots_LR = np.array([count_slots(*lengths, plan.layout, window) for window in windows])

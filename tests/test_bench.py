@@ -59,6 +59,19 @@ def test_the_decode_benchmark_reports_what_users_call(config: Path, tmp_path: Pa
     assert "Engine" in capsys.readouterr().out
 
 
+def test_the_decode_benchmark_times_only_what_is_named(config: Path, tmp_path: Path, monkeypatch):
+    """The roofline of an fp8 cache is less than that of a float32 cache."""
+    report, rooflines = tmp_path / "decode.json", {}
+    sizes = ("--mesh", "1x2", "--case", "2x900", "--time", "decode", "--steps-per-call", 2)
+    for dtype in ("auto", "fp8"):
+        assert bench_decode(monkeypatch, "--config", config, *sizes, "--kv-cache-dtype", dtype, "--json", report) == 0
+        [run] = json.loads(report.read_text())["runs"]
+        assert run["decode_ms"] > 0
+        assert run["engine_ms"] is None
+        rooflines[dtype] = run["roofline_ms"] * json.loads(report.read_text())["bandwidth_bytes_per_s"]
+    assert rooflines["fp8"] < rooflines["auto"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
