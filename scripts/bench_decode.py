@@ -128,6 +128,8 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
     options.case = [Case(*parse_sizes("--case", text, "rows x tokens")) for text in options.case or ["8x8192"]]
     options.prefill = [Case(*parse_sizes("--prefill", text, "rows x tokens")) for text in options.prefill or []]
     missing = [name for name in ("torch", "flashinfer") if importlib.util.find_spec(name) is None]
+    if options.baseline and options.kv_heads is not None:
+        raise ValueError(f"--kv-heads is {options.kv_heads}, but the baseline has those of --config: leave one out")
     if options.baseline and missing:
         raise ValueError(f"--baseline needs {' and '.join(missing)}: install them, or leave it out")
     return options
