@@ -19,17 +19,23 @@ class QuantisedPages(NamedTuple):
     Attributes:
         numbers_AKWH: The quantised numbers, float8_e4m3.
         scales_AKWX: The scale of each of X groups of adjacent numbers, float32.
-        exact_AKWR: Numbers that are not quantised, bfloat16. R may be 0.
+        exact_AKWR: Numbers that are not quantised, bfloat16. None: there are none. (An array of width 0 makes the XLA of
+            JAX 0.11 crash when it partitions a program for several CPU devices.)
     """
 
     numbers_AKWH: Float[Array, "*A K W H"]
     scales_AKWX: Float[Array, "*A K W X"]
-    exact_AKWR: Float[Array, "*A K W R"]
+    exact_AKWR: Float[Array, "*A K W R"] | None
+
+    @property
+    def exact_width(self) -> int:
+        """How many numbers of a vector are not quantised."""
+        return 0 if self.exact_AKWR is None else self.exact_AKWR.shape[-1]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the pages without quantisation."""
-        return (*self.numbers_AKWH.shape[:-1], self.numbers_AKWH.shape[-1] + self.exact_AKWR.shape[-1])
+        return (*self.numbers_AKWH.shape[:-1], self.numbers_AKWH.shape[-1] + self.exact_width)
 
     @property
     def dtype(self) -> DTypeLike:
@@ -49,11 +55,11 @@ def quantise(x_BH: Float[Array, "*B H"], scales: int, exact: int = 0) -> Quantis
     groups = numbers.astype(jnp.float32).reshape(*numbers.shape[:-1], scales, -1)
     scale = jnp.abs(groups).max(-1) * _SCALE
     scaled = groups / jnp.where(scale == 0, 1, scale)[..., None]
-    return QuantisedPages(scaled.reshape(numbers.shape).astype(FLOAT8), scale, rest.astype(EXACT))
+    return QuantisedPages(scaled.reshape(numbers.shape).astype(FLOAT8), scale, rest.astype(EXACT) if exact else None)
 
 
 def dequantise(pages: QuantisedPages, dtype: DTypeLike) -> Array:
     """Return the vectors of pages, computed in float32, as an array of `dtype`."""
     numbers, scale = pages.numbers_AKWH.astype(jnp.float32), pages.scales_AKWX
-    groups = numbers.reshape(*scale.shape, -1) * scale[..., None]
-    return jnp.concatenate([groups.reshape(numbers.shape).astype(dtype), pages.exact_AKWR.astype(dtype)], -1)
+    scaled = (numbers.reshape(*scale.shape, -1) * scale[..., None]).reshape(numbers.shape).astype(dtype)
+    return scaled if pages.exact_AKWR is None else jnp.concatenate([scaled, pages.exact_AKWR.astype(dtype)], -1)

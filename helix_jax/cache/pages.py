@@ -126,7 +126,8 @@ def abstract_pool(plan: Plan, spec: CacheSpec, pages: int, page: int) -> KVCache
     if not spec.quantised:
         return KVCache(like(width, spec.dtype), spec)
     quantised = (width if spec.exact_width == 0 else spec.head_width) - spec.exact_width
-    pool = QuantisedPages(like(quantised, spec.dtype), like(spec.scales, jnp.float32), like(width - quantised, EXACT))
+    exact = like(width - quantised, EXACT) if width > quantised else None
+    pool = QuantisedPages(like(quantised, spec.dtype), like(spec.scales, jnp.float32), exact)
     return KVCache(pool, spec)
 
 
@@ -193,7 +194,7 @@ def append(
     new_BTCKH = jnp.stack([x for x in (k_BTKH, v_BTKH) if x is not None], axis=2)
     new_BTCKH = pad_width(new_BTCKH, H)
     if isinstance(pool_XKWH, QuantisedPages):
-        new_BTCKH = quantise(new_BTCKH, cache.spec.scales, pool_XKWH.exact_AKWR.shape[-1])
+        new_BTCKH = quantise(new_BTCKH, cache.spec.scales, pool_XKWH.exact_width)
 
     # The heads are indexed too: as a slice between page and offset, they make XLA transpose the whole pool. Keys and
     # values are one scatter, because each scatter is a kernel.

@@ -121,8 +121,8 @@ def choose_shape(
     """Choose the shape of the kernel for `queries` queries of a row: new tokens times heads."""
     member_queries = min(-(-queries // 8) * 8, _MOST_QUERIES)
     work = Work(rows, 1, queries, 1, ROWS, processors, member_queries)
-    (_, _, page, groups), exact = latents.scales_AKWX.shape, latents.exact_AKWR.shape[-1]
-    return QuantisedLatentShape(work, groups, exact, page, scale)
+    _, _, page, groups = latents.scales_AKWX.shape
+    return QuantisedLatentShape(work, groups, latents.exact_width, page, scale)
 
 
 def compute_parts(
