@@ -19,8 +19,8 @@ class QuantisedPages(NamedTuple):
     Attributes:
         numbers_AKWH: The quantised numbers, float8_e4m3.
         scales_AKWX: The scale of each of X groups of adjacent numbers, float32.
-        exact_AKWR: Numbers that are not quantised, bfloat16. None: there are none. (An array of width 0 makes the XLA of
-            JAX 0.11 crash when it partitions a program for several CPU devices.)
+        exact_AKWR: Numbers that are not quantised, bfloat16. None: there are none. (An array of width 0 makes the XLA
+            of JAX 0.11 crash when it partitions a program for several CPU devices.)
     """
 
     numbers_AKWH: Float[Array, "*A K W H"]
