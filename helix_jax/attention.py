@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from helix_jax.numerics import einsum
-from helix_jax.quantisation import QuantisedPages, dequantise
+from helix_jax.quantisation import QuantisedPages, as_bytes, dequantise, from_bytes
 
 # Bounds on what one pass over the pages reads at once: slots, over all rows, and scores. On a CPU a pass is cheap and
 # memory is short. It gathers at most a share of the slots, so that a decode step needs a few percent of its cache as
@@ -228,7 +228,11 @@ def _visible_slots(slot_BCW: Array, lo_BT: Array, hi_BT: Array) -> Array:
 
 def _gather_pages(pages: Array | QuantisedPages, page_BC: Array, dtype: DTypeLike) -> Array:
     """Return some pages [B, C, K, W, H] as an array of `dtype`."""
-    gathered = jax.tree.map(lambda x_AKWH: jnp.take(x_AKWH, page_BC, axis=0, mode="clip"), pages)
+
+    def take(x_AKWH: Array) -> Array:
+        return from_bytes(jnp.take(as_bytes(x_AKWH), page_BC, axis=0, mode="clip"), x_AKWH.dtype)
+
+    gathered = jax.tree.map(take, pages)
     return dequantise(gathered, dtype) if isinstance(gathered, QuantisedPages) else gathered.astype(dtype)
 
 

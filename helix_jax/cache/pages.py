@@ -18,7 +18,7 @@ from helix_jax.kernels.page_format import stored_width
 from helix_jax.layout import Integer
 from helix_jax.mesh import CP, DP, POOL_LATENT_XKWH, POOL_XKWH, ROWS_B, TABLE_RBM, TP, first_device, sharding
 from helix_jax.plan import Plan
-from helix_jax.quantisation import EXACT, QuantisedPages, quantise
+from helix_jax.quantisation import EXACT, QuantisedPages, as_bytes, from_bytes, quantise
 from helix_jax.validation import check_int
 
 
@@ -201,7 +201,8 @@ def append(
     index = (page_BTC[..., None], jnp.arange(K, dtype=jnp.uint32), offset_BT[..., None, None])
 
     def write(pool_XKWH: Array, new_BTCKH: Array) -> Array:
-        return pool_XKWH.at[index].set(new_BTCKH.astype(pool_XKWH.dtype), mode="drop")
+        dtype = pool_XKWH.dtype
+        return from_bytes(as_bytes(pool_XKWH).at[index].set(as_bytes(new_BTCKH.astype(dtype)), mode="drop"), dtype)
 
     return cache._replace(pool_XKWH=jax.tree.map(write, pool_XKWH, new_BTCKH))
 
@@ -221,7 +222,9 @@ def copy_pages(cache: KVCache, source_X: Int[Array, "X"], page_X: Int[Array, "X"
     from_YX = first_Y1 + source_X
 
     def copy(pool_XKWH: Array) -> Array:
-        return pool_XKWH.at[to_YX].set(pool_XKWH.at[from_YX].get(mode="clip"), mode="drop")
+        bytes_XKWH = as_bytes(pool_XKWH)
+        copied_XKWH = bytes_XKWH.at[to_YX].set(bytes_XKWH.at[from_YX].get(mode="clip"), mode="drop")
+        return from_bytes(copied_XKWH, pool_XKWH.dtype)
 
     return cache._replace(pool_XKWH=jax.tree.map(copy, cache.pool_XKWH))
 
