@@ -123,7 +123,7 @@ def test_one_device_stores_the_published_number_of_parameters(name: str):
     ],
 )
 def test_memory_is_that_of_compiled_steps(name: str, mesh: tuple[int, int], weights_gb: float, cache_gb: float):
-    """The table of README.md, 8 rows of a million tokens. On TPUs a latent takes 640 / 576 of the cache given here."""
+    """The table of kernels/README.md: 8 rows of a million tokens. On TPUs a latent takes 640 / 576 of this cache."""
     config = config_of(name)
     parallelism = Parallelism(strategy="helix", tp=mesh[0], cp=mesh[1], ep=math.prod(mesh) if config.experts else 1)
     costs = Costs(config, Workload(context=MILLION), parallelism)
