@@ -1,7 +1,7 @@
 """Sampling: from logits to tokens, each row with its own settings."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,15 +61,22 @@ def make_sampling(
     """
     check_sampling(temperature, top_k, top_p, min_p)
     check_seed(seed)
+    return jax.tree.map(jnp.asarray, make_host_sampling(rows, temperature, top_k, top_p, seed, min_p))
+
+
+def make_host_sampling(
+    rows: int, temperature: int | float, top_k: int, top_p: int | float, seed: int, min_p: int | float
+) -> Sampling:
+    """Create the settings of `make_sampling` as NumPy arrays, without a check."""
     seed_B = [(seed + row) % SEEDS for row in range(rows)]
-    words_B2 = np.asarray([divmod(seed, 2**32) for seed in seed_B], np.uint32).reshape(rows, 2)
-    return Sampling(
-        jnp.full(rows, temperature, jnp.float32),
-        jnp.full(rows, min(top_k, 2**31 - 1), jnp.int32),
-        jnp.full(rows, top_p, jnp.float32),
-        jnp.full(rows, min_p, jnp.float32),
-        jnp.asarray(words_B2),
-    )
+    arrays: list[Any] = [
+        np.full(rows, temperature, np.float32),
+        np.full(rows, min(top_k, 2**31 - 1), np.int32),
+        np.full(rows, top_p, np.float32),
+        np.full(rows, min_p, np.float32),
+        np.asarray([divmod(seed, 2**32) for seed in seed_B], np.uint32).reshape(rows, 2),
+    ]
+    return Sampling(*arrays)
 
 
 def check_sampling(temperature: int | float, top_k: int, top_p: int | float, min_p: int | float) -> None:

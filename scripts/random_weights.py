@@ -6,15 +6,13 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
-from helix_jax.checkpoint.parameters import parameter_dtype
+from helix_jax.abstract import abstract_weights
 from helix_jax.config import ModelConfig
-from helix_jax.mesh import weight_sharding
-from helix_jax.models.transformer import Transformer, Weights
+from helix_jax.models.transformer import Weights
 
 WEIGHT_SCALE = 0.02
 
@@ -29,13 +27,12 @@ def make_random_weights(config: ModelConfig, mesh: Mesh, dtype: DTypeLike) -> We
         mesh: The mesh that decodes.
         dtype: The type of the weights. A few parameters are float32 nevertheless.
     """
-    padded = nnx.to_flat_state(nnx.state(Transformer(config, devices=mesh.size, rngs=None), nnx.Param))
-    weights = []
-    for seed, (path, parameter) in enumerate(padded):
-        name = str(path[-1])
-        draw = compile_draw(name, parameter.shape, parameter_dtype(path, dtype), weight_sharding(mesh, name))
-        weights.append((path, draw(seed)))
-    return nnx.to_pure_dict(nnx.from_flat_state(weights))
+    abstract, structure = jax.tree_util.tree_flatten_with_path(abstract_weights(config, mesh, dtype))
+    weights = [
+        compile_draw(str(path[-1].key), like.shape, like.dtype, like.sharding)(seed)
+        for seed, (path, like) in enumerate(abstract)
+    ]
+    return jax.tree_util.tree_unflatten(structure, weights)
 
 
 @cache  # the layers share one compilation

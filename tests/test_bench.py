@@ -60,9 +60,9 @@ def test_the_decode_benchmark_reports_what_users_call(config: Path, tmp_path: Pa
 
 
 def test_the_decode_benchmark_times_only_what_is_named(config: Path, tmp_path: Path, monkeypatch):
-    """The roofline of an fp8 cache is less than that of a float32 cache."""
+    """The roofline of an fp8 cache is less than that of a float32 cache. The devices have copies of the only head."""
     report, rooflines = tmp_path / "decode.json", {}
-    sizes = ("--mesh", "1x2", "--case", "2x900", "--time", "decode", "--steps-per-call", 2)
+    sizes = ("--mesh", "2x1", "--kv-heads", 1, "--case", "2x900", "--time", "decode", "--steps-per-call", 2)
     for dtype in ("auto", "fp8"):
         assert bench_decode(monkeypatch, "--config", config, *sizes, "--kv-cache-dtype", dtype, "--json", report) == 0
         [run] = json.loads(report.read_text())["runs"]

@@ -442,7 +442,8 @@ class Engine:
         if request.row is None:
             self.scheduler.waiting.append(request)
         else:
-            self.runner.admit(Admission(request, request.num_computed), self.scheduler.row_pages[request.id])
+            admission = Admission(request, request.num_computed)
+            self.runner.admit([(admission, self.scheduler.row_pages[request.id])])
 
     def _check_options(self) -> None:
         if self.speculate is not None:

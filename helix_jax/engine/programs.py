@@ -20,26 +20,28 @@ from helix_jax.speculation import Drafts
 from helix_jax.step import append_tokens, constrain_rows, last_logits, logits_of
 
 
-class RowUpdate(NamedTuple):
-    """The state of a row that is assigned to a request.
+class RowUpdates(NamedTuple):
+    """The state of X rows that are assigned to requests.
 
     Attributes:
-        table_RM: Its page tables in the first cache group.
-        length: How many of its tokens are cached already.
-        token: The token that follows these. A row that is not prefilled begins to decode with it.
-        prompt_len: The length of its prompt.
-        stop_V: Its stop tokens.
-        sampling: How it chooses its next token, as arrays for one row.
-        tokens_S: Its tokens, from which drafts are made. None: there are no drafts.
+        row_X: The rows. One that does not exist is dropped.
+        table_XRM: Their page tables in the first cache group.
+        length_X: How many tokens of each are cached already.
+        token_X: The token that follows these. A row that is not prefilled begins to decode with it.
+        prompt_len_X: The length of each prompt.
+        stop_XV: Their stop tokens.
+        sampling: How each chooses its next token.
+        tokens_XS: Their tokens, from which drafts are made. None: there are no drafts.
     """
 
-    table_RM: Int[Array, "R M"]
-    length: Int[Array, ""]
-    token: Int[Array, ""]
-    prompt_len: Int[Array, ""]
-    stop_V: Bool[Array, "V"]
+    row_X: Int[Array, "X"]
+    table_XRM: Int[Array, "X R M"]
+    length_X: Int[Array, "X"]
+    token_X: Int[Array, "X"]
+    prompt_len_X: Int[Array, "X"]
+    stop_XV: Bool[Array, "X V"]
     sampling: RowSampling
-    tokens_S: Int[Array, "S"] | None
+    tokens_XS: Int[Array, "X S"] | None
 
 
 class Chunks(NamedTuple):
@@ -61,32 +63,32 @@ class Chunks(NamedTuple):
 SCORED_AT_ONCE = 128  # tokens of each dp group whose logits are in memory at once
 
 
-def _admit(plan: Plan, state: DecodeState, row: Int[Array, ""], update: RowUpdate) -> DecodeState:
-    """Assign a row to a request.
+def _admit(plan: Plan, state: DecodeState, updates: RowUpdates) -> DecodeState:
+    """Assign rows to requests.
 
     Args:
         plan: How the mesh decodes.
         state: Donated: continue with the one that is returned.
-        row: The row.
-        update: Its new state.
+        updates: The rows, and their new state.
     """
 
-    def set_row(all_B: Array, one: Array) -> Array:
-        return constrain_rows(plan, all_B.at[row].set(one))
+    def set_rows(all_B: Array, new_X: Array) -> Array:
+        return constrain_rows(plan, all_B.at[updates.row_X].set(new_X, mode="drop"))
 
-    drafts = None if update.tokens_S is None else Drafts(update.tokens_S, jnp.int32(0))
+    drafts = None if updates.tokens_XS is None else Drafts(updates.tokens_XS, jnp.zeros_like(updates.row_X))
+    tables_RBM, new_RXM = state.rows.tables_RBM, updates.table_XRM.swapaxes(0, 1)
     rows = Rows(
-        _with_table(plan, state.rows.tables_RBM, state.rows.tables_RBM[0].at[:, row].set(update.table_RM)),
-        set_row(state.rows.length_B, update.length),
-        set_row(state.rows.prompt_len_B, update.prompt_len),
+        _with_table(plan, tables_RBM, tables_RBM[0].at[:, updates.row_X].set(new_RXM, mode="drop")),
+        set_rows(state.rows.length_B, updates.length_X),
+        set_rows(state.rows.prompt_len_B, updates.prompt_len_X),
     )
     return state._replace(
         rows=rows,
-        token_B=set_row(state.token_B, update.token),
-        finished_B=set_row(state.finished_B, jnp.zeros((), bool)),
-        stop_BV=jax.tree.map(set_row, state.stop_BV, update.stop_V),
-        sampling=jax.tree.map(lambda all_B, one_1: set_row(all_B, one_1[0]), state.sampling, update.sampling),
-        drafts=jax.tree.map(set_row, state.drafts, drafts),
+        token_B=set_rows(state.token_B, updates.token_X),
+        finished_B=set_rows(state.finished_B, jnp.zeros_like(updates.row_X, bool)),
+        stop_BV=jax.tree.map(set_rows, state.stop_BV, updates.stop_XV),
+        sampling=jax.tree.map(set_rows, state.sampling, updates.sampling),
+        drafts=jax.tree.map(set_rows, state.drafts, drafts),
     )
 
 

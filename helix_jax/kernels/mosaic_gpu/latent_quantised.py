@@ -146,7 +146,7 @@ def compute_parts(
         num_threads=1 + _CONVERTERS,
         thread_name="warpgroup",
         compiler_params=memory.COMPILER,
-    )(queries, [x.reshape(-1, x.shape[-1]) for x in k_AKWH], *table, *schedule)
+    )(queries, [x.reshape(-1, x.shape[-1]) for x in k_AKWH if x is not None], *table, *schedule)
 
 
 def _describe_shared(shape: QuantisedLatentShape) -> Shared:
