@@ -47,7 +47,7 @@ from helix_jax.mesh import make_mesh
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.sampling import Sampling, make_sampling
-from helix_jax.step import StepOutput, step
+from helix_jax.step import StepOutput, advance, step
 from helix_jax.text import Detokenizer, Tokenizer, open_tokenizer
 from helix_jax.validation import MissingPackageError
 
@@ -79,6 +79,7 @@ __all__ = [
     "TokenEvent",
     "Tokenizer",
     "Transformer",
+    "advance",
     "attend",
     "cache_specs",
     "combine",

@@ -5,7 +5,7 @@ This is all manual parallelism of decoding attention. Experts (models/moe.py) an
 """
 
 import functools
-from typing import NamedTuple
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,17 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from helix_jax.attention import PageTable, Partial, merge_sink
-from helix_jax.cache import KVCache, Rows, append, copy_pages, pad_width
+from helix_jax.cache import (
+    AttentionOptions,
+    KVCache,
+    Rows,
+    append,
+    are_valid,
+    check_attention,
+    copy_pages,
+    lack_pages,
+    pad_width,
+)
 from helix_jax.combine import combine
 from helix_jax.kernels import backend_attend
 from helix_jax.kernels.page_format import PageFormat
@@ -30,24 +40,11 @@ from helix_jax.mesh import (
     ROWS_B,
     SINK_N,
     TABLE_RBM,
-    TP,
 )
 from helix_jax.plan import Plan
-from helix_jax.validation import check_int
 
 
-class _Options(NamedTuple):
-    """The static arguments of `helix_attention`."""
-
-    plan: Plan
-    scale: float
-    group: int
-    window: int | None
-    v_width: int | None
-
-
-# Jitted, because an eager shard_map compiles again in every call. Under another jit it is inlined.
-@functools.partial(jax.jit, static_argnames=("plan", "group", "scale", "window", "v_width"), inline=True)
+@no_type_check  # by beartype in tests: check_attention has messages for users, and is always there
 def helix_attention(
     plan: Plan,
     cache: KVCache,
@@ -67,14 +64,17 @@ def helix_attention(
     """Append new tokens to the cache, and compute causal attention of these tokens over the cache of their rows.
 
     The result is exact: meshes, placements and combines differ only by rounding. `cache` is updated in place if
-    donated. The caller adds `count_B` to `rows.length_B` after the last layer. The caller also ensures that
-    `length_B + count_B` fits the pages of `rows`: lengths are traced, so this cannot be checked, and a token without a
-    page is not cached. On a CPU that is split into devices, wait for a result before the next call, because queued
-    steps can deadlock.
+    donated. The caller adds `count_B` to `rows.length_B` after the last layer. Lowering `length_B` undoes tokens: they
+    are no longer seen, and the next ones overwrite them. (A cache with a window has lost what they overwrote.) On a CPU
+    that is split into devices, wait for a result before the next call, because queued steps can deadlock.
+
+    Lengths, counts and layers are checked where they are concrete. Under `jit`, a row for which one is out of range, or
+    that lacks pages for its tokens, has NaN as its output, without effect on the others.
 
     Args:
+        cache: The pages, created with this plan.
         count_B: How many of the T new tokens each row appends. The others write nothing, and their output is 0.
-        layer: The layer whose pages are used, by its index in the cache. It may be traced, but it must exist.
+        layer: The layer whose pages are used, by its index in the cache. It may be traced.
         group: The index of the cache group, whose page table in `rows` is used.
         scale: The scale of the attention scores, usually `head_width**-0.5`.
         window: How many positions a query sees, its own included. None: all.
@@ -83,31 +83,47 @@ def helix_attention(
             the keys, and the pages come from a `CacheSpec` with `latent=True`.
 
     Returns:
-        The output in the type of `q_BTNH`, its P heads sharded over the flat axis (tp, cp); and the cache. P is N if cp
-        divides the heads of a tp rank. If not, zeros follow the heads of each tp rank, so that it does.
+        The output in the type of `q_BTNH`, sharded as `PartitionSpec("dp", None, ("tp", "cp"), None)` with every
+        combine: a device has 1 / cp of the heads of its tp rank. With "psum" it receives the sum of all of them and
+        keeps its share; with "psum_scatter" and "all_to_all" it receives only that. An output projection sharded as
+        `PartitionSpec(("tp", "cp"), None, None)` fits. P is N if cp divides the heads of a tp rank. If not, zeros
+        follow the heads of each tp rank, so that it does. And the cache, sharded as before.
 
     Raises:
-        ValueError: tp does not divide the heads, or the cache is one of other heads; the kernel cannot read the pages;
-            the window is below 1; or the cache keeps fewer positions than it.
+        TypeError: An argument has the wrong type.
+        ValueError: A shape does not fit the others, the plan or the cache; the kernel cannot read the pages; or a
+            concrete number is out of range, or more than a row has pages for.
 
     Source: arXiv 2507.07120, section 2; sinks: arXiv 2309.17453; latents: arXiv 2405.04434.
     """
-    latent = v_BTKH is None
-    _check_heads(plan, cache, q_BTNH, k_BTKH)
-    if window is not None:
-        check_int("window", window, least=1)
-    kept = cache.spec.window
-    if kept is not None and not (window and window <= kept):
-        raise ValueError(f"the window is {window}, but the cache keeps {kept} positions: give at most {kept}")
-    pool_spec, new_spec = (POOL_LATENT_XKWH, NEW_LATENT_BTKH) if latent else (POOL_XKWH, NEW_KEYS_BTKH)
+    options, new = AttentionOptions(plan, scale, group, window, v_width), (q_BTNH, k_BTKH, v_BTKH)
+    check_attention(options, cache, new, rows, count_B, layer, sink_N)
+    return _helix_attention(options, cache, new, rows, count_B, layer, sink_N)
+
+
+# Jitted, because an eager shard_map compiles again in every call. Under another jit it is inlined.
+@functools.partial(jax.jit, static_argnames="options", inline=True)
+def _helix_attention(
+    options: AttentionOptions,
+    cache: KVCache,
+    new: tuple[Array, Array, Array | None],
+    rows: Rows,
+    count_B: Array,
+    layer: Array | int,
+    sink_N: Array | None,
+) -> tuple[Array, KVCache]:
+    pool_spec, new_spec = (POOL_LATENT_XKWH, NEW_LATENT_BTKH) if new[2] is None else (POOL_XKWH, NEW_KEYS_BTKH)
     rows_specs = Rows._make(((TABLE_RBM,) * len(rows.tables_RBM), ROWS_B, ROWS_B))
     sharded = jax.shard_map(
-        functools.partial(_attention_shard, _Options(plan, scale, group, window, v_width)),
-        mesh=plan.mesh,
+        functools.partial(_attention_shard, options),
+        mesh=options.plan.mesh,
         in_specs=(pool_spec, REPLICATED, (QUERIES_BTNH, new_spec, new_spec), rows_specs, ROWS_B, SINK_N),
         out_specs=(ATTENTION_OUT_BTNH, pool_spec),
     )
-    return sharded(cache, jnp.asarray(layer, jnp.int32), (q_BTNH, k_BTKH, v_BTKH), rows, count_B, sink_N)
+    layer = jnp.asarray(layer, jnp.int32)
+    o_BTNH, written = sharded(cache, layer, new, rows, count_B, sink_N)
+    valid_B = are_valid(cache, rows, count_B, layer, tokens=new[0].shape[1])
+    return jnp.where(valid_B[:, None, None, None], o_BTNH, jnp.nan), written
 
 
 def copy_pages_of_ranks(plan: Plan, cache: KVCache, copies_Z2X: Int[Array, "Z 2 X"]) -> KVCache:
@@ -127,18 +143,8 @@ def copy_pages_of_ranks(plan: Plan, cache: KVCache, copies_Z2X: Int[Array, "Z 2 
     return jax.shard_map(copy, mesh=plan.mesh, in_specs=(pool_spec, COPIES_Z2X), out_specs=pool_spec)(cache, copies_Z2X)
 
 
-def _check_heads(plan: Plan, cache: KVCache, q_BTNH: Array, k_BTKH: Array) -> None:
-    tp, heads, kv_heads, stored = plan.mesh.shape[TP], q_BTNH.shape[2], k_BTKH.shape[2], cache.pool_XKWH.shape[1]
-    if kv_heads != stored:
-        raise ValueError(
-            f"there are {kv_heads} key/value heads, but with tp {tp} the cache stores {stored}: give {stored}"
-        )
-    if heads % tp:
-        raise ValueError(f"tp {tp} does not divide the {heads} query heads: choose a tp that does")
-
-
 def _attention_shard(
-    options: _Options,
+    options: AttentionOptions,
     cache: KVCache,
     layer: Array,
     new: tuple[Array, Array, Array | None],
@@ -184,16 +190,22 @@ def _filled_unsigned(plan: Plan, length_BT: Array, prompt_len_B1: Array, rank: A
 
 
 def _attend(
-    options: _Options, q_BTNH: Array, cache: KVCache, layer: Array, table_BM: Array, lo_BT: Array, hi_BT: Array
+    options: AttentionOptions, q_BTNH: Array, cache: KVCache, layer: Array, table_BM: Array, lo_BT: Array, hi_BT: Array
 ) -> Partial:
-    """Attend with the kernel of the plan. Pages may store heads padded with zeros (on TPUs)."""
+    """Attend with the kernel of the plan. Pages may store heads padded with zeros (on TPUs).
+
+    The output is NaN in a row that has no pages for what it sees here, and the combine spreads it to all ranks.
+    """
     pool_XKWH, pages, parts = cache.pool_XKWH, cache.pages, cache.spec.parts
     _, _, W, H = pool_XKWH.shape
     attend = backend_attend(options.plan.kernel_for(PageFormat(H, W, pool_XKWH.dtype, options.v_width)))
+    end_B = hi_BT.max(1)
     if cache.spec.window is None:  # else the table is a ring
         hi_BT = jnp.minimum(hi_BT, table_BM.shape[1] * W)
     # Not added to the table here, because that would be a kernel per layer.
     table = PageTable(table_BM, (layer * parts + jnp.arange(parts)) * pages)
     arguments = pad_width(q_BTNH, H), pool_XKWH, None if cache.spec.latent else pool_XKWH, table, lo_BT, hi_BT
     partial = attend(*arguments, scale=options.scale, v_width=options.v_width)
-    return partial._replace(o_BTNH=partial.o_BTNH[..., : options.v_width or q_BTNH.shape[-1]])
+    lack_B = lack_pages(cache, table_BM, lo_BT[:, 0], end_B)
+    o_BTNH = partial.o_BTNH[..., : options.v_width or q_BTNH.shape[-1]]
+    return partial._replace(o_BTNH=jnp.where(lack_B[:, None, None, None], jnp.nan, o_BTNH))

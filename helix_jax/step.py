@@ -18,6 +18,7 @@ from helix_jax.models import moe
 from helix_jax.models.transformer import Transformer, Weights, assemble
 from helix_jax.plan import Plan
 from helix_jax.sampling import Sampling, sample
+from helix_jax.validation import check_choice
 
 CachesAndLayer = tuple[tuple[KVCache, ...], int]  # what attention passes on from layer to layer
 
@@ -38,7 +39,7 @@ class StepOutput(NamedTuple):
     rows: Rows
 
 
-def advance(
+def _advance(
     config: ModelConfig,
     plan: Plan,
     weights: Weights,
@@ -46,29 +47,38 @@ def advance(
     rows: Rows,
     tokens_BT: Int[Array, "B T"],
     count_B: Int[Array, "B"],
-) -> tuple[Float[Array, "B V"], tuple[KVCache, ...], Rows]:
-    """Append new tokens to each row, and compute the logits of the token that follows.
+    logits: str = "last",
+) -> tuple[Float[Array, "B *T V"], tuple[KVCache, ...], Rows]:
+    """Run the model over new tokens of each row, and return the logits of the tokens that follow.
 
     T = 1 is decoding, a larger T a chunk of a prompt. A row whose count is 0 writes nothing. Nothing here depends on
-    the values of the lengths, so one compilation serves them all.
+    the values of the lengths, so one compilation for each T serves them all. To undo tokens, for example drafts that
+    were rejected, continue with a smaller `rows.length_B`.
 
-    The caller checks that the rows have pages for their new tokens: a token without a page is not written. On a CPU
-    that is split into devices, wait for each call before the next one, because programs that queue up deadlock.
+    A row that has no pages for its new tokens gets NaN, as in `helix_attention`. On a CPU that is split into devices,
+    wait for each call before the next one, because programs that queue up deadlock.
 
     Args:
         config: `model.config`.
         plan: How the mesh decodes.
         weights: `model.weights()`.
-        caches: The cache of each cache group. They are donated by the jitted programs: continue with those that are
-            returned.
+        caches: The cache of each cache group. They are donated: continue with those that are returned.
         rows: The state of each row.
         tokens_BT: The new tokens.
         count_B: How many of them count in each row, 0 to T. The others are padding.
+        logits: "last" returns the logits that follow the last new token of each row, [B, V], undefined for a row
+            whose count is 0. "all" returns those that follow each new token, [B, T, V], undefined for padding.
 
     Returns:
-        The logits that follow the last token of each row, the caches, and the rows.
+        The logits in float32 (-inf for the padding of the vocabulary), the caches, and the rows with their new lengths.
+
+    Raises:
+        ValueError: `logits` is neither "last" nor "all", or a shape does not fit, see `helix_attention`.
     """
+    check_choice("logits", logits, ("last", "all"))
     x_BTD, caches, rows = append_tokens(config, plan, weights, caches, rows, tokens_BT, count_B)
+    if logits == "all":
+        return logits_of(config, plan, weights, x_BTD[:, : tokens_BT.shape[1]]), caches, rows
     return last_logits(config, plan, weights, x_BTD, count_B), caches, rows
 
 
@@ -166,10 +176,11 @@ def _step(
         count_B: How many of them count in each row, 0 to T.
         sampling: The sampling settings of each row. None is greedy, without the sampler in the compiled program.
     """
-    logits_BV, caches, rows = advance(config, plan, weights, caches, rows, tokens_BT, count_B)
+    logits_BV, caches, rows = _advance(config, plan, weights, caches, rows, tokens_BT, count_B)
     return StepOutput(constrain_rows(plan, sample(logits_BV, sampling, rows.length_B)), logits_BV, caches, rows)
 
 
+advance = partial(jax.jit, static_argnames=("config", "plan", "logits"), donate_argnames="caches")(_advance)
 step = partial(jax.jit, static_argnames=("config", "plan"), donate_argnames="caches")(_step)
 
 

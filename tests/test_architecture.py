@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "families": {"config", "parsing", "validation"},
     "checkpoint": {"arrays", "config", "families", "heads", "mesh", "models", "plan", "processes", "validation"},
     "abstract": {"cache", "checkpoint", "config", "heads", "kernels", "mesh", "models", "plan", "sampling"},
-    "step": {"cache", "config", "helix", "mesh", "models", "plan", "sampling"},
+    "step": {"cache", "config", "helix", "mesh", "models", "plan", "sampling", "validation"},
     "speculation": set(),
     "decoding": {"cache", "config", "mesh", "models", "plan", "sampling", "speculation", "step"},
     "engine": {

@@ -1,5 +1,6 @@
 """Defines the key/value cache: pages that are sharded along the sequence, and the rows that use them."""
 
+from helix_jax.cache.checks import AttentionOptions, are_valid, check_attention, lack_pages
 from helix_jax.cache.pages import (
     KVCache,
     Rows,
@@ -19,15 +20,19 @@ from helix_jax.cache.paging import max_pages_per_row, pages_needed, ring_pages, 
 from helix_jax.cache.spec import CacheSpec, cache_specs, layer_groups
 
 __all__ = [
+    "AttentionOptions",
     "CacheSpec",
     "KVCache",
     "Rows",
     "abstract_pool",
     "append",
+    "are_valid",
     "cache_specs",
+    "check_attention",
     "copy_pages",
     "fixed_page_table",
     "fixed_pages",
+    "lack_pages",
     "layer_groups",
     "make_cache",
     "make_caches",

@@ -1,6 +1,6 @@
 """Place each part of each parameter on the devices that need it. No device or host receives more than its parts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, cast
 
@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from helix_jax.checkpoint.parameters import Index, ParameterPath, fetch_unpadded, parameter_dtype, parameter_shapes
+from helix_jax.checkpoint.spec_table import Weights, shard_by_table
 from helix_jax.config import ModelConfig
 from helix_jax.heads import PADDING, HeadLayout
-from helix_jax.mesh import flat_size, stored_sharding, weight_sharding
+from helix_jax.mesh import Spec, flat_size, stored_sharding, weight_sharding
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 
@@ -21,20 +22,51 @@ from helix_jax.plan import Plan
 Read = Callable[[ParameterPath, Index], np.ndarray]
 
 
-def shard(model: Transformer, plan: Plan, dtype: DTypeLike | None = None) -> Transformer:
-    """Return the same model with its weights sharded as `plan` decodes with them.
+def shard(
+    model: Weights, plan: Plan | Mesh, dtype: DTypeLike | None = None, *, specs: Mapping[str, Spec] | None = None
+) -> Weights:
+    """Return the same weights on the devices of a mesh: those of a `Transformer`, or with `specs` those of any model.
+
+    A model of your own, for example with a tensor parallel output projection after `helix_attention`:
+
+        specs = {"*/output/kernel": P(("tp", "cp"), None, None), "*/query/kernel": P(None, "tp", None), "*": P()}
+        model = helix_jax.shard(model, plan, specs=specs)
 
     Args:
-        model: A model whose weights may be anywhere.
-        plan: The mesh, and how experts are sharded.
-        dtype: The type of the new weights, default that of the model.
+        model: A `Transformer`. With `specs` also any other Flax NNX module, whose `nnx.Param`s are placed, or a pytree
+            of arrays. The weights may be anywhere.
+        plan: The mesh, and how the experts of a `Transformer` are sharded. With `specs`, it may be any mesh.
+        dtype: The type of the new weights, default that of the model. Integers keep theirs.
+        specs: Patterns of parameter paths, and the PartitionSpec of the parameters that match. The first pattern that
+            matches counts. A path is the names and indices on the way to a parameter, with slashes between them, such
+            as "layers/0/attention/q_DNH". In a pattern, `*` stands for any text and `?` for a character, as in the
+            standard library's fnmatch. None: a `Transformer` is sharded as `plan` decodes with it.
 
     Returns:
-        A new model. The weights of `model` are not changed.
+        A new model, module or pytree. The weights of `model` are not changed.
 
     Raises:
-        ValueError: The mesh cannot share the heads of the model.
+        TypeError: Without `specs`, `model` is not a Transformer or `plan` not a Plan; or a weight is not an array, or a
+            value of `specs` not a PartitionSpec.
+        ValueError: The mesh cannot share the heads of the model; a pattern matches no parameter, or only those of
+            earlier patterns; no pattern matches a parameter; the mesh has no such axis; or a spec has too many
+            dimensions, or axes whose sizes do not divide that of the parameter. Then nothing is placed.
     """
+    if specs is not None:
+        if not isinstance(plan, Plan | Mesh):
+            raise TypeError(f"plan is a {type(plan).__name__}: give a helix_jax.Plan or a jax.sharding.Mesh")
+        return shard_by_table(model, plan.mesh if isinstance(plan, Plan) else plan, specs, dtype)
+    if not isinstance(model, Transformer):
+        raise TypeError(
+            f"the model is a {type(model).__name__}: give a Transformer, or specs, a table of PartitionSpecs"
+        )
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan is a {type(plan).__name__}: give a helix_jax.Plan")
+    return cast(Weights, _shard_transformer(model, plan, dtype))
+
+
+def _shard_transformer(model: Transformer, plan: Plan, dtype: DTypeLike | None) -> Transformer:
+    """Shard a model as `plan` decodes with it."""
     parameters = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
 
     @lru_cache(maxsize=1)  # the parts of one parameter are read one after the other
