@@ -1,6 +1,7 @@
 """Generates from a list of prompts, with an engine that is as large as they need."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from helix_jax.engine.runner import default_chunk
 from helix_jax.mesh import DP
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
+from helix_jax.validation import check_type
 
 # How all prompts continue, or each of them.
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -76,10 +78,17 @@ def make_engine(
         TypeError: As `generate`.
         ValueError: As `generate`.
     """
-    config, dp = model.config, plan.mesh.shape[DP]
-    if not len(prompts):
+    check_type("the model", model, Transformer, "a model of helix_jax.load or helix_jax.shard")
+    check_type("plan", plan, Plan, "a helix_jax.Plan")
+    for name in options:
+        if name in (field.name for field in fields(SamplingParams)):
+            raise TypeError(
+                f"{name} is not an option of an engine: give helix_jax.SamplingParams({name}=...) as params"
+            )
+    config, dp, each = model.config, plan.mesh.shape[DP], params_of_each(params, prompts)
+    if not each:
         raise ValueError("there are no prompts: give at least one")
-    each, limits = params_of_each(params, prompts), {"vocab": config.vocab, "max_len": config.max_positions}
+    limits = {"vocab": config.vocab, "max_len": config.max_positions}
     lens = [
         len(check_prompt(f"prompt {index}", prompt, own.max_new_tokens, **limits))
         for index, (prompt, own) in enumerate(zip(prompts, each, strict=True))

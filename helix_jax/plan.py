@@ -15,7 +15,7 @@ from helix_jax.kernels.page_format import PageFormat, stored_width
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import CP, DP, EXPERT_WEIGHTS, TP, AnyMesh, first_device
 from helix_jax.quantisation import FLOAT8
-from helix_jax.validation import check_choice
+from helix_jax.validation import check_choice, check_type
 
 EXPERTS = tuple(EXPERT_WEIGHTS)
 _CACHE_DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "fp8": FLOAT8}
@@ -38,7 +38,7 @@ class Plan:
             `helix_jax.quantisation`.
 
     Raises:
-        TypeError: `block` is not an int.
+        TypeError: `mesh` is not a mesh, or `block` not an int.
         ValueError: The mesh does not come from `make_mesh`, a choice is unknown, `block` is out of range, or the kernel
             does not run on these devices.
     """
@@ -52,6 +52,7 @@ class Plan:
     cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        check_type("mesh", self.mesh, AnyMesh, "a mesh of helix_jax.make_mesh(tp=..., cp=...)")
         axes = (DP, TP, CP)
         if self.mesh.axis_names != axes or set(self.mesh.axis_types) != {AxisType.Auto}:
             raise ValueError(

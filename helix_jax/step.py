@@ -18,7 +18,7 @@ from helix_jax.models import moe
 from helix_jax.models.transformer import Transformer, Weights, assemble
 from helix_jax.plan import Plan
 from helix_jax.sampling import Sampling, sample
-from helix_jax.validation import check_choice
+from helix_jax.validation import check_array, check_choice
 
 CachesAndLayer = tuple[tuple[KVCache, ...], int]  # what attention passes on from layer to layer
 
@@ -95,6 +95,7 @@ def append_tokens(
 
     Those of padding are undefined. A single token may be padded, so that there are X > T of them.
     """
+    check_array("tokens_BT", tokens_BT, jnp.integer)
     model, groups = assemble(config, weights), layer_groups(config)
     T = tokens_BT.shape[1]
     padded_BT = _pad_single_token(plan, tokens_BT)

@@ -51,7 +51,7 @@ MAY_IMPORT = {
         *("quantisation", "sampling", "speculation", "step", "text", "validation"),
     },
     "planner": {"cache", "config", "heads", "mesh", "parsing", "quantisation", "validation"},
-    "generation": {"engine", "mesh", "models", "plan"},
+    "generation": {"engine", "mesh", "models", "plan", "validation"},
     "training": {
         *("arrays", "attention", "checkpoint", "combine", "config", "layout", "mesh", "models", "numerics", "parsing"),
         *("processes", "text", "validation"),

@@ -197,7 +197,7 @@ def test_prompts_may_be_arrays(prompts, naive, plan, model):
         ([[1]], {"steps_per_call": 0}, ValueError, "steps_per_call is 0: give at least 1"),
         ([[1]], {"chunk": 0}, ValueError, "chunk is 0: give at least 1"),
         ([[1]], {"page": 0}, ValueError, "page is 0: give at least 1"),
-        ([np.array(["a"])], {}, TypeError, "prompt 0 is not a sequence of token ids: give whole numbers"),
+        ([np.array(["a"])], {}, TypeError, "prompt 0 is not a sequence of token ids but of type ndarray: give"),
         ([np.array([1.7])], {}, TypeError, "prompt 0 is not a sequence of token ids"),
         ([[True]], {}, TypeError, "prompt 0 is not a sequence of token ids"),
     ],

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType
 
 import helix_jax.cache.pages
+from helix_jax.arrays import put
 from helix_jax.attention import Partial, merge
 from helix_jax.cache import (
     CacheSpec,
@@ -27,7 +28,7 @@ from helix_jax.cache import (
 from helix_jax.combine import COMBINES, combine
 from helix_jax.helix import helix_attention
 from helix_jax.layout import PLACEMENTS
-from helix_jax.mesh import make_mesh
+from helix_jax.mesh import TABLE_RBM, make_mesh
 from helix_jax.plan import Plan
 from helix_jax.quantisation import FLOAT8
 from tests.reference import quantise_in_numpy, relative_error, softmax_attention
@@ -169,6 +170,52 @@ def test_a_ring_that_is_too_small_gives_nan_and_no_wrong_number():
     exact = ~np.isnan(ours).any((1, 2))
     assert 0 < exact.sum() < len(exact)
     assert relative_error(ours[exact], theirs[exact]) <= 2e-6
+
+
+def rows_of_every_kind(plan: Plan, window: int | None) -> tuple[Rows, np.ndarray, list[bool]]:
+    """Return rows with prompts of 5 tokens and pages for 12 slots on each rank, counts of up to 3, and what is right.
+
+    Their positions are a good row, one that is idle, one beyond its pages, too many new tokens, a negative count, a
+    negative length, a negative prompt, and a page that is missing on the rank of the last position.
+    """
+    table_BM = np.arange(8 * 3, dtype=np.int32).reshape(8, 3)
+    table_RBM = np.tile(table_BM, (4, 1, 1))
+    table_RBM[plan.layout.owner(10, 5), 7, plan.layout.slot(10, 5) // PAGE] = -1
+    length_B, count_B = [10, 10, 60, 10, 10, -1, 10, 9], np.asarray([3, 0, 3, 4, -1, 3, 3, 2])
+    prompt_len_B = [5, 5, 5, 5, 5, 5, -5, 5]
+    if window:  # the pages are a ring, which no length exceeds
+        length_B[2], count_B[2] = 0, 3
+    rows = Rows((put(table_RBM, plan.mesh, TABLE_RBM),), per_row(plan, length_B), per_row(plan, prompt_len_B))
+    return rows, count_B, [True, True, bool(window), *[False] * 5]
+
+
+@pytest.mark.parametrize(
+    ("how", "window"),
+    [("psum", None), ("all_to_all", 5), slow("psum_scatter", None), slow("all_to_all", None), slow("psum", 5)],
+)
+def test_rows_with_impossible_numbers_are_nan_under_jit_and_no_other_row_changes(how: str, window: int | None):
+    """Also if the sum of a rank's weights is zero beside a sink."""
+    plan = plan_on(2, 4, how=how)
+    spec = CacheSpec(LAYERS, 2, H, jnp.float32, window=window)
+    rows, count_B, valid_B = rows_of_every_kind(plan, window)
+    random = np.random.default_rng(0)
+    new = [jnp.asarray(random.normal(size=(8, 3, heads, H)), jnp.float32) for heads in (8, 2, 2)]
+    options = {"scale": SCALE, "window": window, "sink_N": jnp.full(8, 40.0)}
+
+    def attend(rows: Rows, count_B: np.ndarray, layer: int) -> np.ndarray:
+        cache = jax.tree.map(jnp.ones_like, make_pool(plan, spec, 4 * 8 * 3, PAGE))
+        return np.asarray(run(plan, cache, *new, rows, per_row(plan, count_B), layer=jnp.int32(layer), **options)[0])
+
+    o_BTNH = attend(rows, count_B, 1)
+    for row, valid in enumerate(valid_B):
+        assert np.isfinite(o_BTNH[row]).all() if valid else np.isnan(o_BTNH[row]).all(), row
+    alone = np.where(valid_B, count_B, 0)
+    reset = rows._replace(
+        length_B=per_row(plan, np.where(valid_B, rows.length_B, 0)), prompt_len_B=per_row(plan, [5] * 8)
+    )
+    np.testing.assert_array_equal(attend(reset, alone, 1)[valid_B], o_BTNH[valid_B])
+    for layer in (-1, LAYERS):
+        assert np.isnan(attend(reset, alone, layer)).all()
 
 
 @pytest.mark.parametrize("window", [None, 6])

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import NamedSharding
-from jax.typing import DTypeLike
 from jaxtyping import Bool, Int
 
 from helix_jax.cache.pages import KVCache, Rows
 from helix_jax.mesh import CP, DP, TP
 from helix_jax.plan import Plan
-from helix_jax.validation import check_int, check_positive
+from helix_jax.validation import check_array, check_int, check_positive, check_type
 
 NewTokens = tuple[Any, Any, Any]  # queries, keys, and values or None
 
@@ -39,10 +39,10 @@ def check_attention(
             have the pages that its tokens need.
     """
     for name, value, kind in (("plan", options.plan, Plan), ("cache", cache, KVCache), ("rows", rows, Rows)):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name} is a {type(value).__name__}: give a helix_jax.{kind.__name__}")
-    _check_tokens(cache, *new)
+        check_type(name, value, kind, f"a helix_jax.{kind.__name__}")
+    _check_tokens(cache, *new[:2])
     _check_heads(options.plan, cache, *new[:2], sink_N)
+    _check_new_values(cache, *new[1:])
     _check_options(options, cache, is_latent=new[2] is None)
     _check_layer(layer, cache.spec.layers)
     _check_rows(options, cache, rows, count_B, new[0].shape[0])
@@ -74,7 +74,7 @@ def lack_pages(cache: KVCache, table_BM: Any, first_B: Any, end_B: Any) -> Any:
         first_B: The first slot that a row sees. With a window, the slots before it may be overwritten.
         end_B: The end of the slots that it sees. 0: it sees none.
     """
-    xp = np if isinstance(table_BM, np.ndarray) else jnp
+    xp: Any = np if isinstance(table_BM, np.ndarray) else jnp
     entries, page = table_BM.shape[1], cache.pool_XKWH.shape[2]
     last_B = xp.maximum(end_B - 1, 0) // page
     if cache.spec.window is None:
@@ -85,10 +85,10 @@ def lack_pages(cache: KVCache, table_BM: Any, first_B: Any, end_B: Any) -> Any:
     return (end_B > 0) & (too_many_B | (page_B < 0))
 
 
-def _check_tokens(cache: KVCache, q_BTNH: Any, k_BTKH: Any, v_BTKH: Any) -> None:
-    """Check the types, rows, tokens and widths of queries, keys and values."""
-    _check_array("q_BTNH", q_BTNH, jnp.floating, 4)
-    _check_array("k_BTKH", k_BTKH, jnp.floating, 4)
+def _check_tokens(cache: KVCache, q_BTNH: Any, k_BTKH: Any) -> None:
+    """Check the types, rows, tokens and widths of queries and keys."""
+    check_array("q_BTNH", q_BTNH, jnp.floating)
+    check_array("k_BTKH", k_BTKH, jnp.floating)
     B, T, _, H = q_BTNH.shape
     if not B or not T:
         raise ValueError(f"q_BTNH has shape {[*q_BTNH.shape]}: give at least one row and one new token")
@@ -101,26 +101,18 @@ def _check_tokens(cache: KVCache, q_BTNH: Any, k_BTKH: Any, v_BTKH: Any) -> None
     for name, width in (("q_BTNH", H), ("k_BTKH", k_BTKH.shape[3])):
         if width != stored:
             raise ValueError(f"{name} has heads of width {width}, but the cache stores {stored}: give {stored}")
+
+
+def _check_new_values(cache: KVCache, k_BTKH: Any, v_BTKH: Any) -> None:
     if (v_BTKH is None) != cache.spec.latent:
         needed = "latents, which have no values: give None" if cache.spec.latent else "keys and values: give both"
         raise ValueError(f"v_BTKH is {'None' if v_BTKH is None else 'an array'}, but the cache stores {needed}")
     if v_BTKH is not None:
-        _check_array("v_BTKH", v_BTKH, jnp.floating, 4)
+        check_array("v_BTKH", v_BTKH, jnp.floating)
         if v_BTKH.shape != k_BTKH.shape:
             raise ValueError(
                 f"v_BTKH has shape {[*v_BTKH.shape]}, but k_BTKH has {[*k_BTKH.shape]}: give both the same shape"
             )
-
-
-def _check_array(name: str, x: Any, kind: DTypeLike, dimensions: int) -> None:
-    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
-        raise TypeError(f"{name} is a {type(x).__name__}: give an array")
-    if not jnp.issubdtype(x.dtype, kind):
-        wanted = "floating-point numbers, such as bfloat16" if kind is jnp.floating else "integers, such as int32"
-        raise TypeError(f"{name} has type {x.dtype}: give {wanted}")
-    if len(x.shape) != dimensions:
-        letters = ", ".join(name.rpartition("_")[2])
-        raise ValueError(f"{name} has shape {[*x.shape]}: give {dimensions} dimensions, [{letters}]")
 
 
 def _check_heads(plan: Plan, cache: KVCache, q_BTNH: Any, k_BTKH: Any, sink_N: Any) -> None:
@@ -139,7 +131,7 @@ def _check_heads(plan: Plan, cache: KVCache, q_BTNH: Any, k_BTKH: Any, sink_N: A
             f"there are {heads} query heads for {kv_heads} key/value heads: give a multiple of {kv_heads} query heads"
         )
     if sink_N is not None:
-        _check_array("sink_N", sink_N, jnp.floating, 1)
+        check_array("sink_N", sink_N, jnp.floating)
         heads_out = tp * cp * -(-heads // (tp * cp))
         if sink_N.shape != (heads_out,):
             raise ValueError(f"sink_N has shape {[*sink_N.shape]}: give [{heads_out}], one for each head of the output")
@@ -183,13 +175,13 @@ def _check_rows(options: AttentionOptions, cache: KVCache, rows: Rows, count_B: 
     if B % mesh.shape[DP]:
         raise ValueError(f"dp {mesh.shape[DP]} does not divide the {B} rows: give a multiple of it")
     for name, x in (("count_B", count_B), ("length_B", rows.length_B), ("prompt_len_B", rows.prompt_len_B)):
-        _check_array(name, x, jnp.signedinteger, 1)
+        check_array(name, x, jnp.signedinteger)
         if x.shape != (B,):
             raise ValueError(f"{name} has shape {[*x.shape]}: give [{B}], one for each row of q_BTNH")
     check_int("group", group, least=0)
     if group >= len(tables):
         raise ValueError(f"group is {group}, but rows have page tables for {len(tables)}: give 0 to {len(tables) - 1}")
-    _check_array("table_RBM", tables[group], jnp.signedinteger, 3)
+    check_array("table_RBM", tables[group], jnp.signedinteger)
     R, table_rows, M = tables[group].shape
     if (R, table_rows) != (mesh.shape[CP], B) or not M:
         raise ValueError(
@@ -243,7 +235,7 @@ def _check_pages(
 
 def _value(x: Int[Array, "*B"] | int) -> Any:
     """Return integers as a NumPy array, or None if they are traced or on the devices of another process."""
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         return None
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         return None

@@ -19,7 +19,7 @@ from helix_jax.layout import Integer
 from helix_jax.mesh import CP, DP, POOL_LATENT_XKWH, POOL_XKWH, ROWS_B, TABLE_RBM, TP, first_device, sharding
 from helix_jax.plan import Plan
 from helix_jax.quantisation import EXACT, QuantisedPages, as_bytes, from_bytes, quantise
-from helix_jax.validation import check_int
+from helix_jax.validation import check_int, check_type
 
 
 class KVCache(NamedTuple):
@@ -76,7 +76,7 @@ def make_cache(
         and the rows.
 
     Raises:
-        TypeError: `page` is not an int.
+        TypeError: `plan`, `spec`, a length or `page` has the wrong type.
         ValueError: `page` is below 1, dp does not divide the batch, a prompt exceeds its `max_lens`, or tp neither
             divides the key/value heads nor is a multiple of them.
     """
@@ -90,6 +90,7 @@ def make_caches(
     """Create the empty caches of a model, one for each of its `cache_specs`, and rows like `make_cache`."""
     _check_lens(plan, prompt_lens, max_lens, page)
     for spec in specs:
+        check_type("spec", spec, CacheSpec, "a helix_jax.CacheSpec")
         if not spec.latent:
             check_heads(plan.mesh, stored_kv_heads(spec.kv_heads, plan.mesh.shape[TP]), spec.kv_heads)
     slots_B = plan.layout.max_filled(np.asarray(max_lens), np.asarray(prompt_lens))
@@ -144,8 +145,12 @@ def fixed_pages(plan: Plan, rows: int, pages_per_row: int) -> np.ndarray:
     return table_BM.astype(np.int32)
 
 
-def _check_lens(plan: Plan, prompt_lens: Sequence[int], max_lens: Sequence[int], page: int) -> None:
+def _check_lens(plan: Plan, prompt_lens: Any, max_lens: Any, page: int) -> None:
+    check_type("plan", plan, Plan, "a helix_jax.Plan")
     check_int("page", page, least=1)
+    for name, lens in (("prompt_lens", prompt_lens), ("max_lens", max_lens)):
+        if np.ndim(lens) != 1 or (len(lens) and not np.issubdtype(np.asarray(lens).dtype, np.integer)):
+            raise TypeError(f"{name} is {lens!r}: give a list of whole numbers, one per row")
     dp, rows = plan.mesh.shape[DP], len(prompt_lens)
     if rows == 0 or rows % dp:
         raise ValueError(f"dp {dp} does not divide {rows} rows: give a positive multiple of {dp}")

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from helix_jax.config import ModelConfig
 from helix_jax.quantisation import FLOAT8
+from helix_jax.validation import check_int
 
 _GROUP = 128  # numbers of a latent that share a scale
 
@@ -44,6 +45,12 @@ class CacheSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # one form, because a program is compiled for each
+        for name in ("layers", "kv_heads", "head_width"):
+            check_int(name, getattr(self, name), least=1)
+        if self.window is not None:
+            check_int("window", self.window, least=1)
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise TypeError(f"dtype is {self.dtype}: give a type of floating-point numbers, such as jnp.bfloat16")
         numbers = self.head_width - self.exact_width
         if self.quantised and numbers % self.scales:
             raise ValueError(

@@ -17,6 +17,7 @@ from helix_jax.heads import PADDING, HeadLayout
 from helix_jax.mesh import Spec, flat_size, stored_sharding, weight_sharding
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
+from helix_jax.validation import check_float_type, check_type
 
 # Returns the part of a parameter that an index selects, on the host.
 Read = Callable[[ParameterPath, Index], np.ndarray]
@@ -52,17 +53,14 @@ def shard(
             earlier patterns; no pattern matches a parameter; the mesh has no such axis; or a spec has too many
             dimensions, or axes whose sizes do not divide that of the parameter. Then nothing is placed.
     """
+    if dtype is not None:
+        check_float_type("dtype", dtype)
     if specs is not None:
-        if not isinstance(plan, Plan | Mesh):
-            raise TypeError(f"plan is a {type(plan).__name__}: give a helix_jax.Plan or a jax.sharding.Mesh")
+        check_type("plan", plan, Plan | Mesh, "a helix_jax.Plan or a jax.sharding.Mesh")
         return shard_by_table(model, plan.mesh if isinstance(plan, Plan) else plan, specs, dtype)
-    if not isinstance(model, Transformer):
-        raise TypeError(
-            f"the model is a {type(model).__name__}: give a Transformer, or specs, a table of PartitionSpecs"
-        )
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan is a {type(plan).__name__}: give a helix_jax.Plan")
-    return cast(Weights, _shard_transformer(model, plan, dtype))
+    check_type("the model", model, Transformer, "a Transformer, or specs, a table of PartitionSpecs")
+    check_type("plan", plan, Plan, "a helix_jax.Plan")
+    return cast(Weights, _shard_transformer(cast(Transformer, model), cast(Plan, plan), dtype))
 
 
 def _shard_transformer(model: Transformer, plan: Plan, dtype: DTypeLike | None) -> Transformer:

@@ -20,7 +20,7 @@ from helix_jax.families import FAMILIES
 from helix_jax.families.family import TENSORS
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
-from helix_jax.validation import check_choice
+from helix_jax.validation import check_choice, check_float_type, check_type
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo"  # the folder of the byte model that ships
 GENERATION_FILE = "generation_config.json"
@@ -62,10 +62,14 @@ def load(
         on_read: Called with the bytes of the files that have been read, and the total.
 
     Raises:
+        TypeError: The folder is not a path, `plan` not a Plan, or `dtype` not a type of floating-point numbers.
         ValueError: As in `read_config`; or the mesh cannot share the heads, there are no weights, or a tensor is
             missing, unexpected, of the wrong shape or not a float. All of this is checked before the first tensor is
             read.
     """
+    check_type("the model folder", folder, str | Path, "the path of a Hugging Face folder")
+    check_type("plan", plan, Plan, "a helix_jax.Plan")
+    check_float_type("dtype", dtype)
     return _load(Path(folder), cast(Mesh, plan.mesh), dtype, plan.experts, on_read)
 
 

@@ -26,6 +26,7 @@ from helix_jax.checkpoint.tensors import INDEX_FILE, WEIGHTS_FILE
 from helix_jax.config import ModelConfig
 from helix_jax.models.transformer import Transformer
 from helix_jax.processes import is_first
+from helix_jax.validation import check_float_type, check_type
 
 _MAX_FILE_BYTES = 4 * 10**9  # of a safetensors file, unless a single layer is larger
 
@@ -42,10 +43,14 @@ def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None)
         dtype: The type of the written weights, default that of the model.
 
     Raises:
+        TypeError: The model is not a Transformer, or `dtype` not a type of floating-point numbers.
         ValueError: The folder contains a generation config or an index of another model, or the config.json of the
             family cannot describe this model.
         OSError: A file cannot be written, for example because the disk is full.
     """
+    check_type("the model", model, Transformer, "a Transformer")
+    if dtype is not None:
+        check_float_type("dtype", dtype)
     folder, dtype = Path(folder), jnp.dtype(dtype or model.embed_VD[...].dtype)
     published = describe_config(model.config, dtype.name)
     location_of = tensor_locations(model.config)

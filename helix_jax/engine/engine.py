@@ -37,7 +37,7 @@ from helix_jax.sampling import Logprobs
 from helix_jax.speculation import SPECULATIONS, SpeculationCounts
 from helix_jax.step import check_model_placement
 from helix_jax.text import Tokenizer, check_stop_string
-from helix_jax.validation import check_choice, check_int, check_token_ids
+from helix_jax.validation import check_choice, check_in_vocabulary, check_int, check_token_ids, check_type
 
 DEFAULT_PAGE = 64
 
@@ -76,7 +76,7 @@ class Engine:
             can do this, and only for models without windows, see `prefix_caching_status`.
 
     Raises:
-        TypeError: A number is not an int.
+        TypeError: The model, the plan, the tokenizer or an option has the wrong type.
         ValueError: The model was not loaded with this plan, the mesh does not divide the heads or dp the rows, a number
             is below 1, or `max_len` exceeds the positions of the model.
     """
@@ -96,6 +96,8 @@ class Engine:
     speculate: str | None = None
 
     def __post_init__(self) -> None:
+        check_type("the model", self.model, Transformer, "a model of helix_jax.load or helix_jax.shard")
+        check_type("plan", self.plan, Plan, "a helix_jax.Plan")
         plan, config = self.plan, self.model.config
         self._max_len = config.max_positions if self.max_len is None else self.max_len
         self.chunk = default_chunk(plan.mesh) if self.chunk is None else self.chunk
@@ -193,6 +195,8 @@ class Engine:
         """Submit like `submit_all`. Return each id and its samples."""
         submitted: list[tuple[str, list[Request]]] = []
         all_params = params_of_each(params, prompts)
+        if isinstance(ids, str):
+            raise TypeError(f"ids is the string '{ids}': give a list of strings, one for each prompt")
         all_ids = [None] * len(prompts) if ids is None else ids
         if len(all_ids) != len(prompts):
             raise ValueError(f"there are {len(all_ids)} ids for {len(prompts)} prompts: give one each")
@@ -214,6 +218,7 @@ class Engine:
             if used in self.requests or used in self._samples:
                 raise ValueError(f"a request '{used}' has not finished yet: give another id")
         token_ids = check_token_ids(name, self._encode(name, prompt, params), self.config.vocab)
+        check_in_vocabulary("stop_token_ids", params.stop_token_ids, self.config.vocab)
         all_params = self._with_seed(params).of_samples()
         samples = [self._make_request(own_id, token_ids, own) for own_id, own in zip(own_ids, all_params, strict=True)]
         self.check_fits(samples[0], name)
@@ -251,8 +256,10 @@ class Engine:
                 was submitted.
 
         Raises:
+            TypeError: The id is not a string.
             ValueError: The id is unknown, or the request has finished.
         """
+        check_type("id", id, str, "the id of a request, a string")
         requests = list(self._samples[id]) if id in self._samples else [self.find_request(id)]
         self._events.extend([self._finish(request, CANCELLED) for request in requests])
 
@@ -446,6 +453,9 @@ class Engine:
             self.runner.admit([(admission, self.scheduler.row_pages[request.id])])
 
     def _check_options(self) -> None:
+        if self.tokenizer is not None:
+            check_type("tokenizer", self.tokenizer, Tokenizer, "an object with encode and decode, see open_tokenizer")
+        check_type("prefix_caching", self.prefix_caching, bool, "True or False")
         if self.speculate is not None:
             check_choice("speculate", self.speculate, SPECULATIONS)
         options = {name: getattr(self, name) for name in ("rows", "page", "chunk", "steps_per_call")}

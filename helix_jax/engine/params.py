@@ -4,8 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import jax
+import numpy as np
+
 from helix_jax.sampling import MAX_LOGPROBS, SEEDS, check_sampling, check_seed
-from helix_jax.validation import check_int, check_keys, check_number
+from helix_jax.validation import check_int, check_keys, check_number, check_type
 
 _LARGEST = 1e30  # a setting must be finite in float32
 _MOST_SAMPLES = 16384
@@ -88,10 +91,10 @@ class SamplingParams:
 
     def of_samples(self) -> "list[SamplingParams]":
         """Return the parameters of each sample, as a request of its own."""
-        if self.n == 1:
-            return [self]
-        assert self.seed is not None  # the engine draws one
         first = replace(self, n=1)
+        if self.n == 1:
+            return [first]
+        assert self.seed is not None  # the engine draws one
         others = replace(first, prompt_logprobs=None, prompt_logprobs_start=1)
         return [first, *(replace(others, seed=(self.seed + index) % SEEDS) for index in range(1, self.n))]
 
@@ -119,6 +122,8 @@ class SamplingParams:
         ids = self.stop_token_ids
         if not isinstance(ids, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise TypeError(f"stop_token_ids is {ids!r}: give a list of token ids")
+        if min(ids, default=0) < 0:
+            raise ValueError(f"stop_token_ids is {ids!r}: give token ids of 0 or more")
         if not isinstance(self.ignore_eos, bool):
             raise TypeError(f"ignore_eos is {self.ignore_eos!r}: give true or false")
 
@@ -152,11 +157,12 @@ def params_of_each(
     """Return how each prompt continues.
 
     Raises:
-        TypeError: `prompts` is a string, or `params` has the wrong type.
+        TypeError: `prompts` is not a list, or `params` has the wrong type.
         ValueError: The number of params differs from that of prompts.
     """
     if isinstance(prompts, str):
         raise TypeError("prompts is a string: give a list of prompts")
+    check_type("prompts", prompts, Sequence | np.ndarray | jax.Array, "a list of prompts")
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * len(prompts)
     if not isinstance(params, Sequence) or not all(isinstance(own, SamplingParams) for own in params):

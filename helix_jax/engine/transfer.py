@@ -14,6 +14,7 @@ from helix_jax.engine.engine import Engine
 from helix_jax.engine.requests import Request
 from helix_jax.mesh import REPLICATED, sharding
 from helix_jax.quantisation import QuantisedPages
+from helix_jax.validation import check_type
 
 _POSITIONS_PER_CALL = 256  # bounds the memory that both meshes need besides their caches
 _NO_PAGE = np.iinfo(np.int32).max
@@ -45,9 +46,13 @@ def transfer(id: str, source: Engine, target: Engine) -> None:
         target: The engine that continues it.
 
     Raises:
+        TypeError: An argument has the wrong type.
         ValueError: `source` does not have the request (any more), `target` has one of this id, the models or the types
             of their caches differ, or `target` has no free row or too few free pages. Then nothing changed.
     """
+    for name, engine in (("source", source), ("target", target)):
+        check_type(name, engine, Engine, "a helix_jax.Engine")
+    check_type("id", id, str, "the id of a request, a string")
     if (source.config, source.runner.specs) != (target.config, target.runner.specs):
         raise ValueError(
             "the engines have different models or types of cache: create both from the same config, dtype, cache_dtype"

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from helix_jax.training.data import Sequences
 from helix_jax.training.plan import TrainPlan
 from helix_jax.training.state import Batch, TrainState, init_state, shard_batch
 from helix_jax.training.step import Loss, StepMetrics, train_step
-from helix_jax.validation import check_in_vocabulary, check_int
+from helix_jax.validation import check_in_vocabulary, check_int, check_type
 
 _log = logging.getLogger("helix_jax")
 
@@ -58,12 +58,12 @@ def fit(
         and `helix_jax.shard` places it for decoding.
 
     Raises:
-        TypeError: The model, the optimizer or a batch has the wrong type.
+        TypeError: The model, the optimizer, a batch or another argument has the wrong type.
         ValueError: A batch has the wrong shape or a token outside the vocabulary, there are no batches, the plan is for
             another model, or the loss is not a scalar.
     """
     config = _check_model(model)
-    _check_optimizer(optimizer)
+    _check_arguments(optimizer, batches, loss, plan, state, on_step)
     if steps is not None:
         check_int("steps", steps, least=1)
     plan = TrainPlan(config, make_mesh()) if plan is None else plan
@@ -99,6 +99,7 @@ def train_steps(
 
 def _to_batch(plan: TrainPlan, batch: Any) -> Batch:
     sequences = batch if isinstance(batch, Sequences) else _single_document_sequences(batch)
+    _check_sequences(sequences)
     tokens_BS = sequences.tokens_BS
     plan.check_batch(tokens_BS.shape[0], tokens_BS.shape[1] - 1)
     check_in_vocabulary("the batch", (int(tokens_BS.min()), int(tokens_BS.max())), plan.model.vocab)
@@ -107,13 +108,33 @@ def _to_batch(plan: TrainPlan, batch: Any) -> Batch:
 
 def _single_document_sequences(tokens: Any) -> Sequences:
     """Return sequences of one document each, with every target in the loss."""
-    tokens_BS = np.asarray(tokens)
+    try:
+        tokens_BS = np.asarray(tokens)
+    except ValueError:
+        raise ValueError("the sequences of a batch have different lengths: give [B, S + 1]") from None
+    _check_tokens(tokens_BS)
+    B, S = tokens_BS.shape[0], tokens_BS.shape[1] - 1
+    return Sequences(tokens_BS, np.zeros((B, S), np.int32), np.ones((B, S), bool))
+
+
+def _check_tokens(tokens_BS: np.ndarray) -> None:
     if not np.issubdtype(tokens_BS.dtype, np.integer):
         raise TypeError(f"a batch has dtype {tokens_BS.dtype}: give an integer array of token ids")
     if tokens_BS.ndim != 2 or tokens_BS.shape[0] < 1 or tokens_BS.shape[1] < 2:
         raise ValueError(f"a batch has shape {tokens_BS.shape}: give [B, S + 1] with at least 1 sequence of 2 tokens")
-    B, S = tokens_BS.shape[0], tokens_BS.shape[1] - 1
-    return Sequences(tokens_BS, np.zeros((B, S), np.int32), np.ones((B, S), bool))
+
+
+def _check_sequences(sequences: Sequences) -> None:
+    """Check the types and shapes of the arrays of a batch."""
+    tokens_BS, *others = sequences
+    _check_tokens(tokens_BS)
+    expected = tokens_BS.shape[0], tokens_BS.shape[1] - 1
+    kinds = ("document_start_BS", np.integer, "integers"), ("loss_mask_BS", np.bool_, "booleans")
+    for (name, kind, wanted), x in zip(kinds, others, strict=True):
+        if not np.issubdtype(x.dtype, kind):
+            raise TypeError(f"{name} of a batch has dtype {x.dtype}: give {wanted}")
+        if x.shape != expected:
+            raise ValueError(f"{name} of a batch has shape {x.shape} beside tokens {tokens_BS.shape}: give {expected}")
 
 
 def _check_model(model: Any) -> ModelConfig:
@@ -124,6 +145,16 @@ def _check_model(model: Any) -> ModelConfig:
     raise TypeError(f"the model is a {type(model).__name__}: give a Transformer or a ModelConfig")
 
 
+def _check_arguments(optimizer: Any, batches: Any, loss: Any, plan: Any, state: Any, on_step: Any) -> None:
+    """Check the types of the arguments of `fit`."""
+    _check_optimizer(optimizer)
+    check_type("batches", batches, Iterable, "a list of batches, or an iterator")
+    check_type("plan", plan, TrainPlan | None, "a helix_jax.training.TrainPlan(config, mesh)")
+    check_type("state", state, TrainState | None, "a TrainState, as on_step receives it")
+    check_type("loss", loss, Callable | None, "a function")
+    check_type("on_step", on_step, Callable | None, "a function")
+
+
 def _check_optimizer(optimizer: Any) -> None:
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(
@@ -132,13 +163,21 @@ def _check_optimizer(optimizer: Any) -> None:
 
 
 def _check_loss(plan: TrainPlan, loss: Callable[..., Any], batch: Batch) -> None:
-    """Check that the loss is a scalar, without computing it."""
+    """Check that the loss is a scalar that depends on arrays, without computing it."""
     _, B, S = batch.tokens_XBS.shape
     like = jax.ShapeDtypeStruct
     logits = like((B, S, plan.model.vocab), jnp.float32)
-    value = cast(Any, jax.eval_shape(loss, logits, like((B, S), jnp.int32), like((B, S), bool)))
-    if getattr(value, "shape", None) != ():
-        raise ValueError(f"the loss returned {value}: return a scalar array")
+    returned: list[Any] = []
+
+    def call(*arrays: jax.Array) -> None:
+        returned.append(loss(*arrays))
+
+    jax.eval_shape(call, logits, like((B, S), jnp.int32), like((B, S), bool))
+    [value] = returned
+    if not isinstance(value, jax.Array):
+        raise ValueError(f"the loss returned a {type(value).__name__}: return a scalar array computed from the logits")
+    if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"the loss returned {value.dtype} of shape={value.shape}: return a scalar of type float32")
 
 
 def _check_end(done: int, first: int, steps: int | None) -> None:

@@ -12,7 +12,7 @@ from helix_jax.config import ModelConfig
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import CP, DP, TP, AnyMesh, first_device
 from helix_jax.training.ring import check_length
-from helix_jax.validation import check_int
+from helix_jax.validation import check_int, check_type
 
 _AMPERE, _HOPPER = 8, 9  # major numbers of the compute capability
 _FLASH_WIDTH, _HOPPER_FLASH_WIDTH = 128, 256  # widest heads of cuDNN's backward pass
@@ -90,6 +90,7 @@ class TrainPlan:
         seed: Determines random initial weights and dropout.
 
     Raises:
+        TypeError: The model, the mesh or a number has the wrong type.
         ValueError: tp does not divide the heads, or a value is out of range.
     """
 
@@ -118,6 +119,8 @@ class TrainPlan:
         return plan
 
     def __post_init__(self) -> None:
+        check_type("model", self.model, ModelConfig, "a helix_jax.ModelConfig, the config of the model")
+        check_type("mesh", self.mesh, AnyMesh, "a mesh of helix_jax.make_mesh(tp=..., cp=...)")
         tp = self.mesh.shape[TP]
         for name in ("heads", "kv_heads"):
             heads = getattr(self.model, name)
