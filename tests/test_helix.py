@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -202,9 +203,9 @@ def test_rows_with_impossible_numbers_are_nan_under_jit_and_no_other_row_changes
     new = [jnp.asarray(random.normal(size=(8, 3, heads, H)), jnp.float32) for heads in (8, 2, 2)]
     options = {"scale": SCALE, "window": window, "sink_N": jnp.full(8, 40.0)}
 
-    def attend(rows: Rows, count_B: np.ndarray, layer: int) -> np.ndarray:
+    def attend(rows: Rows, count_B: np.ndarray, layer: int, call: Callable[..., Any] = run) -> np.ndarray:
         cache = jax.tree.map(jnp.ones_like, make_pool(plan, spec, 4 * 8 * 3, PAGE))
-        return np.asarray(run(plan, cache, *new, rows, per_row(plan, count_B), layer=jnp.int32(layer), **options)[0])
+        return np.asarray(call(plan, cache, *new, rows, per_row(plan, count_B), layer=jnp.int32(layer), **options)[0])
 
     o_BTNH = attend(rows, count_B, 1)
     for row, valid in enumerate(valid_B):
@@ -214,6 +215,9 @@ def test_rows_with_impossible_numbers_are_nan_under_jit_and_no_other_row_changes
         length_B=per_row(plan, np.where(valid_B, rows.length_B, 0)), prompt_len_B=per_row(plan, [5] * 8)
     )
     np.testing.assert_array_equal(attend(reset, alone, 1)[valid_B], o_BTNH[valid_B])
+    np.testing.assert_array_equal(attend(reset, alone, 1, helix_attention), attend(reset, alone, 1))
+    with pytest.raises(ValueError, match="length_B of row 5 is -1: give 0 or more"):
+        attend(rows, count_B, 1, helix_attention)
     for layer in (-1, LAYERS):
         assert np.isnan(attend(reset, alone, layer)).all()
 

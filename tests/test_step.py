@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -24,8 +25,8 @@ from helix_jax.mesh import ROWS_B, make_mesh
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.sampling import RowSampling, make_sampling
-from helix_jax.step import step
-from tests.reference import TINY, plan_of, tiny_model
+from helix_jax.step import advance, step
+from tests.reference import TINY, naive_logits, plan_of, tiny_model
 
 # In one layer: the collectives of the combine, and an all-reduce each after the output and the down projection.
 PER_LAYER = {
@@ -239,6 +240,53 @@ def test_several_steps_in_one_call_equal_single_steps(
         np.testing.assert_array_equal(found.tokens_BS[row, :count], decoded_BS[row, :count])
     np.testing.assert_array_equal(state.rows.length_B, np.add([3, 5, 0], found.count_B))
     assert state.finished_B.tolist() == [False, ends_after <= 11, False]
+
+
+@pytest.mark.parametrize(("tp", "cp"), [(2, 2), pytest.param(1, 1, marks=pytest.mark.slow)])
+def test_advance_returns_the_logits_of_the_last_or_of_all_new_tokens(tp: int, cp: int, tiny):
+    """In chunks, with rows of different lengths, also after tokens are undone: those of one pass without a cache."""
+    plan, texts = Plan(make_mesh(tp, cp), 2), [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2]]
+    model, expected_BSV = shard(tiny, plan), naive_logits(tiny, texts, 8)
+    caches, rows = empty_cache(plan, model, [8, 5], [8, 8])
+    tokens_BS = np.asarray([texts[0], [*texts[1], 0, 0, 0]])
+
+    def run(first_B: list[int], count_B: list[int], logits: str) -> np.ndarray:
+        nonlocal caches, rows
+        tokens_BT = [row[first : first + 3] for row, first in zip(tokens_BS, first_B, strict=True)]
+        new = per_row(plan, tokens_BT), per_row(plan, count_B)
+        rows = rows._replace(length_B=per_row(plan, first_B))
+        out, caches, rows = advance(model.config, plan, model.weights(), caches, rows, *new, logits)
+        assert rows.length_B.tolist() == np.add(first_B, count_B).tolist()
+        return np.asarray(out)
+
+    V = tiny.config.vocab
+    for first_B, count_B in (([0, 0], [3, 2]), ([3, 2], [3, 3]), ([5, 2], [3, 1])):  # the last ones undo 1 and 3 tokens
+        all_BTV = run(first_B, count_B, "all")
+        last_BV = run(first_B, count_B, "last")
+        assert (all_BTV.shape[:2], last_BV.shape) == ((2, 3), (2, all_BTV.shape[2]))
+        for row, (first, count) in enumerate(zip(first_B, count_B, strict=True)):
+            expected_TV = expected_BSV[row, first : first + count, :V]
+            np.testing.assert_allclose(all_BTV[row, :count, :V], expected_TV, rtol=2e-4, atol=2e-5)
+            np.testing.assert_allclose(last_BV[row, :V], expected_TV[-1], rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": "first"}, ValueError, "logits is 'first': choose one of last, all"),
+        ({"count_B": [1, 1, 1]}, ValueError, r"count_B has shape \[3\]: give \[2\]"),
+        ({"tokens_BT": [1, 2]}, ValueError, r"tokens_BT has shape \[2\]: give 2 dimensions, \[B, T\]"),
+    ],
+)
+def test_a_wrong_use_of_advance_is_refused(change, error, message, tiny, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    plan = Plan(make_mesh(1, 1), 2)
+    model = shard(tiny, plan)
+    new = {"tokens_BT": [[1], [2]], "count_B": [1, 1]} | change
+    logits = new.pop("logits", "last")
+    arrays = (per_row(plan, x) for x in new.values())
+    with pytest.raises(error, match=message):
+        advance(model.config, plan, model.weights(), *empty_cache(plan, model, [1, 1], [4, 4]), *arrays, logits)
 
 
 def test_idle_rows_write_nothing(tiny):

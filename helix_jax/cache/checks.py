@@ -229,7 +229,7 @@ def _check_pages(
             needed = end_B[row] - first_B[row] if cache.spec.window else end_B[row]
             raise ValueError(
                 f"row {row}: length {length_B[row]} with {count_B[row]} new tokens needs {needed} slots on rank {rank} "
-                f"of cp, but its pages there have {slots}: append fewer tokens, or create the cache with more max_lens"
+                f"of cp, but its pages there have {slots}: append fewer tokens, or give make_cache larger max_lens"
             )
 
 

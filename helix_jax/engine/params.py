@@ -89,12 +89,12 @@ class SamplingParams:
         """Whether the next token is the most probable one, without a penalty."""
         return self.temperature == 0 and self.repetition_penalty == 1
 
-    def of_samples(self) -> "list[SamplingParams]":
+    def of_samples(self) -> "Sequence[SamplingParams]":
         """Return the parameters of each sample, as a request of its own."""
-        first = replace(self, n=1)
         if self.n == 1:
-            return [first]
+            return [self]
         assert self.seed is not None  # the engine draws one
+        first = replace(self, n=1)
         others = replace(first, prompt_logprobs=None, prompt_logprobs_start=1)
         return [first, *(replace(others, seed=(self.seed + index) % SEEDS) for index in range(1, self.n))]
 
