@@ -111,6 +111,7 @@ def without_pages(given: dict[str, Any]) -> dict[str, Any]:
         ({"layer": 2}, VALUE, "layer is 2: give 0 to 1, as the cache has 2"),
         ({"layer": jnp.array(-1)}, VALUE, "layer is -1: give 0 to 1"),
         ({"layer": 1.0}, TYPE, "layer is 1.0: give a whole number"),
+        ({"layer": jnp.array(1.0)}, TYPE, "layer has type float32: give an integer"),
         ({"layer": jnp.array([0, 1])}, VALUE, "layer has shape [2]: give one number"),
         ({"group": 1}, VALUE, "group is 1, but rows have page tables for 1: give 0 to 0"),
         ({"window": 0}, VALUE, "window is 0: give at least 1"),

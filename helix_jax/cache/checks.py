@@ -154,8 +154,10 @@ def _check_options(options: AttentionOptions, cache: KVCache, *, is_latent: bool
 
 
 def _check_layer(layer: Any, layers: int) -> None:
-    if isinstance(layer, bool) or not jnp.issubdtype(getattr(layer, "dtype", type(layer)), jnp.integer):
-        raise TypeError(f"layer is {layer!r}: give a whole number")
+    if not hasattr(layer, "dtype"):
+        check_int("layer", layer)
+    elif not jnp.issubdtype(layer.dtype, jnp.integer):
+        raise TypeError(f"layer has type {layer.dtype}: give an integer, such as int32")
     if np.shape(layer) != ():
         raise ValueError(f"layer has shape {[*np.shape(layer)]}: give one number")
     value = _value(layer)
