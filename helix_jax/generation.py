@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from helix_jax.engine import Engine, Event, SamplingParams
-from helix_jax.engine.params import params_of_each
+from helix_jax.engine.params import check_no_sampling, params_of_each
 from helix_jax.engine.requests import check_prompt
 from helix_jax.engine.runner import default_chunk
 from helix_jax.mesh import DP
@@ -76,6 +76,7 @@ def make_engine(
         TypeError: As `generate`.
         ValueError: As `generate`.
     """
+    check_no_sampling(options)
     config, dp = model.config, plan.mesh.shape[DP]
     if not len(prompts):
         raise ValueError("there are no prompts: give at least one")

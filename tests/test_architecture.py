@@ -33,6 +33,8 @@ MAY_IMPORT = {
     "heads": {"config", "mesh"},
     "arrays": {"mesh"},
     "text": {"config", "validation"},
+    "chat": {"validation"},
+    "folder": {"chat", "checkpoint", "config", "text", "validation"},
     "attention": {"numerics", "quantisation"},
     "combine": {"attention", "validation"},
     "kernels": {"attention", "mesh", "numerics", "quantisation", "validation"},
@@ -52,6 +54,7 @@ MAY_IMPORT = {
     },
     "planner": {"cache", "config", "heads", "mesh", "parsing", "quantisation", "validation"},
     "generation": {"engine", "mesh", "models", "plan"},
+    "llm": {"chat", "checkpoint", "devices", "engine", "folder", "plan"},
     "training": {
         *("arrays", "attention", "checkpoint", "combine", "config", "layout", "mesh", "models", "numerics", "parsing"),
         *("processes", "text", "validation"),

@@ -2,9 +2,6 @@
 
 A config has the tables [data], [train] and [model]; --init DIR, a Hugging Face folder, can replace [model]. A run that
 was stopped continues from its last checkpoint if the same command is run again, on any mesh.
-
-helix-jax train --config configs/demo.toml --out runs/demo
-helix-jax train --config my.toml --init DIR --cp 4 --out runs/longer
 """
 
 import argparse
@@ -24,15 +21,19 @@ from helix_jax.cli.options import (
 )
 from helix_jax.training.run import open_run, read_run_config, train
 
+EXAMPLE = """helix-jax train --config configs/demo.toml --out runs/demo
+  helix-jax train --config my.toml --init DIR --cp 4 --out runs/longer"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `helix-jax train`."""
-    add = parser.add_argument
+    group = parser.add_argument_group("run")
+    add = group.add_argument
     add("--config", type=Path, required=True, metavar="FILE.toml", help="the model, the data and the training settings")
     add("--out", type=Path, required=True, metavar="DIR", help="the folder for checkpoints, log, curve and model")
     add("--init", type=Path, metavar="DIR", help="a Hugging Face folder to start from, in place of [model]")
+    add_choice(group, "--dtype", DTYPES, "the type that layers compute in (default: bfloat16; float32 on a CPU)")
     add_mesh_arguments(parser, training=True)
-    add_choice(parser, "--dtype", DTYPES, "the type that layers compute in (default: bfloat16; float32 on a CPU)")
     add_device_arguments(parser)
 
 

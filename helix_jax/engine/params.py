@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from reprlib import repr as shorten
 from typing import Any
 
 from helix_jax.sampling import MAX_LOGPROBS, SEEDS, check_sampling, check_seed
@@ -132,6 +133,19 @@ def sampling_params(mapping: Mapping[str, Any]) -> SamplingParams:
     """
     check_keys("request", mapping, [field.name for field in fields(SamplingParams)])
     return SamplingParams(**{name: value for name, value in mapping.items() if value is not None})
+
+
+def check_no_sampling(options: Mapping[str, Any]) -> None:
+    """Check that no option of an engine is a parameter of a request.
+
+    Raises:
+        TypeError: One is.
+    """
+    for field in fields(SamplingParams):
+        if field.name in options:
+            value = shorten(options[field.name])
+            own = f"{field.name}={value}"
+            raise TypeError(f"{own} is a parameter of a request, not an option: give SamplingParams({own})")
 
 
 def check_num_top(name: str, num_top: int) -> None:
