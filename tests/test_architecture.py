@@ -230,7 +230,8 @@ def public_definitions(tree: ast.Module) -> Iterator[ast.AST]:
 
 def public_methods(node: ast.AST) -> list[ast.AST]:
     body = node.body if isinstance(node, ast.ClassDef) else []
-    return [method for method in body if isinstance(method, Function) and not method.name.startswith("_")]
+    methods = [method for method in body if isinstance(method, Function) and not method.name.startswith("_")]
+    return [method for method in methods if "overload" not in map(ast.unparse, method.decorator_list)]
 
 
 def parameters(node: ast.AST) -> list[str]:
