@@ -24,10 +24,8 @@ from helix_jax.engine.engine import DEFAULT_PAGE, check_options
 from helix_jax.engine.params import check_no_sampling, params_of_each
 from helix_jax.engine.requests import sample_ids
 from helix_jax.folder import AnyPrompt, ModelFolder
+from helix_jax.generation import Params
 from helix_jax.plan import Plan
-
-# How all prompts continue, or each of them.
-Params = SamplingParams | Sequence[SamplingParams] | None
 
 _PLAN_OPTIONS = tuple(field.name for field in fields(Plan) if field.name != "mesh")
 _ENGINE_OPTIONS = tuple(field.name for field in fields(Engine) if field.name not in ("model", "plan", "tokenizer"))

@@ -54,7 +54,7 @@ MAY_IMPORT = {
     },
     "planner": {"cache", "config", "heads", "mesh", "parsing", "quantisation", "validation"},
     "generation": {"engine", "mesh", "models", "plan"},
-    "llm": {"chat", "checkpoint", "devices", "engine", "folder", "plan"},
+    "llm": {"chat", "checkpoint", "devices", "engine", "folder", "generation", "plan"},
     "training": {
         *("arrays", "attention", "checkpoint", "combine", "config", "layout", "mesh", "models", "numerics", "parsing"),
         *("processes", "text", "validation"),

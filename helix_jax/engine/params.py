@@ -1,8 +1,7 @@
 """The parameters of a request, checked when they are created."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from reprlib import repr as shorten
 from typing import Any
 
 from helix_jax.sampling import MAX_LOGPROBS, SEEDS, check_sampling, check_seed
@@ -135,7 +134,7 @@ def sampling_params(mapping: Mapping[str, Any]) -> SamplingParams:
     return SamplingParams(**{name: value for name, value in mapping.items() if value is not None})
 
 
-def check_no_sampling(options: Mapping[str, Any]) -> None:
+def check_no_sampling(options: Collection[str]) -> None:
     """Check that no option of an engine is a parameter of a request.
 
     Raises:
@@ -143,9 +142,9 @@ def check_no_sampling(options: Mapping[str, Any]) -> None:
     """
     for field in fields(SamplingParams):
         if field.name in options:
-            value = shorten(options[field.name])
-            own = f"{field.name}={value}"
-            raise TypeError(f"{own} is a parameter of a request, not an option: give SamplingParams({own})")
+            raise TypeError(
+                f"{field.name} is not an option of an engine: give helix_jax.SamplingParams({field.name}=...) as params"
+            )
 
 
 def check_num_top(name: str, num_top: int) -> None:
