@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -22,6 +23,12 @@ HELLO_IDS = [0, 1, 3, 4, 5, 1]
 EIGHT = SamplingParams(max_new_tokens=8, ignore_eos=True)
 SAMPLED = SamplingParams(max_new_tokens=4, temperature=1.0, seed=3, n=2)
 SIZES = {"rows": 2, "max_len": 64, "page": 8, "chunk": 8, "block": 4}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _eight_devices() -> None:
+    """Start JAX. Otherwise an LLM would choose the number of fake devices of this process."""
+    jax.devices()
 
 
 @pytest.fixture(scope="module")
