@@ -27,6 +27,8 @@ from helix_jax.folder import AnyPrompt, ModelFolder
 from helix_jax.generation import Params
 from helix_jax.plan import Plan
 
+_CPU_CHUNK = 128  # a prefill call takes as long as its chunk is, and on a CPU, 512 tokens take seconds
+
 _PLAN_OPTIONS = tuple(field.name for field in fields(Plan) if field.name != "mesh")
 _ENGINE_OPTIONS = tuple(field.name for field in fields(Engine) if field.name not in ("model", "plan", "tokenizer"))
 
@@ -54,7 +56,8 @@ class LLM:
         **options: Arguments of `Plan` (`block`, `placement`, `combine`, `kernel`, `experts`, `cache_dtype`) and of
             `Engine` (`rows`, `max_len`, `pages`, `page`, `chunk`, `budget`, `steps_per_call`, `prefix_caching`,
             `speculate`). By default a prompt and its output may be as long as the positions of the model allow, and the
-            cache is as large as all rows can fill, or as memory allows.
+            cache is as large as all rows can fill, or as memory allows. On a CPU `chunk` is 128 by default, so that
+            short prompts are fast.
 
     Attributes:
         folder: The folder, with its config, tokenizer and chat template.
@@ -84,6 +87,8 @@ class LLM:
         mesh = open_mesh(platform, tp, cp, dp)
         self.plan = Plan(mesh, **{name: options[name] for name in _PLAN_OPTIONS if name in options})
         engine_options = {name: options[name] for name in _ENGINE_OPTIONS if name in options}
+        if mesh.devices.flat[0].platform == "cpu":
+            engine_options.setdefault("chunk", _CPU_CHUNK)
         check_options(self.folder.config, self.plan, engine_options)
         self.plan.check_model(self.folder.config)
         name = choose_dtype(mesh, dtype)
