@@ -1,5 +1,10 @@
 """Helix parallelism in JAX: decoding over a key/value cache that is sharded along the sequence.
 
+    llm = helix_jax.LLM(helix_jax.DEMO_MODEL, tp=2, cp=4)
+    print(llm.generate("In the beginning").text)
+
+or, with the parts of which an LLM consists:
+
     plan = helix_jax.Plan(helix_jax.make_mesh(tp=2, cp=4))
     [tokens] = helix_jax.generate(helix_jax.load(helix_jax.DEMO_MODEL, plan), [list(b"In the beginning")], plan)
 
@@ -43,6 +48,7 @@ from helix_jax.engine import (
 from helix_jax.generation import generate, stream
 from helix_jax.helix import helix_attention
 from helix_jax.layout import PLACEMENTS, BlockLayout
+from helix_jax.llm import LLM
 from helix_jax.mesh import make_mesh
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
@@ -56,6 +62,7 @@ __version__ = "0.1.0"
 __all__ = [
     "COMBINES",
     "DEMO_MODEL",
+    "LLM",
     "PLACEMENTS",
     "BlockLayout",
     "CacheSpec",

@@ -13,12 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
-from helix_jax.mesh import Device, make_mesh
+from helix_jax.mesh import CP, DP, TP, Device, make_mesh
 from helix_jax.processes import Processes, barrier, initialize, is_first, process_count
-from helix_jax.validation import check_int
+from helix_jax.validation import check_choice, check_int
 
+PLATFORMS = ("auto", "cpu", "gpu", "tpu")
+DTYPES = ("float32", "bfloat16")  # of weights
+_TRY_CPU = "try --platform cpu (in Python, platform='cpu')"
 _FAKE_DEVICES_FLAG = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 
 
@@ -37,10 +42,12 @@ def open_mesh(platform: str, tp: int, cp: int | None, dp: int = 1, processes: Pr
         processes: The processes to connect to, None for a single process.
 
     Raises:
-        ValueError: There is no device of the platform, there are fewer than dp * tp * cp devices, or more than that in
-            several processes, or the processes do not connect.
+        TypeError: A size is not an int.
+        ValueError: The platform is unknown, or there is no device of it, a size is below 1, there are fewer than
+            dp * tp * cp devices, or more than that in several processes, or the processes do not connect.
     """
-    for name, size in (("--tp", tp), ("--cp", cp), ("--dp", dp)):
+    check_choice("platform", platform, PLATFORMS)
+    for name, size in ((TP, tp), (CP, cp), (DP, dp)):
         if size is not None:
             check_int(name, size, least=1)
     if processes:
@@ -53,7 +60,7 @@ def open_mesh(platform: str, tp: int, cp: int | None, dp: int = 1, processes: Pr
     devices = _devices(platform)
     barrier()
     if cp is None and len(devices) < dp * tp:
-        raise ValueError(f"--tp {tp} needs {dp * tp} devices, but there are {len(devices)}: try --platform cpu")
+        raise ValueError(f"tp {tp} needs {dp * tp} devices, but there are {len(devices)}: {_TRY_CPU}")
     cp = cp or len(devices) // (dp * tp)
     if process_count() > 1 and dp * tp * cp < len(devices):
         sizes = f"tp {tp} x cp {cp}" + (f" x dp {dp}" if dp > 1 else "")
@@ -62,6 +69,19 @@ def open_mesh(platform: str, tp: int, cp: int | None, dp: int = 1, processes: Pr
             f"them, or start fewer processes"
         )
     return make_mesh(tp, cp, dp, devices=devices)
+
+
+def choose_dtype(mesh: Mesh, dtype: DTypeLike | None) -> str:
+    """Return the name of the type of the weights: the one that is given, or the default of the mesh.
+
+    Raises:
+        ValueError: It is not one of `DTYPES`.
+    """
+    if dtype is None:
+        return default_dtype(mesh)
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    check_choice("dtype", name, DTYPES)
+    return name
 
 
 def default_dtype(mesh: Mesh) -> str:
@@ -131,9 +151,9 @@ def _devices(platform: str) -> list[Device]:
             devices += jax.devices()
     except (RuntimeError, AssertionError) as error:  # JAX asserts that the platforms in JAX_PLATFORMS exist
         reason = str(error) or "JAX_PLATFORMS names a platform that does not exist"
-        raise ValueError(f"JAX found no device ({reason}): try --platform cpu") from None
+        raise ValueError(f"JAX found no device ({reason}): {_TRY_CPU}") from None
     if platform not in ("auto", devices[0].platform):
         raise ValueError(
-            f"--platform is {platform}, but JAX found only {len(devices)} x {devices[0].platform}: try --platform cpu"
+            f"platform is {platform}, but JAX found only {len(devices)} x {devices[0].platform}: {_TRY_CPU}"
         )
     return devices

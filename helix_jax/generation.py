@@ -1,13 +1,12 @@
 """Generates from a list of prompts, with an engine that is as large as they need."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
 from helix_jax.engine import Engine, Event, SamplingParams
-from helix_jax.engine.params import params_of_each
+from helix_jax.engine.params import check_no_sampling, params_of_each
 from helix_jax.engine.requests import check_prompt
 from helix_jax.engine.runner import default_chunk
 from helix_jax.mesh import DP
@@ -80,11 +79,7 @@ def make_engine(
     """
     check_type("the model", model, Transformer, "a model of helix_jax.load or helix_jax.shard")
     check_type("plan", plan, Plan, "a helix_jax.Plan")
-    for name in options:
-        if name in (field.name for field in fields(SamplingParams)):
-            raise TypeError(
-                f"{name} is not an option of an engine: give helix_jax.SamplingParams({name}=...) as params"
-            )
+    check_no_sampling(options)
     config, dp, each = model.config, plan.mesh.shape[DP], params_of_each(params, prompts)
     if not each:
         raise ValueError("there are no prompts: give at least one")

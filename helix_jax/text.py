@@ -1,7 +1,6 @@
 """Tokenizers, and detokenization of tokens as they are generated."""
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -134,27 +133,25 @@ def open_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
     return HuggingFaceTokenizer(file) if file.exists() else None
 
 
-def chat_ids(folder: Path, text: str) -> list[int]:
-    """Return the token ids of a user message in the chat template of a model folder, up to where the answer begins.
+def encode_text(name: str, text: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the token ids of a text.
+
+    Args:
+        name: The text, as error messages name it, such as "the prompt".
+        text: The text.
+        tokenizer: The tokenizer of the model.
 
     Raises:
-        MissingPackageError: A package of the extra `hf` is not installed.
-        ValueError: The folder has no chat template, or one that cannot be used.
+        ValueError: The text is empty, or not valid Unicode.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that PyTorch is not installed
-    jinja2, transformers = (
-        require_package(name, "--chat", "transformers jinja2") for name in ("jinja2", "transformers")
-    )
-    tokenizer = None
+    if not text:
+        raise ValueError(f"{name} is empty: give at least one character")
     try:
-        if (folder / "tokenizer.json").exists():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if tokenizer is not None and tokenizer.chat_template:
-            messages = [{"role": "user", "content": text}]
-            return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, jinja2.TemplateError) as error:
-        raise ValueError(f"the chat template of '{folder}' cannot be used ({error}): leave out --chat") from None
-    raise ValueError(f"'{folder}' has no chat template: leave out --chat")
+        text.encode()  # tokenizers report this in different ways
+    except UnicodeEncodeError as error:
+        invalid = text[error.start : error.end]
+        raise ValueError(f"{name} contains {invalid!a}, half of a character: give valid Unicode") from None
+    return tokenizer.encode(text)
 
 
 class Detokenizer:

@@ -23,12 +23,12 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from helix_jax.checkpoint import read_config
 from helix_jax.cli.app import Parser, run_command
 from helix_jax.cli.console import Reporter
 from helix_jax.cli.options import DecodeSetup, add_decode_arguments, make_setup, open_devices
 from helix_jax.cli.output import write_json
 from helix_jax.engine import Engine, SamplingParams, TokenEvent
+from helix_jax.folder import ModelFolder
 from helix_jax.mesh import CP, TP
 from helix_jax.validation import check_int
 
@@ -90,12 +90,12 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
 
 def bench(options: argparse.Namespace) -> None:
     """Replay one trace in both ways, write the report after each, and print a table."""
-    config = read_config(options.model)
+    folder = ModelFolder.open(options.model)
     mesh = open_devices(options)
-    setup = make_setup(options, config, mesh)
+    setup = make_setup(options, folder, mesh)
     report = describe(options, setup, mesh)
     write_json(options.json, report)  # before anything is measured, in case the file cannot be written
-    trace = make_trace(options, config.vocab)
+    trace = make_trace(options, folder.config.vocab)
     engine = Engine(
         setup.load(Reporter()),
         setup.plan,
@@ -121,7 +121,7 @@ def describe(options: argparse.Namespace, setup: DecodeSetup, mesh: Mesh) -> dic
     """Return a report of the settings, without runs."""
     names = ("requests", "rate", "prompt", "new", "seed", "rows", "pages", "block", "page", "prefill_chunk")
     return {
-        "model": setup.folder.name,
+        "model": setup.folder.path.name,
         "mesh": f"{mesh.shape[TP]}x{mesh.shape[CP]}",
         "placement": options.placement,
         "dtype": setup.dtype,

@@ -1,6 +1,7 @@
 """Runs every test on a CPU that is split into 8 fake devices, and checks the shapes in the library's signatures."""
 
 import importlib.util
+import json
 import os
 import pathlib
 from collections.abc import Iterator
@@ -50,6 +51,28 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
     folder = tmp_path_factory.mktemp("byte_model")
     save(tiny_model(BYTES), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Return the folder of a small model with a tokenizer of few words and a chat template."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("chat_model")
+    words = ["user", ":", "</s>", "hello", "there", "assistant", "?", "system"]  # the model ends with token 2
+    words += [f"word{id}" for id in range(len(words), 97)]
+    level = tokenizers.models.WordLevel({word: id for id, word in enumerate(words)}, unk_token="?")
+    tokenizer = tokenizers.Tokenizer(level)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for file in ("config.json", "model.safetensors"):
+        (folder / file).symlink_to(GOLDEN / "llama" / file)
+    turns = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
+    refusal = "{% if messages[0].role == 'tool' %}{{ raise_exception('it begins with a tool') }}{% endif %}"
+    template = refusal + turns + "{% if add_generation_prompt %}assistant :{% endif %}"
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
     return folder
 
 

@@ -33,6 +33,8 @@ MAY_IMPORT = {
     "heads": {"config", "mesh"},
     "arrays": {"mesh"},
     "text": {"config", "validation"},
+    "chat": {"validation"},
+    "folder": {"chat", "checkpoint", "config", "text", "validation"},
     "attention": {"numerics", "quantisation"},
     "combine": {"attention", "validation"},
     "kernels": {"attention", "mesh", "numerics", "quantisation", "validation"},
@@ -52,6 +54,7 @@ MAY_IMPORT = {
     },
     "planner": {"cache", "config", "heads", "mesh", "parsing", "quantisation", "validation"},
     "generation": {"engine", "mesh", "models", "plan", "validation"},
+    "llm": {"chat", "checkpoint", "devices", "engine", "folder", "generation", "plan"},
     "training": {
         *("arrays", "attention", "checkpoint", "combine", "config", "layout", "mesh", "models", "numerics", "parsing"),
         *("processes", "text", "validation"),
@@ -227,7 +230,8 @@ def public_definitions(tree: ast.Module) -> Iterator[ast.AST]:
 
 def public_methods(node: ast.AST) -> list[ast.AST]:
     body = node.body if isinstance(node, ast.ClassDef) else []
-    return [method for method in body if isinstance(method, Function) and not method.name.startswith("_")]
+    methods = [method for method in body if isinstance(method, Function) and not method.name.startswith("_")]
+    return [method for method in methods if "overload" not in map(ast.unparse, method.decorator_list)]
 
 
 def parameters(node: ast.AST) -> list[str]:

@@ -1,6 +1,7 @@
 """`helix-jax batch`: requests and results as JSON lines, and a batch that continues after an interruption."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from helix_jax.checkpoint import DEMO_MODEL
 from helix_jax.cli import batch as command
 from helix_jax.cli.console import Reporter
 from helix_jax.cli.jsonl import RejectedLine, RequestLine, ResultCounter, ResultsFile, read_requests
 from helix_jax.engine import Engine, FinishedEvent, RequestOutput, SamplingParams
+from helix_jax.folder import ModelFolder
 from tests.conftest import ROOT
 from tests.test_cli import ENVIRONMENT, HELIX, assert_bad_input, call
 
@@ -71,9 +74,9 @@ def test_null_means_the_default_of_every_field():
         ("[1]", "request is [1]: give an object like"),
         ('{"id": true, "prompt": "a"}', "id is True: give a string or a whole number, or leave it out"),
         ('{"id": "", "prompt": "a"}', "id is ''"),
-        ("{}", "request has no prompt: give either prompt or prompt_ids"),
-        ('{"prompt": null}', "request has no prompt: give either prompt or prompt_ids"),
-        ('{"prompt": "a", "prompt_ids": [1]}', "request has both prompt and prompt_ids: give either"),
+        ("{}", "request has no prompt: give one of prompt, prompt_ids, messages"),
+        ('{"prompt": null}', "request has no prompt: give one of prompt, prompt_ids, messages"),
+        ('{"prompt": "a", "prompt_ids": [1]}', "request has prompt and prompt_ids: give one of"),
         ('{"prompt": [1]}', "prompt is [1]: give text"),
         ('{"prompt_ids": "a"}', "prompt_ids is 'a': give a list of token ids"),
         ('{"prompt_ids": [true]}', "prompt_ids is [True]: give a list of token ids"),
@@ -81,6 +84,50 @@ def test_null_means_the_default_of_every_field():
         ('{"prompt": "a", "top_k": true}', "top_k is True: give a whole number"),
         ('{"prompt": "a", "top_p": NaN}', "top_p is nan: give a probability above 0 and at most 1"),
         ('{"prompt": "a", "stop_token_ids": [true]}', "stop_token_ids is (True,): give a list of token ids"),
+        ('{"messages": "Hello"}', "messages is 'Hello': give a list of messages, like [{'role': 'user', "),
+        ('{"messages": []}', "messages has no messages: give at least one"),
+        ('{"messages": ["Hello"]}', "messages, message 0 is 'Hello': give an object like {'role': 'user', "),
+        ('{"messages": [{"content": "Hello"}]}', "messages, message 0: role is None: choose one of system, developer,"),
+        (
+            '{"messages": [{"role": "human", "content": "Hello"}]}',
+            "messages, message 0: role is 'human': choose one of",
+        ),
+        ('{"messages": [{"role": "user"}]}', "messages, message 0: content is None: give text"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+            "content is [{'type': 'image_url'}]: ",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "a"}], "prompt": "a"}',
+            "request has prompt and messages: give one",
+        ),
+        ('{"custom_id": "a"}', "body is None: give an object with messages or a prompt"),
+        ('{"custom_id": 1.5, "body": {"prompt": "a"}}', "custom_id is 1.5: give a string or a whole number"),
+        ('{"body": {"max_tokens": 3}}', "request has no prompt: give one of"),
+        ('{"body": {"prompt": "a", "max_tokens": "3"}}', "body: max_tokens is '3': give a whole number"),
+        (
+            '{"body": {"prompt": "a", "max_tokens": 3, "max_completion_tokens": 4}}',
+            "max_tokens is 3 and max_completion",
+        ),
+        ('{"body": {"prompt": "a", "presence_penalty": 0.5}}', "body: presence_penalty is 0.5, which is not supported"),
+        ('{"body": {"prompt": "a", "response_format": {"type": "json_object"}}}', "body: response_format is {'type': "),
+        ('{"body": {"prompt": "a", "tmperature": 1}}', "body: unknown key 'tmperature': choose one of"),
+        (
+            '{"body": {"prompt": "a", "top_logprobs": 2}}',
+            "body: top_logprobs is 2 without logprobs: give logprobs true",
+        ),
+        ('{"body": {"prompt": "a", "logprobs": 2, "top_logprobs": 2}}', "body: logprobs is 2 and top_logprobs is 2: "),
+        ('{"body": {"prompt": ["a", "b"]}}', "prompt is ['a', 'b']: give text"),
+        ('{"url": "/v1/embeddings", "body": {"prompt": "a"}}', "url is '/v1/embeddings': choose one of /v1/chat/comp"),
+        (
+            '{"url": "/v1/chat/completions", "body": {"prompt": "a"}}',
+            "body has prompt, but url is '/v1/chat/completions'",
+        ),
+        ('{"method": "GET", "body": {"prompt": "a"}}', "method is 'GET': choose one of POST"),
+        (
+            '{"custom_id": "a", "prompt": "a", "body": {}}',
+            "request: unknown key 'prompt': choose one of body, method, url",
+        ),
     ],
 )
 def test_a_bad_line_is_an_error_and_the_other_lines_are_requests(line: str | bytes, error: str):
@@ -104,6 +151,51 @@ def test_the_second_of_two_lines_with_one_id_is_rejected_and_requests_that_are_d
     assert second == RejectedLine(2, 1, "id 1 is used in line 1 already: give every line its own id")
 
 
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def test_messages_are_a_prompt_and_their_parts_are_joined():
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    [request, in_parts] = read(
+        json.dumps({"messages": HELLO, "max_new_tokens": 5}),
+        json.dumps({"messages": [{"role": "user", "content": parts}]}),
+    )
+    assert request == RequestLine(1, 1, HELLO, SamplingParams(max_new_tokens=5))
+    assert in_parts == RequestLine(2, 2, HELLO, SamplingParams())
+
+
+def test_with_chat_text_is_a_message_and_ids_are_refused():
+    lines = ['{"prompt": "Hello"}', '{"prompt": ""}', json.dumps({"messages": HELLO}), '{"prompt_ids": [1]}']
+    lines.append('{"body": {"prompt": "Hello"}}')
+    *requests, refused, from_openai = read_requests((line.encode() for line in lines), set(), chat=True)
+    assert [request.prompt for request in requests] == [HELLO, "", HELLO]
+    assert refused.error == (
+        "request has prompt_ids, and --chat needs text: give prompt or messages, or leave out --chat"
+    )
+    assert from_openai.prompt == HELLO
+
+
+def test_lines_of_openais_batch_api_are_requests():
+    body = {"model": "any", "messages": HELLO, "user": "me", "stream": False, "tools": None, "frequency_penalty": 0.0}
+    sampling = {"temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": ".", "n": 2, "top_k": 7}
+    chat = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions"}
+    [first, second, third, fourth] = read(
+        json.dumps(
+            chat | {"body": body | sampling | {"max_completion_tokens": 5, "logprobs": True, "top_logprobs": 2}}
+        ),
+        json.dumps(
+            {"custom_id": "b", "url": "/v1/completions", "body": {"prompt": "And", "max_tokens": 4, "logprobs": 1}}
+        ),
+        json.dumps({"body": {"prompt": [1, 2], "logprobs": False}}),
+        json.dumps({"body": body | {"logprobs": True}}),
+    )
+    params = SamplingParams(5, 0.5, 7, 0.9, seed=3, stop=(".",), n=2, logprobs=2)
+    assert first == RequestLine(1, "a", HELLO, params)
+    assert second == RequestLine(2, "b", "And", SamplingParams(max_new_tokens=4, logprobs=1))
+    assert third == RequestLine(3, 3, [1, 2], SamplingParams())
+    assert fourth == RequestLine(4, 4, HELLO, SamplingParams(logprobs=0))
+
+
 class CountingEngine(Engine):
     """An engine that finishes its oldest request in each step."""
 
@@ -111,8 +203,6 @@ class CountingEngine(Engine):
         self.waiting: list[str] = []
 
     def submit(self, prompt, params=None, id=None):
-        if prompt == "":
-            raise ValueError("the prompt is empty")
         self.waiting.append(id or "")
         return id or ""
 
@@ -132,12 +222,13 @@ def test_lines_are_read_only_as_far_ahead_as_requested(tmp_path: Path):
             written = len(out.read_bytes().splitlines())  # each when it finishes
             assert taken - written <= ahead
 
+    folder = ModelFolder.open(DEMO_MODEL)
     with ResultsFile(out) as results:
-        command._answer_all(CountingEngine(), requests(), results, ahead, Reporter())
-        assert (results.answered, results.failed) == (39, 1)
+        command._answer_all(CountingEngine(), folder, requests(), results, ahead, Reporter())
+        assert (results.answered, results.tokens, results.failed) == (39, 78, 1)
     assert [entry["id"] for entry in lines_of(out) if "text" in entry] == [n for n in range(1, 41) if n != 20]
     assert [entry for entry in lines_of(out) if "error" in entry] == [
-        {"id": 20, "line": 20, "error": "the prompt is empty"}
+        {"id": 20, "line": 20, "error": "the prompt is empty: give at least one character"}
     ]
 
 
@@ -241,6 +332,7 @@ def test_bad_settings_are_one_line_and_exit_2_before_weights_are_read(tmp_path: 
         (["--page", 0], "--page is 0"),
         (["--prefill-chunk", 0], "--prefill-chunk is 0"),
         (["--block", 0], "block is 0"),
+        (["--chat"], "has no chat template: give text instead of messages, without --chat"),
         (["--tp", 3, "--cp", 1], "tp 3 neither divides the 2 key/value heads nor is a multiple of them"),
         (["--out", "/nowhere/out.jsonl"], "--out '/nowhere/out.jsonl' cannot be written (No such file or directory)"),
         (["--out", tmp_path], "cannot be written (Is a directory)"),
@@ -263,9 +355,9 @@ def test_without_a_request_to_answer_no_weights_are_read(tmp_path: Path):
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         f"helix-jax: '{out}' has 1 results: their requests are skipped",
-        f"helix-jax: 0 lines answered, 1 failed, in '{out}'",
         "helix-jax: the first that failed is line 2: not JSON (Expecting property name enclosed in double quotes, "
         "character 2): give one object per line",
+        f"helix-jax: 0 lines answered, 1 failed, in '{out}'",
     ]
     assert lines_of(out)[1]["id"] == 2
     assert call("batch", write(file, ""), "--out", out, "--cp", 1).returncode == 0
@@ -300,10 +392,18 @@ def test_requests_are_answered_and_each_bad_line_is_an_error(byte_model: Path, t
     done = call("batch", file, "--out", out, "--model", byte_model, *SMALL)
     assert done.returncode == 1, done.stderr
     assert done.stdout == ""
-    assert done.stderr.splitlines()[-2] == f"helix-jax: 6 lines answered, 5 failed, in '{out}'"
-    assert "the first that failed is line 3: not JSON" in done.stderr
+    *_, compiling, compiled, caching, first_failed, summary = done.stderr.splitlines()
+    assert compiling == "helix-jax: compiling: this takes a minute or more for a large model"
+    assert re.fullmatch(r"helix-jax: compiled in [\d.]+ s", compiled)
+    assert caching.startswith("helix-jax: prefix caching is ")
+    assert first_failed.startswith("helix-jax: the first that failed is line 3: not JSON")
+    counts = re.escape(f"helix-jax: 6 lines answered, 5 failed, in '{out}': ")
+    counted = re.fullmatch(counts + r"(\d+) new tokens in ([\d.]+) s, ([\d.]+) tokens/s", summary)
+    assert counted is not None
     assert "\x1b" not in done.stderr
     results = {entry["id"]: entry for entry in lines_of(out)}
+    assert int(counted[1]) == sum(len(entry.get("tokens", ())) for entry in results.values())
+    assert float(counted[2]) * float(counted[3]) == pytest.approx(int(counted[1]), rel=0.2)
     failed = {3, "long", "empty", "true", "outside"}
     assert set(results) == {"a", 2, "null", "stopped", "sampled", "seeded"} | failed
     for id, entry in results.items():
@@ -313,6 +413,32 @@ def test_requests_are_answered_and_each_bad_line_is_an_error(byte_model: Path, t
     assert "prompt_ids is [True]: give a list of token ids" in results["true"]["error"]
     assert "token id 300 is outside the vocabulary of 256" in results["outside"]["error"]
     check_answers(results)
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_chats_are_answered_as_by_generate(count: int, chat_model: Path, tmp_path: Path):
+    """As messages, as text with --chat, or as a line of OpenAI's batch API. One that the template refuses fails."""
+    texts = [f"word{20 + number} hello there" for number in range(count)]
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    entries = [{"messages": chat, "max_new_tokens": 6} for chat in chats]
+    entries += [{"prompt": texts[0], "max_new_tokens": 6}]
+    entries += [{"custom_id": "openai", "body": {"messages": chats[0], "max_tokens": 6}}]
+    entries += [{"id": "refused", "messages": [{"role": "tool", "content": "hello"}]}]
+    file, out = write(tmp_path / "in.jsonl", *entries), tmp_path / "out.jsonl"
+    done = call("batch", file, "--out", out, "--model", chat_model, "--chat", *SMALL)
+    assert done.returncode == 1, done.stderr
+    results = {entry["id"]: entry for entry in lines_of(out)}
+    refused = (
+        "the prompt: the chat template of '.*' does not accept these messages .it begins with a tool.: change them"
+    )
+    assert re.fullmatch(refused, results.pop("refused")["error"])
+    model = ("--model", chat_model, "--cp", 2, "--max-new-tokens", 6, "--chat", "--json")
+    expected = [json.loads(call("generate", "--prompt", text, *model).stdout) for text in texts]
+    assert len({tuple(one["tokens"]) for one in expected}) > count // 3
+    for key, one in [*enumerate(expected, 1), (count + 1, expected[0]), ("openai", expected[0])]:
+        assert {name: results[key][name] for name in ("tokens", "text", "prompt_tokens")} == {
+            name: one[name] for name in ("tokens", "text", "prompt_tokens")
+        }
 
 
 def greedy_tokens(model: Path, count: int) -> list[int]:

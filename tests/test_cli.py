@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from helix_jax import __version__
-from helix_jax.cli import main
+from helix_jax.cli import _parser, main
 from helix_jax.cli.app import checked_interrupts
 from helix_jax.engine import Engine
 from helix_jax.layout import PLACEMENTS
@@ -251,12 +252,12 @@ def test_bad_settings_are_one_line_and_exit_2(tmp_path: Path):
         (["--experts", "tp"], "--experts is 'tp': choose one of flat, cp"),
         (["--dtype", "int8"], "--dtype is 'int8': choose one of float32, bfloat16"),
         (["--platform", "npu"], "--platform is 'npu': choose one of auto, cpu, gpu, tpu"),
-        (["--chat"], "has no chat template: leave out --chat"),
+        (["--chat"], "has no chat template: give text instead of messages, without --chat"),
         (
             ["--tp", 3, "--cp", 2],
             "of them: choose one of these meshes (tp x cp) of up to 6 devices: 1 x 6, 2 x 3, 4 x 1",
         ),
-        (["--tp", 0], "--tp is 0: give at least 1"),
+        (["--tp", 0], "tp is 0: give at least 1"),
         (["--block", 0], "block is 0"),
         (["--page", 0], "page is 0"),
         (["--max-new-tokens", 0], "max_new_tokens is 0"),
@@ -264,7 +265,7 @@ def test_bad_settings_are_one_line_and_exit_2(tmp_path: Path):
         (["--top-p", 0], "top_p is 0.0: give a probability above 0"),
         (["--seed", -1], "seed is -1: give a whole number from 0 to 2^64 - 1"),
         (["--model", tmp_path], "config.json' does not exist: give a Hugging Face folder"),
-        (["--platform", "gpu"], "--platform is gpu, but JAX found only"),
+        (["--platform", "gpu"], "platform is gpu, but JAX found only"),
     ]:
         assert_bad_input(call("generate", "--prompt", "And", "--cp", 4, *arguments), message)
 
@@ -288,7 +289,7 @@ def test_without_a_tokenizer_text_is_refused_and_ids_are_not(byte_model: Path, t
     (tmp_path / "model.safetensors").symlink_to(byte_model / "model.safetensors")
     (tmp_path / "ids.json").write_text("[65, 110, 100]")
     refused = call("generate", "--prompt", "And", "--model", tmp_path)
-    assert_bad_input(refused, "has no tokenizer.json: give token ids with --prompt-ids")
+    assert_bad_input(refused, "has no tokenizer.json: give token ids instead of text")
     arguments = ("--prompt-ids", tmp_path / "ids.json", "--model", tmp_path, "--max-new-tokens", 3, "--cp", 1)
     as_json = result(*arguments)
     assert as_json["text"] is None
@@ -330,30 +331,26 @@ def test_meshes_that_do_not_divide_latent_attention_are_refused_with_those_that_
     assert_bad_input(done, "choose one of these meshes (tp x cp) of up to 3 devices: 1 x 3, 2 x 1")
 
 
-def test_chat_puts_the_prompt_into_the_models_template(tmp_path: Path):
+def test_chat_puts_the_prompt_into_the_models_template(chat_model: Path, tmp_path: Path):
     """The ids that the template gives are continued in the same way when they are given as ids."""
-    tokenizers = pytest.importorskip("tokenizers")
-    pytest.importorskip("transformers")
-    words = {"user": 0, ":": 1, "hello": 2, "there": 3, "model": 4, "?": 5}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    for file in ("config.json", "model.safetensors"):
-        (tmp_path / file).symlink_to(GOLDEN / "llama" / file)
-    model = ("--model", tmp_path, "--max-new-tokens", 3, "--cp", 1)
+    model = ("--model", chat_model, "--max-new-tokens", 3, "--cp", 1)
     chat = ("--prompt", "hello there", "--chat", *model)
-    assert_bad_input(call("generate", *chat), "has no chat template: leave out --chat")
-    turns = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
-    template = turns + "{% if add_generation_prompt %}model :{% endif %}"
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template})
-    )
     from_chat = result(*chat)
     assert from_chat["prompt_tokens"] == 6
-    (tmp_path / "ids.json").write_text("[0, 1, 2, 3, 4, 1]")
+    (tmp_path / "ids.json").write_text("[0, 1, 3, 4, 5, 1]")
     ids = ("--prompt-ids", tmp_path / "ids.json", *model)
     assert result(*ids)["tokens"] == from_chat["tokens"]
     assert_bad_input(call("generate", *ids, "--chat"), "--chat needs text, not --prompt-ids")
+    assert_bad_input(call("generate", "--prompt", "", "--chat", *model), "--prompt is empty: give at least one")
+
+
+def test_a_model_that_is_neither_a_folder_nor_in_the_hub_cache_is_one_line(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # not installed
+    done = call("generate", "--prompt", "And", "--model", "owner/name")
+    assert_bad_input(
+        done, f"model 'owner/name' is neither a folder nor complete in the hub cache '{tmp_path}': pip inst"
+    )
 
 
 # Devices
@@ -375,9 +372,9 @@ def test_too_few_accelerators_is_an_error_with_their_count_and_a_fix(monkeypatch
     message = "tp 1 x cp 8 needs 8 devices, but there are 2 of platform 'gpu': .* --platform cpu"
     with pytest.raises(ValueError, match=message):
         open_mesh("auto", 1, 8)
-    with pytest.raises(ValueError, match="--tp 4 needs 4 devices, but there are 2: try --platform cpu"):
+    with pytest.raises(ValueError, match="tp 4 needs 4 devices, but there are 2: try --platform cpu"):
         open_mesh("gpu", 4, None)
-    with pytest.raises(ValueError, match="--platform is tpu, but JAX found only 2 x gpu"):
+    with pytest.raises(ValueError, match="platform is tpu, but JAX found only 2 x gpu"):
         open_mesh("tpu", 1, 1)
 
 
@@ -530,7 +527,23 @@ def test_the_version():
     assert np.all([part.isdigit() for part in __version__.split(".")])
 
 
+COMMANDS = ("layout", "generate", "batch", "train", "eval", "plan")
+
+
 def test_help_lists_all_commands():
     done = call("--help")
     assert done.returncode == 0
-    assert all(name in done.stdout for name in ("layout", "generate", "batch", "train", "eval", "plan"))
+    assert all(f"\n    {name} " in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "eval needles", "eval perplexity"])
+def test_the_help_of_a_command_is_grouped_and_ends_with_an_example_that_it_accepts(command: str, monkeypatch):
+    done = call(*command.split(), "--help")
+    assert done.returncode == 0
+    before, example = done.stdout.split("\nexample:\n")
+    ungrouped = before.split("\noptions:\n")[1].split("\n\n")[0]
+    assert ungrouped.split() == ["-h,", "--help", "show", "this", "help", "message", "and", "exit"]
+    for line in example.splitlines():
+        program, name, *arguments = shlex.split(line)
+        assert (program, name) == ("helix-jax", command.split()[0])
+        _parser([name]).parse_args([name, *arguments])  # exits if an option does not exist

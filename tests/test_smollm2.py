@@ -10,10 +10,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from helix_jax import generate, load, open_tokenizer
-from helix_jax.checkpoint import read_config
+from helix_jax import generate, load
+from helix_jax.chat import user_message
 from helix_jax.engine import SamplingParams
-from helix_jax.text import chat_ids
+from helix_jax.folder import ModelFolder
 from tests.conftest import ROOT
 from tests.reference import plan_of
 
@@ -64,6 +64,6 @@ def test_a_text_and_a_chat_continue_as_in_transformers(published, tp: int, cp: i
 
 def test_texts_and_chats_have_the_ids_of_transformers(published):
     folder, prompts, _ = published
-    tokenizer = open_tokenizer(folder, read_config(folder))
-    assert tokenizer is not None
-    assert [tokenizer.encode(TEXT.read_text()[:6500])[:1500], chat_ids(folder, QUESTION)] == prompts
+    opened = ModelFolder.open(folder)
+    text, chat = (opened.encode("the prompt", prompt) for prompt in (TEXT.read_text()[:6500], user_message(QUESTION)))
+    assert [text[:1500], chat] == prompts

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helix_jax.chat import ChatTemplate
 from helix_jax.config import ModelConfig
-from helix_jax.text import ByteTokenizer, Detokenizer, chat_ids, check_stop_string, open_tokenizer
+from helix_jax.text import ByteTokenizer, Detokenizer, check_stop_string, encode_text, open_tokenizer
 from helix_jax.validation import MissingPackageError
 from tests.reference import TINY
 
@@ -79,8 +80,15 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingPackageError, match="tokenizer.json' needs the package tokenizers: pip install"):
         open_tokenizer(tmp_path, TINY)
-    with pytest.raises(MissingPackageError, match="--chat needs the package jinja2: pip install"):
-        chat_ids(tmp_path, "a question")
+    with pytest.raises(MissingPackageError, match="a chat needs the package jinja2: pip install"):
+        ChatTemplate(tmp_path)
+
+
+def test_half_of_a_character_is_named_whatever_the_tokenizer_does(tmp_path: Path):
+    tokenizer, _ = open_kind("byte-level", tmp_path)
+    for one in (tokenizer, ByteTokenizer()):
+        with pytest.raises(ValueError, match=r"the prompt contains '\\ud800', half of a character: give valid Unicode"):
+            encode_text("the prompt", "a\ud800", one)
 
 
 def byte_level():

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from helix_jax.checkpoint.hub import resolve_folder
 from helix_jax.checkpoint.parameters import Index, ParameterPath, TensorLocation, family_of, tensor_locations
 from helix_jax.checkpoint.placing import place
 from helix_jax.checkpoint.quantised import choose_dequantiser, is_unquantised
@@ -34,13 +35,14 @@ def read_config(folder: str | Path) -> ModelConfig:
     The end tokens are those of generation_config.json, if it has any, else those of config.json.
 
     Args:
-        folder: A folder with a config.json file.
+        folder: A folder with a config.json file, or an id on the Hugging Face Hub, see `resolve_folder`.
 
     Raises:
-        ValueError: The folder or config.json does not exist, the file is invalid, or its `model_type`, an option or its
-            quantisation is not supported.
+        MissingPackageError: As `resolve_folder`.
+        ValueError: As `resolve_folder`; or the folder or config.json does not exist, the file is invalid, or its
+            `model_type`, an option or its quantisation is not supported.
     """
-    return _read_configs(Path(folder))[1]
+    return _read_configs(resolve_folder(folder))[1]
 
 
 def load(
@@ -56,7 +58,7 @@ def load(
     the way. Tensors that decoding does not need, and LongRoPE, are named in warnings of the logger "helix_jax".
 
     Args:
-        folder: A folder with config.json and safetensors files.
+        folder: A folder with config.json and safetensors files, or an id on the Hugging Face Hub, see `resolve_folder`.
         plan: The mesh, and how experts are sharded.
         dtype: The type of the weights.
         on_read: Called with the bytes of the files that have been read, and the total.
@@ -70,7 +72,7 @@ def load(
     check_type("the model folder", folder, str | Path, "the path of a Hugging Face folder")
     check_type("plan", plan, Plan, "a helix_jax.Plan")
     check_float_type("dtype", dtype)
-    return _load(Path(folder), cast(Mesh, plan.mesh), dtype, plan.experts, on_read)
+    return _load(resolve_folder(folder), cast(Mesh, plan.mesh), dtype, plan.experts, on_read)
 
 
 def load_for_training(folder: str | Path, mesh: Mesh) -> Transformer:

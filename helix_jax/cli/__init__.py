@@ -10,14 +10,25 @@ from helix_jax.cli.app import PROGRAM, Parser, run_command
 
 __all__ = ["main"]
 
-# A module with `add_arguments(parser)` and `run(options)` for each subcommand, imported only if it is used.
+_DESCRIPTION = """Run language models on long texts.
+
+The key/value cache, which grows with a text, is sharded along the text over several devices (Helix parallelism), so
+that each stores and reads a part of it. Results do not depend on the number of devices."""
+
+_EXAMPLES = """examples:
+  helix-jax generate --prompt "In the beginning" --cp 4       the demo model, on 4 fake devices if there is only a CPU
+  helix-jax generate --model DIR --chat --prompt "Hello"      a model folder in Hugging Face format
+  helix-jax batch --help                                      the options of a command"""
+
+# For each subcommand, a module with EXAMPLE (command lines), `add_arguments(parser)` and `run(options)`. It is imported
+# only if it is used.
 _COMMANDS = {
-    "layout": "show which rank stores which tokens",
-    "generate": "continue a prompt",
-    "batch": "answer a file of requests",
+    "layout": "show which device stores which tokens of a sequence",
+    "generate": "continue one prompt, or answer one message",
+    "batch": "answer a file of prompts or chats, many at a time",
     "train": "train a model",
-    "eval": "evaluate long contexts on each placement",
-    "plan": "predict which mesh decodes best on some devices",
+    "eval": "check what a model recalls of long texts on several devices",
+    "plan": "predict how fast some devices would decode, and how to use them",
 }
 
 
@@ -43,15 +54,15 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _parser(arguments: Sequence[str]) -> Parser:
-    parser = Parser(PROGRAM, description="Decode over a key/value cache that is sharded along the sequence.")
+    parser = Parser(PROGRAM, description=_DESCRIPTION, epilog=_EXAMPLES)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="|".join(_COMMANDS), prog=PROGRAM)
+    commands = parser.add_subparsers(required=True, title="commands", metavar="|".join(_COMMANDS), prog=PROGRAM)
     used = next((argument for argument in arguments if argument in _COMMANDS), None)
     for name, text in _COMMANDS.items():
         command = commands.add_parser(name, help=text)
         if name == used:
             module = importlib.import_module(f"helix_jax.cli.{name}")
-            command.description = module.__doc__
+            command.description, command.epilog = module.__doc__, f"example:\n  {module.EXAMPLE}"
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     return parser

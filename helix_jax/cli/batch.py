@@ -1,4 +1,15 @@
-"""Answer the requests in a file, many at a time. Requests that have a result in --out already are skipped."""
+"""Answer the requests in a file, many at a time. Requests that have a result in --out already are skipped.
+
+A line of IN.jsonl is a JSON object: a prompt, token ids or a chat, and if needed how it is continued.
+
+  {"prompt": "In the beginning", "max_new_tokens": 20}
+  {"id": "two", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0.7, "seed": 1}
+  {"custom_id": "three", "body": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20}}
+
+The last is a line of OpenAI's batch API. Its id is the custom_id, and what its body leaves out has the defaults of this
+command (temperature 0, 128 tokens). A field that is not supported, and would change the result, is an error of its
+line. A line of OUT.jsonl has the id, the text, the tokens and why they end, or the error.
+"""
 
 import argparse
 import time
@@ -11,40 +22,36 @@ from typing import BinaryIO
 from rich.live import Live
 from rich.table import Table
 
-from helix_jax.checkpoint import read_config
 from helix_jax.cli.app import FAILED, OK
 from helix_jax.cli.console import Reporter
 from helix_jax.cli.jsonl import RejectedLine, RequestLine, ResultCounter, ResultsFile, read_requests
 from helix_jax.cli.options import DecodeSetup, add_decode_arguments, make_setup, open_devices, report_drafts
-from helix_jax.config import ModelConfig
 from helix_jax.engine import Engine, EngineStats, FinishedEvent
 from helix_jax.engine.requests import sample_ids
+from helix_jax.folder import ModelFolder
 from helix_jax.processes import on_first_process
-from helix_jax.text import open_tokenizer
 from helix_jax.validation import check_int
 
 REQUESTS_PER_ROW = 4  # requests in the engine per row: enough to keep the rows busy without reading all of IN
 REFRESH_S = 0.25
 
 
+EXAMPLE = """helix-jax batch IN.jsonl --out OUT.jsonl --model DIR --cp 4 --rows 16
+  helix-jax batch QUESTIONS.jsonl --out ANSWERS.jsonl --model DIR --chat"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `helix-jax batch` to its parser."""
-    add = parser.add_argument
-    add(
-        "requests",
-        type=Path,
-        metavar="IN.jsonl",
-        help='requests, one per line: {"id", "prompt" or "prompt_ids", "max_new_tokens", "temperature", ...}',
-    )
-    add(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="OUT.jsonl",
-        help="results are appended as they arrive; requests with a result are skipped, failed ones are repeated",
-    )
+    group = parser.add_argument_group("requests and results")
+    add = group.add_argument
+    add("requests", type=Path, metavar="IN.jsonl", help="requests, one per line, or a pipe")
+    text = "results are appended as they arrive; requests with a result are skipped, failed ones are repeated"
+    add("--out", type=Path, required=True, metavar="OUT.jsonl", help=text)
+    text = "each text prompt is a message to the model, which answers it (needs the chat template of the model folder)"
+    add("--chat", action="store_true", help=text)
+    add = parser.add_argument_group("batch").add_argument
     add("--rows", type=int, default=8, metavar="N", help="requests that decode together (default: 8)")
-    text = "cache pages per rank (default: as many as all rows can use, or as fit into memory)"
+    text = "cache pages per device (default: as many as all rows can use, or as fit into memory)"
     add("--pages", type=int, metavar="N", help=text)
     text = "maximum length of a request, prompt and output (default: the model's maximum)"
     add("--max-len", type=int, metavar="TOKENS", help=text)
@@ -54,34 +61,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run `helix-jax batch` and return its exit code: 1 if a request failed."""
     reporter = Reporter()
-    config = read_config(options.model)
-    _check(options, config)
-    setup = make_setup(options, config, open_devices(options))
+    folder = ModelFolder.open(options.model)
+    _check(options, folder)
+    setup = make_setup(options, folder, open_devices(options))
+    answer_s = 0.0
     with _open_requests(options) as lines, _open_results(options.out) as results:
         _report_earlier_results(options.out, results, reporter)
-        requests = _valid_requests(read_requests(lines, results.done), results)
+        requests = _valid_requests(read_requests(lines, results.done, chat=options.chat), results)
         first = next(requests, None)
         if first is not None:  # otherwise the weights are not needed
             setup.report_devices(reporter)
             engine = _make_engine(options, setup, reporter)
             reporter.info(f"prefix caching is {engine.prefix_caching_status}")
+            start_s, most = time.perf_counter(), REQUESTS_PER_ROW * options.rows
             try:
-                _answer_all(engine, chain([first], requests), results, REQUESTS_PER_ROW * options.rows, reporter)
+                _answer_all(engine, folder, chain([first], requests), results, most, reporter)
+                answer_s = time.perf_counter() - start_s
                 report_drafts(engine, reporter)
             except KeyboardInterrupt:
                 reporter.info(f"'{options.out}' has the {results.answered} lines answered: the same command continues")
                 raise
-    return _report_end(options.out, results, reporter)
+    return _report_end(options.out, results, answer_s, reporter)
 
 
-def _check(options: argparse.Namespace, config: ModelConfig) -> None:
-    """Check what the engine checks too, before weights are read."""
+def _check(options: argparse.Namespace, folder: ModelFolder) -> None:
+    """Check what the engine checks too, before weights are read, and that there is a chat template if it is needed."""
     for name in ("rows", "pages", "max_len"):
         value = getattr(options, name)
         if value is not None:
             check_int(f"--{name.replace('_', '-')}", value, least=1)
-    if options.max_len and options.max_len > config.max_positions:
-        raise ValueError(f"--max-len is {options.max_len}: give at most the model's {config.max_positions} positions")
+    positions = folder.config.max_positions
+    if options.max_len and options.max_len > positions:
+        raise ValueError(f"--max-len is {options.max_len}: give at most the model's {positions} positions")
+    if options.chat:
+        _ = folder.chat_template  # raises if there is none
 
 
 def _open_requests(options: argparse.Namespace) -> BinaryIO:
@@ -122,7 +135,12 @@ def _valid_requests(lines: Iterator[RequestLine | RejectedLine], results: Result
 
 
 def _answer_all(
-    engine: Engine, requests: Iterator[RequestLine], results: ResultCounter, max_active: int, reporter: Reporter
+    engine: Engine,
+    folder: ModelFolder,
+    requests: Iterator[RequestLine],
+    results: ResultCounter,
+    max_active: int,
+    reporter: Reporter,
 ) -> None:
     """Keep `max_active` requests or samples in the engine, and write the result of each when it finishes.
 
@@ -133,7 +151,7 @@ def _answer_all(
         while True:
             while len(active) < max_active and (request := next(requests, None)):
                 try:
-                    active |= _submit(engine, request)
+                    active |= _submit(engine, folder, request)
                 except (TypeError, ValueError) as error:
                     results.add_error(RejectedLine(request.line, request.id, str(error)))
             if not active:
@@ -144,9 +162,10 @@ def _answer_all(
             show(engine, results)
 
 
-def _submit(engine: Engine, request: RequestLine) -> dict[str, RequestLine]:
+def _submit(engine: Engine, folder: ModelFolder, request: RequestLine) -> dict[str, RequestLine]:
     """Submit a request, and cancel its samples that have a result already. Return the ids of the others."""
-    ids = sample_ids(engine.submit(request.prompt, request.params, str(request.id)), request.params.n)
+    prompt = folder.encode("the prompt", request.prompt)
+    ids = sample_ids(engine.submit(prompt, request.params, str(request.id)), request.params.n)
     for index in request.done:
         engine.cancel(ids[index])
     return {id: request for index, id in enumerate(ids) if index not in request.done}
@@ -161,10 +180,13 @@ def _make_engine(options: argparse.Namespace, setup: DecodeSetup, reporter: Repo
         page=setup.page,
         max_len=options.max_len,
         chunk=setup.chunk,
-        tokenizer=open_tokenizer(setup.folder, setup.config),
+        tokenizer=setup.folder.tokenizer,
         speculate=setup.speculate,
     )
-    engine.warm_up()  # so that the times of requests do not include compilation
+    reporter.info("compiling: this takes a minute or more for a large model")
+    with reporter.compiling():
+        compile_s = engine.warm_up()  # so that the times of requests do not include it
+    reporter.info(f"compiled in {compile_s:.1f} s")
     return engine
 
 
@@ -200,9 +222,12 @@ def _table(stats: EngineStats, results: ResultCounter) -> Table:
     return table
 
 
-def _report_end(out: Path, results: ResultCounter, reporter: Reporter) -> int:
-    reporter.info(f"{results.answered} lines answered, {results.failed} failed, in '{out}'")
-    if results.first_failed is None:
-        return OK
-    reporter.info(f"the first that failed is line {results.first_failed.line}: {results.first_failed.error}")
-    return FAILED
+def _report_end(out: Path, results: ResultCounter, answer_s: float, reporter: Reporter) -> int:
+    """Report the first error and, in the last line, what was done in `answer_s`, which excludes compilation."""
+    if results.first_failed is not None:
+        reporter.info(f"the first that failed is line {results.first_failed.line}: {results.first_failed.error}")
+    counts = f"{results.answered} lines answered, {results.failed} failed, in '{out}'"
+    if results.answered:
+        counts += f": {results.tokens:,} new tokens in {answer_s:.1f} s, {results.tokens / answer_s:.1f} tokens/s"
+    reporter.info(counts)
+    return OK if results.first_failed is None else FAILED

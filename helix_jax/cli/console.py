@@ -1,6 +1,8 @@
 """What a command prints besides its result: lines on stderr, and progress bars if stderr is a terminal."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -9,7 +11,9 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    SpinnerColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -34,6 +38,14 @@ class Reporter:
     def reading(self) -> Progress:
         """Return a progress bar of bytes and of bytes per second."""
         return self._bar(DownloadColumn(), TransferSpeedColumn())
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Show a spinner and the time, on a terminal, while programs are compiled."""
+        columns = SpinnerColumn(), TextColumn("compiling"), TimeElapsedColumn()
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as shown:
+            shown.add_task("compiling", total=None)
+            yield
 
     def _bar(self, *columns: ProgressColumn) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())

@@ -1,4 +1,4 @@
-"""Compares what a model recalls and predicts under each placement with one device."""
+"""Compare what a model recalls and predicts under each placement with one device."""
 
 import argparse
 import sys
@@ -17,11 +17,12 @@ from helix_jax.checkpoint import read_config
 from helix_jax.cli.app import FAILED, OK
 from helix_jax.cli.console import Reporter
 from helix_jax.cli.options import (
+    Group,
+    add_cache_arguments,
     add_choice,
     add_device_arguments,
-    add_kernel_arguments,
     add_mesh_arguments,
-    add_model_argument,
+    add_model_arguments,
     load_model,
     open_devices,
     report_fake_devices,
@@ -48,6 +49,8 @@ from helix_jax.plan import Plan
 
 DEFAULT_TEXT = Path(__file__).parents[2] / "scripts" / "data" / "kjv.txt"  # not part of an installed package
 
+EXAMPLE = "helix-jax eval needles --model DIR --cp 4 --lengths 1024 4096 --plot needles.png"
+
 NEEDLES = """Hide passkeys in held-out text, at every depth of contexts of every length.
 
 Each passkey is asked for directly after its context, and again after --decoded
@@ -71,9 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("needles", "find passkeys in long contexts", NEEDLES, _add_needle_arguments, _evaluate_needles),
         ("perplexity", "bits per byte by position", PERPLEXITY, _add_perplexity_arguments, _evaluate_perplexity),
     ):
-        added = commands.add_parser(name, help=text, description=description)
+        example = f"example:\n  helix-jax eval {name} --cp 4 --plot {name}.png"
+        added = commands.add_parser(name, help=text, description=description, epilog=example)
+        add_own(added.add_argument_group("evaluation"))
         _add_shared_arguments(added)
-        add_own(added)
         added.set_defaults(evaluate=evaluate)
 
 
@@ -87,19 +91,20 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add_model_argument(parser, "the folder of a byte model")
+    add = parser.add_argument_group("text").add_argument
     add("--text", type=Path, metavar="FILE", help="a text file (default: scripts/data/kjv.txt of a checkout)")
     add("--held-out", type=float, default=0.05, metavar="SHARE", help="share at its end to read (default: %(default)s)")
-    add_mesh_arguments(parser)
-    add_choice(parser, "--placement", PLACEMENTS, "placement to evaluate; may be repeated (default: all)", several=True)
-    add_kernel_arguments(parser)
-    add_device_arguments(parser, processes=False)
+    add = parser.add_argument_group("output").add_argument
     add("--json", type=Path, metavar="FILE", help="write the results to a file")
     add("--plot", type=Path, metavar="FILE.png", help="draw the results")
+    add_model_arguments(parser, "the folder of a byte model")
+    mesh = add_mesh_arguments(parser)
+    add_choice(mesh, "--placement", PLACEMENTS, "placement to evaluate; may be repeated (default: all)", several=True)
+    add_cache_arguments(parser)
+    add_device_arguments(parser, processes=False)
 
 
-def _add_needle_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_needle_arguments(parser: Group) -> None:
     default = NeedleOptions()
     text = "bytes per context (default: 4 lengths that fit the model)"
     parser.add_argument("--lengths", type=int, nargs="+", default=[], metavar="BYTES", help=text)
@@ -111,7 +116,7 @@ def _add_needle_arguments(parser: argparse.ArgumentParser) -> None:
     _add_int(parser, "--rows", "N", "contexts per batch", default.rows)
 
 
-def _add_perplexity_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_perplexity_arguments(parser: Group) -> None:
     default = PerplexityOptions()
     text = "bytes before each span (default: powers of 2 from 64)"
     parser.add_argument("--positions", type=int, nargs="+", default=[], metavar="BYTES", help=text)
@@ -119,7 +124,7 @@ def _add_perplexity_arguments(parser: argparse.ArgumentParser) -> None:
     _add_int(parser, "--windows", "N", "places in the text", default.windows)
 
 
-def _add_int(parser: argparse.ArgumentParser, option: str, metavar: str, description: str, default: int) -> None:
+def _add_int(parser: Group, option: str, metavar: str, description: str, default: int) -> None:
     text = f"{description} (default: {default})"
     parser.add_argument(option, type=int, default=default, metavar=metavar, help=text)
 

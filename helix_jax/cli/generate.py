@@ -12,41 +12,51 @@ import numpy as np
 from rich.table import Table
 
 from helix_jax.cache import tokens_per_rank
-from helix_jax.checkpoint import read_config
+from helix_jax.chat import user_message
 from helix_jax.cli.app import FAILED, OK
 from helix_jax.cli.console import Reporter
 from helix_jax.cli.options import DecodeSetup, add_decode_arguments, make_setup, open_devices, report_drafts
-from helix_jax.cli.prompts import encode, read_ids, read_text
+from helix_jax.cli.prompts import read_ids, read_text
 from helix_jax.engine import Engine, FinishedEvent, RequestOutput, SamplingParams
 from helix_jax.engine.requests import check_prompt
+from helix_jax.folder import ModelFolder
 from helix_jax.generation import make_engine
 from helix_jax.mesh import CP, TP, make_mesh
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.processes import process_index
-from helix_jax.text import Tokenizer, chat_ids, open_tokenizer
 from helix_jax.validation import check_int
+
+EXAMPLE = """helix-jax generate --prompt "In the beginning" --cp 4
+  helix-jax generate --model DIR --chat --prompt "Hello" --max-new-tokens 50"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `helix-jax generate` to its parser."""
-    prompt = parser.add_mutually_exclusive_group(required=True)
+    group = parser.add_argument_group("prompt")
+    prompt = group.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a UTF-8 file with the prompt")
     prompt.add_argument("--prompt-ids", type=Path, metavar="FILE.json", help="a JSON list of token ids")
-    add = parser.add_argument
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="maximum number of new tokens (default: 128)")
+    text = "the prompt is a message to the model, which answers it (needs the chat template of the model folder)"
+    group.add_argument("--chat", action="store_true", help=text)
+    _add_sampling_arguments(parser)
+    add = parser.add_argument_group("output").add_argument
+    add("--verify", action="store_true", help="decode again on one device; exit 1 if a token differs")
+    add("--json", action="store_true", help="print JSON")
     add_decode_arguments(parser)
-    text = "sampling temperature (default: 0, greedy decoding)"
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("sampling").add_argument
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="maximum number of new tokens (default: 128)")
+    text = "randomness: 0 always takes the most probable token, 1 samples from the model's probabilities (default: 0)"
     add("--temperature", type=float, default=0.0, metavar="X", help=text)
     add("--top-k", type=int, metavar="K", help="sample from the K most probable tokens (default: all)")
     text = "nucleus sampling: smallest set of tokens with total probability at least P (default: 1)"
     add("--top-p", type=float, default=1.0, metavar="P", help=text)
     add("--seed", type=int, metavar="S", help="seed of the sampler (default: a new one, which is reported)")
-    add("--chat", action="store_true", help="format the prompt as a user message with the model's chat template")
     add("--ignore-eos", action="store_true", help="continue past end-of-sequence tokens")
-    add("--verify", action="store_true", help="decode again on one device; exit 1 if a token differs")
-    add("--json", action="store_true", help="print JSON")
 
 
 @dataclass(frozen=True)
@@ -56,13 +66,11 @@ class GenerateJob:
     Attributes:
         setup: The model, and how it is sharded.
         prompt: The token ids.
-        tokenizer: The tokenizer of the model, None if it has none.
         params: How it continues.
     """
 
     setup: DecodeSetup
     prompt: list[int]
-    tokenizer: Tokenizer | None
     params: SamplingParams
 
     def make_engine(self, model: Transformer, plan: Plan, speculate: str | None = None) -> Engine:
@@ -71,7 +79,7 @@ class GenerateJob:
             "speculate": speculate,
             "page": self.setup.page,
             "chunk": self.setup.chunk,
-            "tokenizer": self.tokenizer,
+            "tokenizer": self.setup.folder.tokenizer,
         }
         return make_engine(model, [self.prompt], plan, self.params, **options)
 
@@ -96,9 +104,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _make_job(options: argparse.Namespace) -> GenerateJob:
     """Check all options, then open the devices."""
-    config = read_config(options.model)
-    tokenizer = open_tokenizer(options.model, config)
-    prompt = _read_prompt(options, tokenizer)
+    folder = ModelFolder.open(options.model)
+    prompt = _read_prompt(options, folder)
     if options.top_k is not None:
         check_int("--top-k", options.top_k, least=1)
     params = SamplingParams(
@@ -109,11 +116,12 @@ def _make_job(options: argparse.Namespace) -> GenerateJob:
         seed=options.seed,
         ignore_eos=options.ignore_eos,
     )
-    check_prompt("the prompt", prompt, params.max_new_tokens, vocab=config.vocab, max_len=config.max_positions)
-    return GenerateJob(make_setup(options, config, open_devices(options)), prompt, tokenizer, params)
+    limits = {"vocab": folder.config.vocab, "max_len": folder.config.max_positions}
+    check_prompt("the prompt", prompt, params.max_new_tokens, **limits)
+    return GenerateJob(make_setup(options, folder, open_devices(options)), prompt, params)
 
 
-def _read_prompt(options: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:
+def _read_prompt(options: argparse.Namespace, folder: ModelFolder) -> list[int]:
     if options.prompt_ids is not None:
         if options.chat:
             raise ValueError("--chat needs text, not --prompt-ids: give --prompt or --prompt-file")
@@ -121,8 +129,7 @@ def _read_prompt(options: argparse.Namespace, tokenizer: Tokenizer | None) -> li
     text, source = options.prompt, "--prompt"
     if options.prompt_file is not None:
         text, source = read_text(options.prompt_file), f"'{options.prompt_file}'"
-    ids = encode(text, source, tokenizer, options.model)
-    return chat_ids(options.model, text) if options.chat else ids
+    return folder.encode(source, user_message(text) if options.chat and text else text)
 
 
 def _decode(job: GenerateJob, model: Transformer, reporter: Reporter, *, quiet: bool) -> tuple[RequestOutput, float]:
@@ -130,7 +137,8 @@ def _decode(job: GenerateJob, model: Transformer, reporter: Reporter, *, quiet: 
     engine = job.make_engine(model, job.setup.plan, job.setup.speculate)
     job.setup.report_devices(reporter)  # not before all input is known to be valid
     reporter.info(f"the cache stores {engine.stats().capacity:,} tokens as {job.setup.cache_dtype}")
-    compile_s = engine.warm_up(greedy=job.params.is_greedy, sampling=not job.params.is_greedy)
+    with reporter.compiling():
+        compile_s = engine.warm_up(greedy=job.params.is_greedy, sampling=not job.params.is_greedy)
     seed = engine.requests[engine.submit(job.prompt, job.params)].params.seed
     if seed is not None:
         reporter.info(f"seed {seed}: --seed {seed} repeats this output")
@@ -141,7 +149,9 @@ def _decode(job: GenerateJob, model: Transformer, reporter: Reporter, *, quiet: 
                 bar.stop()
                 if isinstance(event, FinishedEvent):
                     # Without a tokenizer there are only ids to show.
-                    _write("" if quiet else "\n" if job.tokenizer else f"{json.dumps(event.result.tokens)}\n")
+                    _write(
+                        "" if quiet else "\n" if job.setup.folder.tokenizer else f"{json.dumps(event.result.tokens)}\n"
+                    )
                     report_drafts(engine, reporter)
                     return event.result, compile_s
                 _write("" if quiet else event.text or "")

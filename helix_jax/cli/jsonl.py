@@ -10,6 +10,8 @@ from reprlib import repr as shorten
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from helix_jax.chat import check_messages, user_message
+from helix_jax.cli.openai_lines import is_openai, own_fields
 from helix_jax.engine.logprobs import TokenLogprobs
 from helix_jax.engine.params import SamplingParams, sampling_params
 from helix_jax.engine.requests import RequestOutput, sample_ids
@@ -24,14 +26,14 @@ class RequestLine(NamedTuple):
     Attributes:
         line: The number of its line, from 1.
         id: Its id.
-        prompt: Its prompt.
+        prompt: Its prompt: text, token ids or messages.
         params: How it continues.
         done: The samples that have a result already, if there are several and others have none.
     """
 
     line: int
     id: str | int
-    prompt: str | list[int]
+    prompt: str | list[int] | list[dict[str, Any]]
     params: SamplingParams
     done: tuple[int, ...] = ()
 
@@ -44,13 +46,18 @@ class RejectedLine(NamedTuple):
     error: str
 
 
-def read_requests(lines: Iterable[bytes], done: Container[str]) -> Iterator[RequestLine | RejectedLine]:
+def read_requests(
+    lines: Iterable[bytes], done: Container[str], *, chat: bool = False
+) -> Iterator[RequestLine | RejectedLine]:
     """Parse requests lazily, one line at a time. Skip empty lines and requests that are done.
+
+    A line is a request of our own, or one of OpenAI's batch API, whose id is its custom_id.
 
     Args:
         lines: The lines of the input file. A request without an id gets the number of its line. Ids are compared as
             text: 7 equals "7".
         done: The ids, as text, of the requests to skip, and of samples of requests, such as `id/0`.
+        chat: Whether each text prompt is a user message.
     """
     line_of_id: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
@@ -59,11 +66,14 @@ def read_requests(lines: Iterable[bytes], done: Container[str]) -> Iterator[Requ
         id: str | int = number
         try:
             fields = _object(line)
-            id = _id(fields.pop("id", None), default=number)
+            from_openai = is_openai(fields)
+            id = _id(fields, "custom_id" if from_openai else "id", default=number)
             _check_unused(id, line_of_id, number)
             if str(id) in done:
                 continue
-            prompt, params = _pop_prompt(fields), sampling_params(fields)
+            if from_openai:
+                fields = own_fields(fields)
+            prompt, params = _pop_prompt(fields, chat=chat), sampling_params(fields)
             names = sample_ids(str(id), params.n)
             for name in names:
                 _check_unused(name, line_of_id, number)
@@ -86,11 +96,13 @@ def _object(line: bytes) -> dict[str, Any]:
     return value
 
 
-def _id(id: Any, default: int) -> str | int:
+def _id(fields: dict[str, Any], name: str, default: int) -> str | int:
+    """Remove the id from the fields of a request and return it."""
+    id = fields.pop(name, None)
     if id is None:
         return default
     if isinstance(id, bool) or not isinstance(id, str | int) or id == "":
-        raise TypeError(f"id is {shorten(id)}: give a string or a whole number, or leave it out")
+        raise TypeError(f"{name} is {shorten(id)}: give a string or a whole number, or leave it out")
     return id
 
 
@@ -101,19 +113,23 @@ def _check_unused(id: str | int, line_of_id: dict[str, int], line: int) -> None:
         raise ValueError(f"id {id!r} is used in line {first} already: give every line its own id")
 
 
-def _pop_prompt(fields: dict[str, Any]) -> str | list[int]:
+def _pop_prompt(fields: dict[str, Any], *, chat: bool) -> str | list[int] | list[dict[str, Any]]:
     """Remove the prompt from the fields of a request and return it."""
-    prompts = {name: fields.pop(name, None) for name in ("prompt", "prompt_ids")}
+    prompts = {name: fields.pop(name, None) for name in ("prompt", "prompt_ids", "messages")}
     given = {name: prompt for name, prompt in prompts.items() if prompt is not None}
     if len(given) != 1:
-        number = "no prompt" if not given else "both prompt and prompt_ids"
-        raise ValueError(f"request has {number}: give either prompt or prompt_ids")
+        raise ValueError(f"request has {' and '.join(given) or 'no prompt'}: give one of {', '.join(prompts)}")
     [(name, prompt)] = given.items()
+    if name == "messages":
+        return check_messages(name, prompt)
     if name == "prompt":
         if not isinstance(prompt, str):
             raise TypeError(f"prompt is {shorten(prompt)}: give text")
-    elif not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
+        return user_message(prompt) if chat and prompt else prompt
+    if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
         raise TypeError(f"prompt_ids is {shorten(prompt)}: give a list of token ids")
+    if chat:
+        raise ValueError("request has prompt_ids, and --chat needs text: give prompt or messages, or leave out --chat")
     return prompt
 
 
@@ -123,13 +139,14 @@ class ResultCounter:
     Attributes:
         done: The ids of the requests, and of the samples of requests, that had a result before.
         answered: Results since the start.
+        tokens: The new tokens of these results.
         failed: Errors since the start.
         first_failed: The first of them.
     """
 
     def __init__(self, done: Iterable[str]):
         self.done = set(done)
-        self.answered, self.failed = 0, 0
+        self.answered = self.tokens = self.failed = 0
         self.first_failed: RejectedLine | None = None
 
     def __enter__(self) -> "ResultCounter":
@@ -142,6 +159,7 @@ class ResultCounter:
         """Add the output of a finished request, or of the sample `index` if it has several."""
         self._write(_encode(_result(id, output, index)))
         self.answered += 1
+        self.tokens += len(output.tokens)
 
     def add_error(self, rejected: RejectedLine) -> None:
         """Add an error."""

@@ -16,18 +16,23 @@ from helix_jax.cli.output import new_figure
 from helix_jax.layout import PLACEMENTS, BlockLayout, rank_ranges
 from helix_jax.validation import check_int
 
+EXAMPLE = "helix-jax layout --prompt 400 --decode 400 --block 100 --cp 4"
 MAX_BLOCKS = 10_000_000
 MAX_LEGEND_RANKS = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `helix-jax layout` to its parser."""
-    add = parser.add_argument
+    sequence = parser.add_argument_group("sequence")
+    add = sequence.add_argument
     add("--prompt", type=int, required=True, metavar="TOKENS", help="length of the prompt (may be 0)")
     add("--decode", type=int, required=True, metavar="TOKENS", help="number of decoded tokens")
-    add("--block", type=int, required=True, metavar="TOKENS", help="length of a block")
-    add("--cp", type=int, required=True, metavar="RANKS", help="ranks that share the sequence")
-    add_choice(parser, "--placement", PLACEMENTS, "rule that assigns blocks to ranks", default="helix")
+    ranks = parser.add_argument_group("ranks", "the devices that share the sequence")
+    add = ranks.add_argument
+    add("--block", type=int, required=True, metavar="TOKENS", help="length of a block: consecutive tokens on one rank")
+    add("--cp", type=int, required=True, metavar="RANKS", help="number of ranks")
+    add_choice(ranks, "--placement", PLACEMENTS, "rule that assigns blocks to ranks", default="helix")
+    add = parser.add_argument_group("output").add_argument
     add("--plot", type=Path, metavar="FILE.png", help="plot tokens per rank against decode step, for all placements")
     add("--json", action="store_true", help="print JSON")
 

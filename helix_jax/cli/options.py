@@ -15,9 +15,9 @@ from helix_jax.checkpoint import DEMO_MODEL, load
 from helix_jax.cli.compilation_cache import LIMIT_BYTES, enable_compilation_cache
 from helix_jax.cli.console import Reporter
 from helix_jax.combine import COMBINES
-from helix_jax.config import ModelConfig
-from helix_jax.devices import default_dtype, open_mesh
+from helix_jax.devices import DTYPES, PLATFORMS, default_dtype, open_mesh
 from helix_jax.engine.engine import DEFAULT_PAGE, Engine
+from helix_jax.folder import ModelFolder
 from helix_jax.heads import HeadLayout
 from helix_jax.kernels import KERNELS
 from helix_jax.layout import PLACEMENTS
@@ -28,8 +28,8 @@ from helix_jax.processes import Processes
 from helix_jax.speculation import SPECULATIONS
 from helix_jax.validation import check_choice, check_int
 
-PLATFORMS = ("auto", "cpu", "gpu", "tpu")
-DTYPES = ("float32", "bfloat16")
+# A parser, or a group of options in its help.
+Group = argparse._ActionsContainer  # pyright: ignore[reportPrivateUsage]
 
 
 class _CheckedChoice(argparse.Action):
@@ -51,7 +51,7 @@ class _CheckedChoice(argparse.Action):
 
 
 def add_choice(
-    parser: argparse.ArgumentParser,
+    parser: Group,
     option: str,
     choices: Sequence[str],
     description: str,
@@ -61,7 +61,7 @@ def add_choice(
     """Add an option whose value is one of `choices`.
 
     Args:
-        parser: The parser of the command.
+        parser: The parser of the command, or a group of it.
         option: The option, such as "--placement".
         choices: The values it may have.
         description: The help text, to which the default is added if there is one.
@@ -73,58 +73,69 @@ def add_choice(
 
 
 def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of model, mesh, cache and devices, from which `make_setup` builds a plan."""
-    add_model_argument(parser)
-    add_mesh_arguments(parser)
+    """Add the options of model, mesh, cache, speed and devices, from which `make_setup` builds a plan."""
+    add_model_arguments(parser, dtype=True)
+    mesh = add_mesh_arguments(parser)
+    add_choice(mesh, "--placement", PLACEMENTS, "rule that assigns blocks to devices", default="helix")
+    add_choice(mesh, "--combine", COMBINES, "how the devices combine their partial results", default="psum")
+    add_choice(mesh, "--experts", EXPERTS, "devices that share the experts: all (flat) or cp", default="flat")
+    cache, speed = add_cache_arguments(parser)
     text = "tokens per cache page (default: %(default)s)"
-    parser.add_argument("--page", type=int, default=DEFAULT_PAGE, metavar="TOKENS", help=text)
-    add_choice(parser, "--placement", PLACEMENTS, "rule that assigns blocks to ranks", default="helix")
-    add_choice(parser, "--combine", COMBINES, "collective that combines the ranks' partial results", default="psum")
-    add_choice(parser, "--experts", EXPERTS, "devices that share the experts: all (flat) or cp", default="flat")
-    add_kernel_arguments(parser)
-    add_choice(parser, "--dtype", DTYPES, "type of the weights (default: bfloat16; float32 on a CPU)")
+    cache.add_argument("--page", type=int, default=DEFAULT_PAGE, metavar="TOKENS", help=text)
     text = "draft tokens and verify several at once: ngram looks them up in the request (default: no drafts)"
-    add_choice(parser, "--speculate", SPECULATIONS, text)
+    add_choice(speed, "--speculate", SPECULATIONS, text)
     add_device_arguments(parser)
 
 
-def add_model_argument(parser: argparse.ArgumentParser, what: str = "a folder in Hugging Face format") -> None:
-    """Add --model."""
-    text = f"{what} (default: the demo model)"
-    parser.add_argument("--model", type=Path, default=DEMO_MODEL, metavar="DIR", help=text)
+def add_model_arguments(
+    parser: argparse.ArgumentParser, what: str = "a folder in Hugging Face format", *, dtype: bool = False
+) -> None:
+    """Add the group of the model: --model, and if requested --dtype."""
+    group = parser.add_argument_group("model")
+    text = f"{what}, or a name on the Hugging Face Hub such as owner/name (default: the demo model, which reads bytes)"
+    group.add_argument("--model", type=Path, default=DEMO_MODEL, metavar="DIR", help=text)
+    if dtype:
+        add_choice(group, "--dtype", DTYPES, "type of the weights (default: bfloat16; float32 on a CPU)")
 
 
-def add_mesh_arguments(parser: argparse.ArgumentParser, *, training: bool = False) -> None:
-    """Add --tp, --cp and --block, and for training --dp."""
-    add = parser.add_argument
+def add_mesh_arguments(parser: argparse.ArgumentParser, *, training: bool = False) -> Group:
+    """Add the group of the mesh: --tp, --cp and --block, and for training --dp. Return the group."""
+    group = parser.add_argument_group("mesh", "how tp * cp devices share the model and each sequence")
+    add = group.add_argument
     heads = "heads and widths" if training else "the heads in attention"
     add("--tp", type=int, default=1, metavar="N", help=f"devices that share {heads} (default: 1)")
     if training:
         add("--dp", type=int, default=1, metavar="N", help="devices that share the batch (default: 1)")
     cp, text = (1, "1") if training else (None, "all devices / tp")
     add("--cp", type=int, default=cp, metavar="N", help=f"devices that share the sequence (default: {text})")
-    add("--block", type=int, default=16, metavar="TOKENS", help="length of a block of the sequence (default: 16)")
+    text = "length of a block: consecutive tokens on one device (default: 16)"
+    add("--block", type=int, default=16, metavar="TOKENS", help=text)
+    return group
 
 
-def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --kernel, --kv-cache-dtype and --prefill-chunk."""
-    add_choice(parser, "--kernel", KERNELS, "attention kernel", default="auto")
+def add_cache_arguments(parser: argparse.ArgumentParser) -> tuple[Group, Group]:
+    """Add the groups of the cache (--kv-cache-dtype) and of speed (--kernel and --prefill-chunk). Return both."""
+    cache = parser.add_argument_group("cache")
     text = "type of the key/value cache; auto is that of the weights"
-    add_choice(parser, "--kv-cache-dtype", CACHE_DTYPES, text, default="auto")
-    parser.add_argument(
+    add_choice(cache, "--kv-cache-dtype", CACHE_DTYPES, text, default="auto")
+    speed = parser.add_argument_group("speed")
+    add_choice(speed, "--kernel", KERNELS, "attention kernel", default="auto")
+    speed.add_argument(
         "--prefill-chunk",
         type=int,
         metavar="TOKENS",
         help="prompt tokens per prefill step (default: 2048 on a GPU, 512 elsewhere)",
     )
+    return cache, speed
 
 
 def add_device_arguments(parser: argparse.ArgumentParser, *, processes: bool = True) -> None:
-    """Add --platform, and the options that connect several processes."""
-    text = "devices to use; cpu is split into as many fake devices as the mesh needs"
-    add_choice(parser, "--platform", PLATFORMS, text, default="auto")
+    """Add the groups of devices and, if requested, of several processes."""
+    devices = parser.add_argument_group("devices")
+    text = "devices to use; a CPU is split into as many fake devices as the mesh needs"
+    add_choice(devices, "--platform", PLATFORMS, text, default="auto")
     text = f"folder for compiled programs, at most {LIMIT_BYTES >> 30} GB, or off (default: the user's cache folder)"
-    parser.add_argument("--compilation-cache", default="auto", metavar="DIR", help=text)
+    devices.add_argument("--compilation-cache", default="auto", metavar="DIR", help=text)
     if not processes:
         return
     group = parser.add_argument_group("several processes", "each gets the same command line; see scripts/HOSTS.md")
@@ -155,7 +166,6 @@ class DecodeSetup:
 
     Attributes:
         folder: The model folder.
-        config: Its config.
         plan: How the mesh decodes.
         page: Tokens per cache page.
         chunk: Prompt tokens per prefill step.
@@ -165,8 +175,7 @@ class DecodeSetup:
         speculate: How tokens are drafted. None: they are not.
     """
 
-    folder: Path
-    config: ModelConfig
+    folder: ModelFolder
     plan: Plan
     page: int
     chunk: int | None
@@ -192,28 +201,28 @@ class DecodeSetup:
             reporter: Shows the bar.
             plan: The plan to load it for, default that of the setup.
         """
-        return load_model(self.folder, plan or self.plan, self.dtype, reporter)
+        return load_model(self.folder.path, plan or self.plan, self.dtype, reporter)
 
     def report_devices(self, reporter: Reporter) -> None:
         """Report fake devices, and copies of the cache."""
         report_fake_devices(self.mesh, reporter)
-        tp = self.mesh.shape[TP]
-        copies = tp if self.config.latent else HeadLayout.of(self.config, self.mesh).copies
+        tp, config = self.mesh.shape[TP], self.folder.config
+        copies = tp if config.latent else HeadLayout.of(config, self.mesh).copies
         if copies > 1:
-            specs = cache_specs(self.config, self.plan.cache_dtype_for(self.dtype))
+            specs = cache_specs(config, self.plan.cache_dtype_for(self.dtype))
             copied = (copies - 1) * sum(spec.bytes_per_token for spec in specs)
-            heads = "its latent" if self.config.latent else f"each of its {self.config.kv_heads} key/value heads"
+            heads = "its latent" if config.latent else f"each of its {config.kv_heads} key/value heads"
             reporter.info(
                 f"tp {tp} stores {heads} on {copies} devices: the copies take {copied:,} bytes of cache per token"
             )
 
 
-def make_setup(options: argparse.Namespace, config: ModelConfig, mesh: Mesh) -> DecodeSetup:
+def make_setup(options: argparse.Namespace, folder: ModelFolder, mesh: Mesh) -> DecodeSetup:
     """Return the setup that the shared options describe for a model on a mesh.
 
     Args:
         options: The parsed options of `add_decode_arguments`.
-        config: The model.
+        folder: The model folder.
         mesh: A mesh of `open_mesh`.
 
     Raises:
@@ -225,18 +234,17 @@ def make_setup(options: argparse.Namespace, config: ModelConfig, mesh: Mesh) -> 
         check_int("--prefill-chunk", options.prefill_chunk, least=1)
     choices = (options.placement, options.combine, options.kernel, options.experts, options.kv_cache_dtype)
     plan = Plan(mesh, options.block, *choices)
-    plan.check_model(config)
+    plan.check_model(folder.config)
     platform = mesh.devices.flat[0].platform
     dtype = options.dtype or default_dtype(mesh)
     return DecodeSetup(
-        folder=options.model,
-        config=config,
+        folder=folder,
         plan=plan,
         page=options.page,
         chunk=options.prefill_chunk,
         dtype=dtype,
         platform=platform,
-        kernel=plan.kernel_for_model(config, options.page, dtype),
+        kernel=plan.kernel_for_model(folder.config, options.page, dtype),
         speculate=options.speculate,
     )
 

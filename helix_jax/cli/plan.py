@@ -44,6 +44,7 @@ from helix_jax.planner.memory import check_fits
 from helix_jax.planner.plots import plot_frontiers
 from helix_jax.validation import check_choice, check_int, check_positive
 
+EXAMPLE = "helix-jax plan --config configs/llama-3.1-8b.toml --devices 8 --hardware h100 --context 1M --rows 8"
 MAX_DEVICES, MAX_CONTEXT = 4096, 2**30
 HERE = "here"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20}
@@ -78,25 +79,26 @@ class Choice(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `helix-jax plan` to its parser."""
-    add = parser.add_argument
-    add("--config", type=Path, required=True, metavar="FILE.toml", help="model config, such as those in configs/")
+    model = parser.add_argument_group("model")
+    text = "model config, such as those in configs/"
+    model.add_argument("--config", type=Path, required=True, metavar="FILE.toml", help=text)
+    add_choice(model, "--dtype", tuple(DTYPE_BYTES), "type of the weights", default="bfloat16")
+    text = "type of the cache; helix_jax itself has no fp4, and keeps weights in 16 or 32 bits"
+    add_choice(model, "--cache-dtype", tuple(DTYPE_BYTES), text, default="bfloat16")
+    add = parser.add_argument_group("devices").add_argument
     add("--devices", type=int, required=True, metavar="N", help="number of devices")
     text = f"kind of device: {', '.join(HARDWARE)}, or {HERE}, which measures the devices of this machine"
     add("--hardware", required=True, metavar="NAME", help=text)
-    add(
-        "--context", required=True, metavar="TOKENS", help="tokens in the cache of each row, such as 131072, 128K or 1M"
-    )
+    add = parser.add_argument_group("work").add_argument
+    text = "tokens in the cache of each row, such as 131072, 128K or 1M"
+    add("--context", required=True, metavar="TOKENS", help=text)
     add("--ttl-ms", type=float, metavar="MS", help="find the most tokens per second within this time per token")
     add("--rows", type=int, metavar="N", help="find the fastest plan for this many rows on all devices together")
-    add_choice(parser, "--dtype", tuple(DTYPE_BYTES), "type of the weights", default="bfloat16")
-    text = "type of the cache; helix_jax itself has no fp4, and keeps weights in 16 or 32 bits"
-    add_choice(parser, "--cache-dtype", tuple(DTYPE_BYTES), text, default="bfloat16")
+    add = parser.add_argument_group("assumptions").add_argument
     add("--hop-b", action="store_true", help="overlap the combine with attention, which helix_jax does not do")
-    add(
-        "--ideal",
-        action="store_true",
-        help="neglect what kernels and routing to experts take beside reads and operations",
-    )
+    text = "neglect what kernels and routing to experts take beside reads and operations"
+    add("--ideal", action="store_true", help=text)
+    add = parser.add_argument_group("output").add_argument
     add("--plot", type=Path, metavar="FILE.png", help="draw the frontiers")
     add("--json", action="store_true", help="print JSON")
 

@@ -1,31 +1,7 @@
-"""Reads prompts, from the command line or from files, as token ids."""
+"""Reads files with prompts."""
 
 import json
 from pathlib import Path
-
-from helix_jax.text import Tokenizer
-
-
-def encode(text: str, source: str, tokenizer: Tokenizer | None, model: Path) -> list[int]:
-    """Return the token ids of a text.
-
-    Args:
-        text: The text.
-        source: The source of the text, as error messages name it.
-        tokenizer: The tokenizer of the model, None if it has none.
-        model: The model folder, as error messages name it.
-
-    Raises:
-        ValueError: There is no tokenizer, or the text is empty or not valid Unicode.
-    """
-    if tokenizer is None:
-        raise ValueError(f"'{model}' has no tokenizer.json: give token ids with --prompt-ids FILE.json")
-    if not text:
-        raise ValueError(f"{source} is empty: give at least one character")
-    try:
-        return tokenizer.encode(text)
-    except UnicodeEncodeError:
-        raise ValueError(f"{source} is not valid UTF-8: give text, or token ids with --prompt-ids") from None
 
 
 def read_text(file: Path) -> str:

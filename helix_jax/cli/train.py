@@ -2,9 +2,6 @@
 
 A config has the tables [data], [train] and [model]; --init DIR, a Hugging Face folder, can replace [model]. A run that
 was stopped continues from its last checkpoint if the same command is run again, on any mesh.
-
-helix-jax train --config configs/demo.toml --out runs/demo
-helix-jax train --config my.toml --init DIR --cp 4 --out runs/longer
 """
 
 import argparse
@@ -12,6 +9,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from helix_jax.checkpoint import resolve_folder
 from helix_jax.cli.app import OK, checked_interrupts
 from helix_jax.cli.console import Reporter
 from helix_jax.cli.options import (
@@ -24,22 +22,26 @@ from helix_jax.cli.options import (
 )
 from helix_jax.training.run import open_run, read_run_config, train
 
+EXAMPLE = """helix-jax train --config configs/demo.toml --out runs/demo
+  helix-jax train --config my.toml --init DIR --cp 4 --out runs/longer"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `helix-jax train`."""
-    add = parser.add_argument
+    group = parser.add_argument_group("run")
+    add = group.add_argument
     add("--config", type=Path, required=True, metavar="FILE.toml", help="the model, the data and the training settings")
     add("--out", type=Path, required=True, metavar="DIR", help="the folder for checkpoints, log, curve and model")
-    add("--init", type=Path, metavar="DIR", help="a Hugging Face folder to start from, in place of [model]")
+    add("--init", type=Path, metavar="DIR", help="a Hugging Face folder, or owner/name on its hub, to start from")
+    add_choice(group, "--dtype", DTYPES, "the type that layers compute in (default: bfloat16; float32 on a CPU)")
     add_mesh_arguments(parser, training=True)
-    add_choice(parser, "--dtype", DTYPES, "the type that layers compute in (default: bfloat16; float32 on a CPU)")
     add_device_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Train until the end of the run. Returns the exit code."""
     reporter = Reporter()
-    config = read_run_config(options.config, options.init)
+    config = read_run_config(options.config, options.init and resolve_folder(options.init))
     mesh = open_devices(options)
     dtype = jnp.dtype(options.dtype or default_dtype(mesh))
     opened = open_run(config, mesh, options.out, options.block, dtype)

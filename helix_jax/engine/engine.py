@@ -3,14 +3,16 @@
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from itertools import chain, count
+from typing import Any
 
 import jax
 import numpy as np
 
 from helix_jax.arrays import fetch
+from helix_jax.config import ModelConfig
 from helix_jax.decoding import DEFAULT_STEPS, DecodeOutput
 from helix_jax.engine.logprobs import PromptLogprobs, logprobs_of, prompt_logprobs_of
 from helix_jax.engine.output_text import OutputText
@@ -36,10 +38,10 @@ from helix_jax.processes import on_first_process
 from helix_jax.sampling import Logprobs
 from helix_jax.speculation import SPECULATIONS, SpeculationCounts
 from helix_jax.step import check_model_placement
-from helix_jax.text import Tokenizer, check_stop_string
+from helix_jax.text import Tokenizer, check_stop_string, encode_text
 from helix_jax.validation import check_choice, check_in_vocabulary, check_int, check_token_ids, check_type
 
-DEFAULT_PAGE = 64
+DEFAULT_PAGE, DEFAULT_ROWS = 64, 8
 
 # Text, or token ids.
 Prompt = str | Sequence[int] | np.ndarray
@@ -84,7 +86,7 @@ class Engine:
     model: Transformer
     plan: Plan
     _: KW_ONLY
-    rows: int = 8
+    rows: int = DEFAULT_ROWS
     pages: int | None = None
     page: int = DEFAULT_PAGE
     max_len: int | None = None
@@ -101,7 +103,7 @@ class Engine:
         plan, config = self.plan, self.model.config
         self._max_len = config.max_positions if self.max_len is None else self.max_len
         self.chunk = default_chunk(plan.mesh) if self.chunk is None else self.chunk
-        self._check_options()
+        check_options(config, plan, {field.name: getattr(self, field.name) for field in fields(self)})
         check_model_placement(self.model, plan)
         # All processes draw the same seeds.
         self._entropy = on_first_process(lambda: secrets.randbits(128))
@@ -294,15 +296,28 @@ class Engine:
             self._events.extend(self._append_scores(scores, chunks))
             self._events.extend(self._append_tokens(output, requests))
 
-    def events(self) -> Iterator[Event]:
-        """Step until all requests have finished. Yield what happens.
+    def events(self, ids: Collection[str] | None = None) -> Iterator[Event]:
+        """Step until requests have finished. Yield what happens to them.
 
         If the caller stops early, a later call of `events` or `step` returns the remaining events.
+
+        Args:
+            ids: The requests, each sample by its own id. Later calls return the events of others. None: all requests.
         """
-        while self.busy:
+        while True:
+            while (event := self._pop_event(ids)) is not None:
+                yield event
+            if not self.busy if ids is None else self.requests.keys().isdisjoint(ids):
+                return
             self._events.extend(self.step())
-            while self._events:
-                yield self._events.popleft()
+
+    def _pop_event(self, ids: Collection[str] | None) -> Event | None:
+        """Remove the first event of some requests, or of any, and return it."""
+        for index, event in enumerate(self._events):
+            if ids is None or event.id in ids:
+                del self._events[index]
+                return event
+        return None
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -315,7 +330,8 @@ class Engine:
 
         Returns:
             The outputs, in the order of the prompts. With several samples (`params.n`), there is one of each, in order
-            of their `index`. Later calls of `step` return the events of other requests.
+            of their `index`. Later calls of `step` return the events of other requests. After an interrupt, nothing of
+            these requests is left.
 
         Raises:
             TypeError: As `submit_all`.
@@ -323,16 +339,13 @@ class Engine:
         """
         own_ids = [request.id for _, samples in self._submit_all(prompts, params) for request in samples]
         outputs: dict[str, RequestOutput] = {}
-        others: list[Event] = []
         try:
-            while len(outputs) < len(own_ids):
-                for event in self.step():
-                    if event.id not in own_ids:
-                        others.append(event)
-                    elif isinstance(event, FinishedEvent):
-                        outputs[event.id] = event.result
+            for event in self.events(frozenset(own_ids)):
+                if isinstance(event, FinishedEvent):
+                    outputs[event.id] = event.result
         finally:
-            self._events.extendleft(reversed(others))
+            if len(outputs) < len(own_ids):  # an interrupt
+                self.abandon(own_ids)
         return [outputs[id] for id in own_ids]
 
     def score(self, texts: Sequence[Prompt], top: int = 0) -> list[PromptLogprobs]:
@@ -418,7 +431,8 @@ class Engine:
         Raises:
             ValueError: It has more positions than a row, or needs more pages than a rank has.
         """
-        check_length(name, len(request.prompt), request.params.max_new_tokens, self._max_len)
+        limits = {"max_len": self._max_len, "positions": self.config.max_positions}
+        check_length(name, len(request.prompt), request.params.max_new_tokens, **limits)
         allocator, length = self.scheduler.allocators[0], len(request.prompt)
         if (start := request.params.prompt_logprobs_start) > length:
             raise ValueError(
@@ -431,6 +445,18 @@ class Engine:
                 f"on one rank, and it has {allocator.pages}: "
                 f"reduce max_new_tokens, or create the engine with more pages"
             )
+
+    def abandon(self, ids: Collection[str]) -> None:
+        """Remove requests and their events, which nothing waits for any more, wherever they are.
+
+        Args:
+            ids: The requests, each sample by its own id. Those that have finished may be among them.
+        """
+        for id in ids:
+            if id in self.requests:
+                self.discard(self.requests[id])
+        while self._pop_event(ids) is not None:
+            pass
 
     def discard(self, request: Request) -> None:
         """Remove a request without an event."""
@@ -452,24 +478,6 @@ class Engine:
             admission = Admission(request, request.num_computed)
             self.runner.admit([(admission, self.scheduler.row_pages[request.id])])
 
-    def _check_options(self) -> None:
-        if self.tokenizer is not None:
-            check_type("tokenizer", self.tokenizer, Tokenizer, "an object with encode and decode, see open_tokenizer")
-        check_type("prefix_caching", self.prefix_caching, bool, "True or False")
-        if self.speculate is not None:
-            check_choice("speculate", self.speculate, SPECULATIONS)
-        options = {name: getattr(self, name) for name in ("rows", "page", "chunk", "steps_per_call")}
-        options["max_len"] = self._max_len
-        optional = {"pages": self.pages, "budget": self.budget}
-        for name, value in (options | {name: value for name, value in optional.items() if value is not None}).items():
-            check_int(name, value, least=1)
-        positions = self.model.config.max_positions
-        if self._max_len > positions:
-            raise ValueError(f"max_len is {self._max_len}: give at most the model's {positions} positions")
-        dp = self.plan.mesh.shape[DP]
-        if self.rows % dp:
-            raise ValueError(f"dp {dp} does not divide {self.rows} rows: give a multiple of {dp}")
-
     def _new_id(self) -> str:
         names = (f"request-{number}" for number in count(self._submitted))
         return next(name for name in names if name not in self.requests and name not in self._samples)
@@ -482,11 +490,7 @@ class Engine:
         if not isinstance(prompt, str):
             return prompt
         assert self.tokenizer is not None
-        try:
-            return self.tokenizer.encode(prompt)
-        except UnicodeEncodeError as error:
-            invalid = prompt[error.start : error.end]
-            raise ValueError(f"{name} contains {invalid!a}, half of a character: give valid Unicode") from None
+        return encode_text(name, prompt, self.tokenizer)
 
     def _with_seed(self, params: SamplingParams) -> SamplingParams:
         """Draw a seed for a request that samples and has none."""
@@ -539,3 +543,32 @@ class Engine:
         self.discard(request)
         self._finished += 1
         return FinishedEvent(request.id, request.make_output(finish_reason))
+
+
+def check_options(config: ModelConfig, plan: Plan, options: Mapping[str, Any]) -> None:
+    """Check options of an engine, which needs no weights.
+
+    Args:
+        config: The model.
+        plan: How the mesh decodes.
+        options: Arguments of `Engine`. Those that are missing or None have their defaults.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: dp does not divide the rows, a number is below 1, `max_len` exceeds the positions of the model, or
+            `speculate` is unknown.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if "tokenizer" in given:
+        check_type("tokenizer", given["tokenizer"], Tokenizer, "an object with encode and decode, see open_tokenizer")
+    check_type("prefix_caching", given.get("prefix_caching", True), bool, "True or False")
+    if "speculate" in given:
+        check_choice("speculate", given["speculate"], SPECULATIONS)
+    for name in ("rows", "page", "chunk", "steps_per_call", "max_len", "pages", "budget"):
+        if name in given:
+            check_int(name, given[name], least=1)
+    if given.get("max_len", 0) > config.max_positions:
+        raise ValueError(f"max_len is {given['max_len']}: give at most the model's {config.max_positions} positions")
+    dp, rows = plan.mesh.shape[DP], given.get("rows", DEFAULT_ROWS)
+    if rows % dp:
+        raise ValueError(f"dp {dp} does not divide {rows} rows: give a multiple of {dp}")

@@ -1,6 +1,6 @@
 """The parameters of a request, checked when they are created."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -137,6 +137,19 @@ def sampling_params(mapping: Mapping[str, Any]) -> SamplingParams:
     """
     check_keys("request", mapping, [field.name for field in fields(SamplingParams)])
     return SamplingParams(**{name: value for name, value in mapping.items() if value is not None})
+
+
+def check_no_sampling(options: Collection[str]) -> None:
+    """Check that no option of an engine is a parameter of a request.
+
+    Raises:
+        TypeError: One is.
+    """
+    for field in fields(SamplingParams):
+        if field.name in options:
+            raise TypeError(
+                f"{field.name} is not an option of an engine: give helix_jax.SamplingParams({field.name}=...) as params"
+            )
 
 
 def check_num_top(name: str, num_top: int) -> None:

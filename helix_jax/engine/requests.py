@@ -297,16 +297,24 @@ def check_prompt(
     return ids
 
 
-def check_length(name: str, length: int, max_new_tokens: int, max_len: int) -> None:
+def check_length(name: str, length: int, max_new_tokens: int, max_len: int, positions: int | None = None) -> None:
     """Check that a prompt and its output do not exceed `max_len` positions.
 
     If nothing is generated, the last token of the prompt needs no position.
+
+    Args:
+        name: The prompt, as error messages name it.
+        length: Its tokens.
+        max_new_tokens: The most tokens to generate.
+        max_len: The most positions.
+        positions: Those of the model, if `max_len` is an option that may be larger.
 
     Raises:
         ValueError: They do.
     """
     if length + (max_new_tokens or -1) > max_len:
+        larger = f", or give a max_len of up to {positions}" if positions and positions > max_len else ""
         raise ValueError(
             f"{name}: {length} tokens and {max_new_tokens} new ones exceed the maximum of {max_len} positions: "
-            f"shorten the prompt or reduce max_new_tokens"
+            f"shorten the prompt or reduce max_new_tokens{larger}"
         )

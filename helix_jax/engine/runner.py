@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +40,7 @@ from helix_jax.sampling import MAX_LOGPROBS, Logprobs, RowSampling, make_host_sa
 from helix_jax.speculation import MAX_DRAFT_TOKENS, Drafts
 
 _MEMORY_FRACTION = 0.9  # of a device's free memory, for pages
+_MEMORY_FILE = Path("/proc/meminfo")  # of Linux
 _EDITS_PER_CALL = 64
 _ADMISSIONS_PER_CALL = 8
 _COPIES_PER_CALL = 8  # pages of each rank in each cache group, all of which are in memory twice meanwhile
@@ -356,10 +358,9 @@ class Runner:
     def _pages_that_fit(self, rows: int) -> int:
         """Return the pages per rank that all rows of a dp group can fill, or as many as fit the free device memory."""
         wanted = rows * self.pages_per_row[0]
-        stats = None if self._device.platform == "cpu" else self._device.memory_stats()
-        if not stats:
+        free_bytes = _free_bytes(self._device)
+        if free_bytes is None:
             return wanted
-        free_bytes = stats["bytes_limit"] - stats["bytes_in_use"]
         ranks = self._groups * self.plan.layout.ranks
         one_page_each = [make_pool(self.plan, spec, ranks, self.page) for spec in self.specs]
         page_bytes, *other_bytes = map(bytes_per_device, one_page_each)
@@ -388,6 +389,17 @@ class Runner:
             drafts = Drafts(per_row(plan, np.zeros((rows, self._drafted_from))), per_row(plan, zeros_B))
         row_arrays = per_row(plan, zeros_B), put_rows(no_B), put_rows(no_BV)
         return DecodeState(caches, device_rows, *row_arrays, sampling, drafts)
+
+
+def _free_bytes(device: Any) -> int | None:
+    """Return the free memory of a device, None if it is not known. Fake devices share that of the machine."""
+    if device.platform != "cpu":
+        stats = device.memory_stats()
+        return stats["bytes_limit"] - stats["bytes_in_use"] if stats else None
+    if jax.process_count() > 1 or not _MEMORY_FILE.exists():  # several processes may share a machine
+        return None
+    [line] = [line for line in _MEMORY_FILE.read_text().splitlines() if line.startswith("MemAvailable:")]
+    return 1024 * int(line.split()[1]) // jax.local_device_count()
 
 
 def _most_pages(plan: Plan, spec: CacheSpec, max_len: int, in_flight: int, page: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from helix_jax.checkpoint import DEMO_MODEL, load, read_config
+from helix_jax.checkpoint import DEMO_MODEL, load, read_config, resolve_folder
 from helix_jax.config import ModelConfig
 from helix_jax.devices import default_dtype, open_mesh
 from helix_jax.engine import Engine, FinishedEvent, RequestOutput, SamplingParams
@@ -114,7 +114,7 @@ class HelixLM(TemplateLM):
     Texts are divided into tokens as by the model `hf`, so the results are the same up to rounding.
 
     Args:
-        pretrained: A model folder in Hugging Face format. The default is the demo model.
+        pretrained: A model folder in Hugging Face format, or an id on the Hugging Face Hub. Default: the demo model.
         batch_size: Requests that run at once, if `rows` is not given. It changes no result.
         max_batch_size: Not used.
         device: "cpu" is the option `platform=cpu`. Any other is not used, because "cuda:0" is the default of the
@@ -135,7 +135,7 @@ class HelixLM(TemplateLM):
     ):
         super().__init__()
         self.options = own = parse_dataclass(HelixOptions, options, "model_args")
-        self.folder = Path(pretrained)
+        self.folder = resolve_folder(pretrained)
         self.config = read_config(self.folder)
         self.tokenizer, self._engine_tokenizer = _open_tokenizers(self.folder, self.config)
         self._check_options()
