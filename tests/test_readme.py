@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-import helix_jax
 from tests.conftest import ROOT
 from tests.snippets import anchors, blocks, python_blocks, relative_links, sentences
 from tests.test_cli import ENVIRONMENT, call
@@ -31,7 +30,6 @@ def run_blocks(code: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -
     return names
 
 
-@pytest.mark.xfail(not hasattr(helix_jax, "LLM"), reason="LLM does not exist yet", raises=AttributeError)
 def test_the_snippet_of_readme_runs(tmp_path: Path, monkeypatch, capsys):
     names = run_blocks(python_blocks(README), tmp_path, monkeypatch)
     assert capsys.readouterr().out.strip()
