@@ -8,6 +8,7 @@ contexts from which cp 2 is faster than tp 2.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -24,9 +25,14 @@ from helix_jax.planner.plots import plot_crossover, plot_figure_1, plot_frontier
 PROGRAM = "plan_figures.py"
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASELINES = {"TP, PP, EP": ("tp", "pp"), "and KVP": ("tp", "pp", "kvp"), "and DP": ("tp", "pp", "kvp", "dp")}
-CROSSOVERS = {"gemma-3-1b": None, "deepseek-v2-lite": 6}  # models with a single key/value head, and how many layers
+CROSSOVERS = ("gemma-3-1b", "deepseek-v2-lite", "llama-3.1-8b")
+# Shapes that were measured, with a single key/value head or latent: how they differ from a config in configs/.
+MEASURED = {
+    "Llama-3.1-8B, 8 layers, 1 key/value head": {"model": "llama-3.1-8b", "layers": 8, "kv_heads": 1},
+    "DeepSeek-V2-Lite, 6 layers, 1 latent": {"model": "deepseek-v2-lite", "layers": 6, "kv_heads": None},
+}
 ROWS = (1, 8, 32)
-CONTEXTS = [2**k for k in range(10, 21)]
+CONTEXTS = [2**k for k in range(13, 21)]
 
 
 def main() -> int:
@@ -85,22 +91,25 @@ def comparison_table() -> Table:
 
 
 def draw_crossover(file: Path) -> None:
-    curves = {}
-    for name, layers in CROSSOVERS.items():
-        config = read_shape(CONFIGS / f"{name}.toml")
-        config = take_first_layers(config, layers) if layers else config
+    panels = {}
+    points = [point for point in read_measured() if point.version.startswith("newest")]
+    for title, shape in MEASURED.items():
+        config = take_first_layers(read_shape(CONFIGS / f"{shape['model']}.toml"), shape["layers"])
+        config = replace(config, kv_heads=shape["kv_heads"] or config.kv_heads)
+        own = [point for point in points if all(getattr(point, key) == value for key, value in shape.items())]
         for rows in (1, 8):
-            curves[name, rows] = compare_by_context(config, HARDWARE["h200"], 2, rows, CONTEXTS)
-    measured = [point for point in read_measured() if CROSSOVERS.get(point.model, 0) == point.layers]
+            curves = compare_by_context(config, HARDWARE["h200"], 2, rows, CONTEXTS)
+            measured = [point for point in own if point.rows == rows]
+            panels[f"{title},\n{rows} row{'s' if rows > 1 else ''}"] = curves, measured
     figure = new_figure("--out", file)
-    plot_crossover(figure, curves, measured, 2)
-    figure.savefig(file, dpi=120)
+    plot_crossover(figure, panels, 2)
+    figure.savefig(file, dpi=100)
 
 
 def crossover_table() -> Table:
     title = "two H200s: the context from which cp 2 is faster than tp 2 (predicted)"
     table = Table("model", *(f"rows {rows}" for rows in ROWS), title=title)
-    for name in (*CROSSOVERS, "llama-3.1-8b"):
+    for name in CROSSOVERS:
         config = read_shape(CONFIGS / f"{name}.toml")
         contexts = [crossover_context(config, HARDWARE["h200"], 2, rows) for rows in ROWS]
         table.add_row(name, *("never" if context is None else f"{context:,}" for context in contexts))

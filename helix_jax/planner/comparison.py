@@ -32,6 +32,7 @@ class Measured:
         context: The tokens in the cache of each row.
         ms: Milliseconds per token of every row.
         layers: How many of the model's layers there were. None: all.
+        kv_heads: How many key/value heads the model had. None: those of its config.
         combine: The combine.
         fit: Whether the overheads of the version are fitted on this point.
     """
@@ -45,6 +46,7 @@ class Measured:
     context: int
     ms: float
     layers: int | None = None
+    kv_heads: int | None = None
     combine: str = "all_to_all"
     fit: bool = False
 
@@ -67,6 +69,7 @@ def predict_point(point: Measured, config: ModelConfig, hardware: Hardware) -> f
         hardware: The device, with the overheads of the version.
     """
     config = take_first_layers(config, point.layers) if point.layers else config
+    config = replace(config, kv_heads=point.kv_heads) if point.kv_heads else config
     workload = Workload(context=point.context, combine=point.combine)
     parallelism = Parallelism(strategy="helix" if point.cp > 1 else "tp", tp=point.tp, cp=point.cp)
     return 1e3 * float(predict_step(config, workload, parallelism, hardware, point.rows).total)

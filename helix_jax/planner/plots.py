@@ -37,29 +37,29 @@ def plot_figure_1(figure: Any, panels: Sequence[Panel]) -> None:
         axes.legend()
 
 
-def plot_crossover(
-    figure: Any, curves: Mapping[tuple[str, int], Curves], measured: Iterable[Measured], devices: int
-) -> None:
-    """Draw predicted milliseconds by context, one panel per model and number of rows, and measured points over them.
+def plot_crossover(figure: Any, panels: Mapping[str, tuple[Curves, Sequence[Measured]]], devices: int) -> None:
+    """Draw predicted milliseconds by context, and measured points over them.
 
     Args:
         figure: An empty matplotlib figure.
-        curves: The predictions by model and rows.
-        measured: The points.
+        panels: The predictions and the measured points, by the title of their panel.
         devices: The number of devices.
     """
-    figure.set_size_inches(4 * len(curves), 3.6)
-    points = list(measured)
-    panels = figure.subplots(1, len(curves), squeeze=False)[0]
-    for axes, ((model, rows), each) in zip(panels, curves.items(), strict=True):
-        for label, times, color, mesh in (
-            ("cp", each.cp_ms, "C0", (1, devices)),
-            ("tp", each.tp_ms, "C1", (devices, 1)),
+    figure.set_size_inches(4 * len(panels), 3.6)
+    for axes, (title, (curves, points)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for label, times, mesh, style in (
+            (f"tp {devices}", curves.tp_ms, (devices, 1), {"color": "C1", "linestyle": "--", "marker": "s"}),
+            (f"cp {devices} (Helix)", curves.cp_ms, (1, devices), {"color": "C0", "linestyle": "-", "marker": "o"}),
         ):
-            axes.plot(each.contexts, times, color=color, label=f"{label} {devices}, predicted")
-            own = [p for p in points if (p.model, p.rows, (p.tp, p.cp)) == (model, rows, mesh)]
+            axes.plot(curves.contexts, times, **style | {"marker": ""}, label=f"{label}, predicted")
+            own = [(point.context, point.ms) for point in points if (point.tp, point.cp) == mesh]
             if own:
-                axes.plot([p.context for p in own], [p.ms for p in own], "o", color=color, label=f"{label}, measured")
-        axes.set(xscale="log", xlabel="context", ylabel="ms per token", title=f"{model}, {rows} rows")
+                axes.plot(*zip(*own, strict=True), **style | {"linestyle": ""}, label=f"{label}, measured")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(curves.contexts[::2], [f"{context >> 10}K" for context in curves.contexts[::2]])
+        axes.set_ylim(bottom=0)
+        axes.set(xlabel="context in tokens", ylabel="ms per token")
+        axes.set_title(title, fontsize="medium")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
+    figure.tight_layout()
