@@ -123,7 +123,9 @@ def _compute(
         if shape.quantised:
             plgpu.barrier_wait(shared.filled.at[stream, stage])
             scales = shared.scales(stream, lax.rem(ring_step + 1, shape.scale_stages), softmax.TILE)
-            scales = softmax.clear_unseen_scales(scales, segment, first_slot) if masked else scales
+            scales = (
+                softmax.clear_unseen_scales(scales, segment, first_slot, softmax.TILE.reduce(0)) if masked else scales
+            )
         p, alpha, m, l = softmax.weigh(s, m, l, shape.scale, scales)
         accs = [acc * repeat_along_rows(alpha, shape.columns) for acc in accs]
         p = p.astype(shape.product_dtype)

@@ -87,9 +87,9 @@ def finish(m: Array, l: Array) -> tuple[Array, Array]:
     return jnp.where(seen, 1 / l, 0.0), jnp.where(seen, m / _LOG2E + jnp.log(l), -jnp.inf)
 
 
-def clear_unseen_scales(scales: Array, segment: Segment, first_slot: Array, layout: Any = TILE) -> Array:
+def clear_unseen_scales(scales: Array, segment: Segment, first_slot: Array, layout: Any) -> Array:
     """Return the scales of a tile, with 0 for values that no query sees, because a weight of 0 times NaN is NaN."""
-    slot = first_slot + plgpu.broadcasted_iota(jnp.int32, scales.shape, 0, layout=layout.reduce(0))
+    slot = first_slot + plgpu.broadcasted_iota(jnp.int32, scales.shape, 0, layout=layout)
     return jnp.where((segment.lo <= slot) & (slot < segment.hi), scales, jnp.zeros_like(scales))
 
 
