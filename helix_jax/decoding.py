@@ -216,6 +216,7 @@ def _decode_drafts(
     first_right_B = (match_B > 0) & (choice.token_BT[:, 0] == draft_BD[:, 0])
     right_B = count_right(state.drafts.right_B, count_B, accepted_B, first_right_B)
     right_B = jnp.where(live_B, right_B, state.drafts.right_B)
+    tokens_BS = _write_rows(tokens_BS, length_B + 1, draft_BD, accepted_B)
     drafts = Drafts(constrain_rows(plan, tokens_BS), constrain_rows(plan, right_B))
     new = SpeculationCounts(live_B.astype(jnp.int32), count_B, accepted_B)
     output = output._replace(speculation=jax.tree.map(jnp.add, output.speculation, new))
