@@ -1,18 +1,31 @@
 """Speculative decoding: drafts change the number of steps, and never the output."""
 
 import itertools
+import re
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from helix_jax import Engine, Plan, SamplingParams, decoding, load
+from helix_jax import Engine, Plan, SamplingParams, decoding, drafting, load
+from helix_jax.checkpoint import shard
 from helix_jax.engine import runner
-from helix_jax.speculation import MAX_DRAFT_TOKENS, count_accepted, count_right, propose
+from helix_jax.engine.engine import check_speculation
+from helix_jax.models.transformer import Transformer
+from helix_jax.speculation import (
+    MAX_DRAFT_TOKENS,
+    count_accepted,
+    count_right,
+    count_to_draft,
+    propose,
+    update_confidence,
+)
 from tests.conftest import GOLDEN
-from tests.reference import TINY, plan_of, sharded_tiny_models
+from tests.reference import TINY, naive_greedy, plan_of, sharded_tiny_models, tiny_model
 
 SHAPE = {"rows": 3, "page": 4, "pages": 14, "max_len": 96, "chunk": 32}
 PARAMS = {
@@ -60,6 +73,28 @@ def test_a_row_whose_drafts_were_wrong_has_to_be_right_again():
     assert count_right(right_B, count_B, accepted_B, first_right_B).tolist() == [1, 0, 4, 0]
 
 
+def confidence_after(results: list[tuple[int, int]], most: int = 5) -> int:
+    """Return the confidence of a row after steps with so many drafts, and so many that were right."""
+    confidence_B = jnp.zeros(1, jnp.int32)
+    for count, accepted in results:
+        confidence_B = update_confidence(confidence_B, jnp.asarray([count]), jnp.asarray([accepted]), most)
+    return int(confidence_B[0])
+
+
+def test_a_row_whose_drafts_are_wrong_drafts_less_and_tries_again_after_a_pause():
+    def drafted_after(*results: tuple[int, int]) -> int:
+        return int(count_to_draft(jnp.asarray([confidence_after(list(results))]), 5)[0])
+
+    assert [drafted_after(*[(1, 1)] * steps) for steps in range(5)] == [1, 2, 4, 5, 5]
+    assert drafted_after((1, 1), (2, 2), (4, 3)) == 3
+    three_wrong = [(1, 0)] * 3
+    assert [drafted_after(*three_wrong[:steps]) for steps in range(4)] == [1, 1, 1, 0]
+    assert [drafted_after(*three_wrong, *[(0, 0)] * pause) for pause in (1, 31, 32)] == [0, 0, 1]
+    assert drafted_after(*three_wrong, *[(0, 0)] * 32, (1, 0)) == 0
+    assert drafted_after(*three_wrong, *[(0, 0)] * 32, (1, 1)) == 2
+    assert confidence_after([(0, 0)] * 3) == 0  # no drafts, because a call ended
+
+
 @pytest.fixture(scope="module")
 def models():
     return sharded_tiny_models()
@@ -102,7 +137,7 @@ def inject(monkeypatch: pytest.MonkeyPatch):
         return jnp.take_along_axis(tokens_BS, index_BD, axis=1), jnp.where(known_B > 0, 99, 0)
 
     monkeypatch.setattr(runner, "_padded", pad)
-    monkeypatch.setattr(decoding, "propose", take)
+    monkeypatch.setattr(drafting, "propose", take)
     decoding.decode.clear_cache()
     yield lambda tokens: following.update(zip(map(tuple, repetitive_prompts()), tokens, strict=True))
     decoding.decode.clear_cache()
@@ -183,6 +218,72 @@ def test_random_requests_equal_those_without_drafts(models):
     assert drafting.stats().preemptions > 0
 
 
-def test_an_unknown_way_to_draft_is_rejected(models):
-    with pytest.raises(ValueError, match=r"speculate is 'medusa': choose one of ngram"):
-        make_engine(models(1, 4), speculate="medusa")
+def test_right_drafts_are_among_the_tokens_in_which_the_next_are_looked_up(models):
+    engine = make_engine(models(1, 4), speculate="ngram")
+    [output] = engine.generate([repetitive_prompts()[0]], SamplingParams(max_new_tokens=70))
+    assert engine.stats().accepted_tokens > 0
+    known = [*repetitive_prompts()[0], *output.tokens[:-1]]  # the last token was not appended
+    assert engine.runner.state.drafts.tokens_BS[0, : len(known)].tolist() == known
+
+
+# Draft models
+
+
+def draft_of(model: Transformer, noise: float = 0.0, **changes) -> Transformer:
+    """Return a draft model: the tiny model with noise in its weights, or with changes in its config."""
+    draft = tiny_model(replace(TINY, **changes))
+    random = np.random.default_rng(0)
+    weights = jax.tree.map(lambda x: x + noise * np.std(x) * random.standard_normal(x.shape), nnx.state(draft))
+    nnx.update(draft, weights)
+    return shard(draft, plan_of(*map(model.embed_VD[...].sharding.mesh.shape.get, ("tp", "cp", "dp"))))
+
+
+def simulate_drafts(draft: Transformer, prompt: list[int], tokens: tuple[int, ...], most: int) -> tuple[int, int]:
+    """Return how many tokens a model drafts for a row that one call decodes, and how many of them are right."""
+    known, results = 1, []  # the first token comes from the prefill
+    while known < len(tokens):
+        wanted = int(count_to_draft(jnp.asarray([confidence_after(results, most)]), most)[0])
+        count = min(wanted, len(tokens) - known - 1)
+        [drafts] = naive_greedy(draft, [[*prompt, *tokens[:known]]], count, padded_to=96) if count else [[]]
+        matches = [ours == theirs for ours, theirs in zip(drafts, tokens[known:], strict=False)]
+        results.append((count, [*matches, False].index(False)))
+        known += results[-1][1] + 1
+    return sum(count for count, _ in results), sum(accepted for _, accepted in results)
+
+
+def test_a_draft_model_drafts_what_it_would_predict_and_the_output_does_not_change(models):
+    """Its cache has the tokens of the model, and no others, also after wrong drafts and pauses."""
+    model, prompt, params = models(1, 4), repetitive_prompts()[1], SamplingParams(max_new_tokens=70)
+    [expected] = make_engine(model).generate([prompt], params)
+    for noise in (0.0, 0.3, 3.0):
+        engine = make_engine(model, speculate=draft_of(model, noise), steps_per_call=70)
+        [output] = engine.generate([prompt], params)
+        stats = engine.stats()
+        assert output.tokens == expected.tokens
+        drafts = stats.drafted_tokens, stats.accepted_tokens
+        assert drafts == simulate_drafts(draft_of(models(1, 1), noise), prompt, output.tokens, 5)
+        if not noise:
+            assert drafts[0] == drafts[1]
+            assert stats.tokens_per_step > 4
+    assert drafts[1] < 0.2 * drafts[0] < 8
+
+
+def test_invalid_ways_to_draft_are_rejected(models):
+    model = models(1, 4)
+    for options, error, message in (
+        ({"speculate": "medusa"}, ValueError, "speculate is 'medusa': give 'ngram', or a draft model"),
+        ({"speculate": "ngram", "draft_tokens": 0}, ValueError, "draft_tokens is 0: give at least 1"),
+        ({"speculate": "ngram", "draft_tokens": 8}, ValueError, "draft_tokens is 8: give at most 7"),
+        ({"draft_tokens": 3}, ValueError, "nothing is drafted without speculate: give both, or neither"),
+        ({"speculate": draft_of(model, vocab=64)}, ValueError, "a vocabulary of 64 tokens, and the model one of 61"),
+        ({"speculate": draft_of(model, max_positions=64)}, ValueError, "has 64 positions, and a request up to 96"),
+        ({"speculate": models(2, 4)}, ValueError, "the draft model: the model's weights are on another mesh"),
+    ):
+        with pytest.raises(error, match=re.escape(message)):
+            make_engine(model, **options)
+    for options, message in (((3, None), "speculate is 3: give 'ngram'"), (("ngram", 1.5), "give a whole number")):
+        with pytest.raises(TypeError, match=message):
+            check_speculation(*options)
+    windowed = shard(tiny_model(replace(TINY, window=6, windowed_layers=(0, 1))), plan_of(1, 4))
+    with pytest.raises(ValueError, match="keeps only the last 6 positions, and the draft model sees more: give"):
+        make_engine(windowed, speculate=model)
