@@ -126,7 +126,8 @@ def inject(monkeypatch: pytest.MonkeyPatch):
     following: dict[tuple[int, ...], list[int]] = {}
 
     def pad(tokens: list[int], length: int) -> np.ndarray:
-        [known] = [[*prompt, *more] for prompt, more in following.items() if tuple(tokens[: len(prompt)]) == prompt]
+        matches = ([*prompt, *more] for prompt, more in following.items() if tuple(tokens[: len(prompt)]) == prompt)
+        known = next(matches, tokens)  # the row that does not exist has another prompt
         padded_S = np.zeros(length, np.int32)
         padded_S[: len(known)] = known
         padded_S[: len(tokens)] = tokens
