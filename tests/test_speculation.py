@@ -77,7 +77,7 @@ def confidence_after(results: list[tuple[int, int]], most: int = 5) -> int:
     """Return the confidence of a row after steps with so many drafts, and so many that were right."""
     confidence_B = jnp.zeros(1, jnp.int32)
     for count, accepted in results:
-        confidence_B = update_confidence(confidence_B, jnp.asarray([count]), jnp.asarray([accepted]), most)
+        confidence_B = update_confidence(confidence_B, *map(jnp.atleast_1d, (count, accepted)), most)
     return int(confidence_B[0])
 
 
@@ -241,15 +241,15 @@ def draft_of(model: Transformer, noise: float = 0.0, **changes) -> Transformer:
 
 def simulate_drafts(draft: Transformer, prompt: list[int], tokens: tuple[int, ...], most: int) -> tuple[int, int]:
     """Return how many tokens a model drafts for a row that one call decodes, and how many of them are right."""
-    known, results = 1, []  # the first token comes from the prefill
+    known, confidence_1, total = 1, jnp.zeros(1, jnp.int32), np.zeros(2, int)  # the first token is the prefill's
     while known < len(tokens):
-        wanted = int(count_to_draft(jnp.asarray([confidence_after(results, most)]), most)[0])
-        count = min(wanted, len(tokens) - known - 1)
-        [drafts] = naive_greedy(draft, [[*prompt, *tokens[:known]]], count, padded_to=96) if count else [[]]
+        count = min(int(count_to_draft(confidence_1, most)[0]), len(tokens) - known - 1)
+        [drafts] = naive_greedy(draft, [[*prompt, *tokens[:known]]], count, padded_to=96)
         matches = [ours == theirs for ours, theirs in zip(drafts, tokens[known:], strict=False)]
-        results.append((count, [*matches, False].index(False)))
-        known += results[-1][1] + 1
-    return sum(count for count, _ in results), sum(accepted for _, accepted in results)
+        result = [count, [*matches, False].index(False)]
+        confidence_1 = update_confidence(confidence_1, *map(jnp.atleast_1d, result), most)
+        known, total = known + result[1] + 1, total + result
+    return tuple(total.tolist())
 
 
 def test_a_draft_model_drafts_what_it_would_predict_and_the_output_does_not_change(models):
