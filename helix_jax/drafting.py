@@ -125,8 +125,8 @@ def check_draft_model(config: ModelConfig, draft: ModelConfig, max_len: int) -> 
         )
     if draft.max_positions < max_len:
         raise ValueError(
-            f"the draft model has {draft.max_positions} positions, and a request up to {max_len}: "
-            f"reduce max_len, or give another draft model"
+            f"the draft model has {draft.max_positions} positions, and a request may have {max_len}: "
+            f"allow only shorter ones (max_len), or give another draft model"
         )
     if set(config.windowed_layers) == set(range(config.layers)):
         windows = [draft.window_of(layer) for layer in range(draft.layers)]

@@ -53,9 +53,10 @@ MAY_IMPORT = {
         *("arrays", "cache", "config", "decoding", "drafting", "helix", "layout", "mesh", "models", "plan"),
         *("processes", "quantisation", "sampling", "speculation", "step", "text", "validation"),
     },
+    "draft_folder": {"drafting", "folder", "plan", "speculation"},
     "planner": {"cache", "config", "heads", "mesh", "parsing", "quantisation", "validation"},
     "generation": {"engine", "mesh", "models", "plan", "validation"},
-    "llm": {"chat", "checkpoint", "devices", "engine", "folder", "generation", "plan"},
+    "llm": {"chat", "checkpoint", "devices", "draft_folder", "engine", "folder", "generation", "plan"},
     "training": {
         *("arrays", "attention", "checkpoint", "combine", "config", "layout", "mesh", "models", "numerics", "parsing"),
         *("processes", "text", "validation"),

@@ -1,9 +1,11 @@
 """Speculative decoding: drafts change the number of steps, and never the output."""
 
 import itertools
+import json
 import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from helix_jax import Engine, Plan, SamplingParams, decoding, drafting, load
+from helix_jax import Engine, FinishedEvent, Plan, SamplingParams, decoding, drafting, load, transfer
 from helix_jax.checkpoint import shard
+from helix_jax.draft_folder import open_draft
 from helix_jax.engine import runner
 from helix_jax.engine.engine import check_speculation
+from helix_jax.folder import ModelFolder
 from helix_jax.models.transformer import Transformer
 from helix_jax.speculation import (
     MAX_DRAFT_TOKENS,
@@ -25,7 +29,7 @@ from helix_jax.speculation import (
     update_confidence,
 )
 from tests.conftest import GOLDEN
-from tests.reference import TINY, naive_greedy, plan_of, sharded_tiny_models, tiny_model
+from tests.reference import BYTES, TINY, naive_greedy, plan_of, sharded_tiny_models, tiny_model
 
 SHAPE = {"rows": 3, "page": 4, "pages": 14, "max_len": 96, "chunk": 32}
 PARAMS = {
@@ -269,6 +273,130 @@ def test_a_draft_model_drafts_what_it_would_predict_and_the_output_does_not_chan
     assert drafts[1] < 0.2 * drafts[0] < 8
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "options", "changes"),
+    [
+        ((1, 4), {"draft_tokens": 3}, {"layers": 1, "width": 16}),
+        ((2, 4), {"placement": "striped", "block": 3, "page": 64, "pages": 2}, {"layers": 3}),
+        ((1, 1), {"placement": "last_rank", "steps_per_call": 8, "pages": 48, "draft_tokens": 7}, {"head_width": 4}),
+        ((1, 8), {"combine": "all_to_all", "block": 16, "pages": 20, "draft_tokens": 1}, {"window": 5}),
+    ],
+    ids=str,
+)
+def test_a_draft_model_does_not_change_the_output(models, mesh, options, changes):
+    """Neither the model itself, whose drafts are all right, nor one with noise, nor one of another shape."""
+    model = models(*mesh)
+    if "window" in changes:
+        changes |= {"windowed_layers": (1,)}
+    drafts = {"itself": model, "with noise": draft_of(model, 0.3), "other": draft_of(model, 3.0, **changes)}
+    plain = make_engine(model, **{name: value for name, value in options.items() if name != "draft_tokens"})
+    engines = {name: make_engine(model, speculate=draft, **options) for name, draft in drafts.items()}
+    for params in PARAMS.values():
+        expected = run(plain, all_params(**params))
+        for engine in engines.values():
+            for found, wanted in zip(run(engine, all_params(**params)), expected, strict=True):
+                assert found[:2] == wanted[:2]
+                if wanted[2]:
+                    np.testing.assert_allclose([x[0] for x in found[2]], [x[0] for x in wanted[2]], atol=1e-4)
+    shares = [engine.stats().accepted_tokens / engine.stats().drafted_tokens for engine in engines.values()]
+    assert shares[0] == 1 > shares[1] > shares[2]
+    assert engines["itself"].stats().tokens_per_step > engines["other"].stats().tokens_per_step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["helix", "striped"])
+def test_the_cache_of_a_draft_model_is_shared_copied_and_computed_again_with_that_of_the_model(models, placement):
+    """If it has the right tokens, a model that drafts for itself is always right."""
+    random, model = np.random.default_rng(0), models(1, 4)
+    prefix, tails = random.integers(0, TINY.vocab, 20).tolist(), random.integers(0, TINY.vocab, (60, 9)).tolist()
+    prompts = [[*prefix, *tail][index % 3 * 5 :] for index, tail in enumerate(tails)]
+    params = [
+        SamplingParams(max_new_tokens=1 + index % 40, temperature=index % 2, seed=index, n=1 + index % 3)
+        for index in range(len(prompts))
+    ]
+    options = {"placement": placement, "rows": 6, "pages": 12, "steps_per_call": 16}
+    expected = make_engine(model, **options).generate(prompts, params)
+    engine = make_engine(model, speculate=model, **options)
+    assert [output.tokens for output in engine.generate(prompts, params)] == [output.tokens for output in expected]
+    stats = engine.stats()
+    assert stats.preemptions > 0
+    assert stats.shared_tokens > 0
+    assert stats.drafted_tokens > 500
+    assert stats.accepted_tokens >= 0.999 * stats.drafted_tokens  # but for ties
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt_oss", "gemma3_text", "deepseek_v3", "qwen3", "windows"])
+@pytest.mark.parametrize("cache_dtype", ["auto", "fp8"])
+def test_windows_latents_and_quantised_caches_of_a_draft_model(name: str, cache_dtype: str):
+    plan = plan_of(1, 4, block=4, cache_dtype=cache_dtype)
+    if name == "windows":  # in all layers, so that rows reuse their pages
+        windowed = [replace(TINY, window=window, windowed_layers=(0, 1)) for window in (6, 3)]
+        model, other = (shard(tiny_model(config), plan) for config in windowed)
+    else:
+        model = other = load(GOLDEN / name, plan, jnp.float32)
+    options = {"rows": 3, "page": 4, "max_len": 160, "chunk": 8}
+    params = [SamplingParams(max_new_tokens=100 + index, ignore_eos=True, n=2) for index in range(3)]
+    expected = run(Engine(model, plan, **options), params)
+    for draft in (model, other):
+        engine = Engine(model, plan, speculate=draft, **options)
+        assert run(engine, params) == expected
+        stats = engine.stats()
+        share = stats.accepted_tokens / stats.drafted_tokens
+        assert share > 0.97 if draft is model else share < 0.97
+
+
+@pytest.mark.slow
+def test_a_request_can_be_transferred_between_engines_that_draft_and_those_that_do_not(models):
+    four, two = models(1, 4), models(1, 2)
+    engines = {
+        "plain": make_engine(four),
+        "ngram": make_engine(two, speculate="ngram", page=8),
+        "drafting": make_engine(two, placement="striped", page=8, speculate=two, chunk=16),
+        "other": make_engine(four, speculate=draft_of(four, 3.0), draft_tokens=2),
+    }
+    params = SamplingParams(max_new_tokens=60, temperature=0.5, seed=3)
+    [expected] = engines["plain"].generate([repetitive_prompts()[1]], params)
+    for source, target in (("plain", "drafting"), ("other", "drafting"), ("drafting", "ngram"), ("ngram", "other")):
+        id = engines[source].submit(repetitive_prompts()[1], replace(params, max_new_tokens=60))
+        for _ in range(2):
+            engines[source].step()
+        before = engines[target].stats()
+        transfer(id, engines[source], engines[target])
+        [output] = [event.result for event in engines[target].events() if isinstance(event, FinishedEvent)]
+        assert output.tokens == expected.tokens
+        stats = engines[target].stats()
+        drafted = stats.drafted_tokens - before.drafted_tokens
+        if target == "drafting":
+            assert stats.accepted_tokens - before.accepted_tokens == drafted > 10
+
+
+def test_a_draft_model_has_the_tokens_of_the_model(byte_model: Path, tmp_path: Path):
+    tokenizers = pytest.importorskip("tokenizers")
+    model = ModelFolder.open(byte_model)
+
+    def open_one(folder: Path, model: ModelFolder = model, max_len: int = 512) -> ModelFolder | None:
+        return open_draft("speculate", folder, model, plan_of(1, 2), max_len)
+
+    assert open_one(byte_model) == model
+    config = json.loads((byte_model / "config.json").read_text())
+    del config["tokenizer"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert open_one(tmp_path) == ModelFolder(tmp_path, replace(BYTES, tokenizer=None), None)
+    words = {f"<0x{byte:02X}>": byte ^ (byte > 253) for byte in range(256)}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<0x00>")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="another vocabulary than the model: token '<0xFE>' has id 255, not 254: give"):
+        open_one(tmp_path)
+    assert open_one(tmp_path, ModelFolder.open(tmp_path))
+    with pytest.raises(ValueError, match="has 512 positions, and a request may have 513: allow only shorter ones"):
+        open_one(byte_model, max_len=513)
+    with pytest.raises(ValueError, match=r"the draft model: .* choose one of these meshes"):
+        open_draft("speculate", byte_model, model, plan_of(3, 2), 512)
+    with pytest.raises(ValueError, match="model folder 'some/where/else' does not exist"):
+        open_one(Path("some/where/else"))
+
+
 def test_invalid_ways_to_draft_are_rejected(models):
     model = models(1, 4)
     for options, error, message in (
@@ -277,7 +405,7 @@ def test_invalid_ways_to_draft_are_rejected(models):
         ({"speculate": "ngram", "draft_tokens": 8}, ValueError, "draft_tokens is 8: give at most 7"),
         ({"draft_tokens": 3}, ValueError, "nothing is drafted without speculate: give both, or neither"),
         ({"speculate": draft_of(model, vocab=64)}, ValueError, "a vocabulary of 64 tokens, and the model one of 61"),
-        ({"speculate": draft_of(model, max_positions=64)}, ValueError, "has 64 positions, and a request up to 96"),
+        ({"speculate": draft_of(model, max_positions=64)}, ValueError, "has 64 positions, and a request may have 96"),
         ({"speculate": models(2, 4)}, ValueError, "the draft model: the model's weights are on another mesh"),
     ):
         with pytest.raises(error, match=re.escape(message)):
