@@ -58,8 +58,7 @@ class LLM:
             `Engine` (`rows`, `max_len`, `pages`, `page`, `chunk`, `budget`, `steps_per_call`, `prefix_caching`,
             `draft_tokens`, and `speculate`, which may also be the folder of a draft model). By default a prompt and its
             output may be as long as the positions of the model allow, and the cache is as large as all rows can fill,
-            or as memory allows. On a CPU `chunk` is 128 by default, so that
-            short prompts are fast.
+            or as memory allows. On a CPU `chunk` is 128 by default, so that short prompts are fast.
 
     Attributes:
         folder: The folder, with its config, tokenizer and chat template.

@@ -312,7 +312,7 @@ def test_the_cache_of_a_draft_model_is_shared_copied_and_computed_again_with_tha
     prefix, tails = random.integers(0, TINY.vocab, 20).tolist(), random.integers(0, TINY.vocab, (60, 9)).tolist()
     prompts = [[*prefix, *tail][index % 3 * 5 :] for index, tail in enumerate(tails)]
     params = [
-        SamplingParams(max_new_tokens=1 + index % 40, temperature=index % 2, seed=index, n=1 + index % 3)
+        SamplingParams(max_new_tokens=1 + index % 40, temperature=index % 3 / 2, seed=index, n=1 + index % 3)
         for index in range(len(prompts))
     ]
     options = {"placement": placement, "rows": 6, "pages": 12, "steps_per_call": 16}
@@ -337,7 +337,10 @@ def test_windows_latents_and_quantised_caches_of_a_draft_model(name: str, cache_
     else:
         model = other = load(GOLDEN / name, plan, jnp.float32)
     options = {"rows": 3, "page": 4, "max_len": 160, "chunk": 8}
-    params = [SamplingParams(max_new_tokens=100 + index, ignore_eos=True, n=2) for index in range(3)]
+    params = [
+        SamplingParams(max_new_tokens=100 + index, ignore_eos=True, temperature=0.5, seed=index, n=2)
+        for index in range(3)
+    ]
     expected = run(Engine(model, plan, **options), params)
     for draft in (model, other):
         engine = Engine(model, plan, speculate=draft, **options)
@@ -379,7 +382,7 @@ def test_a_draft_model_has_the_tokens_of_the_model(byte_model: Path, tmp_path: P
     def open_one(folder: Path, model: ModelFolder = model, max_len: int = 512) -> ModelFolder | None:
         return open_draft("speculate", folder, model, plan_of(1, 2), max_len)
 
-    assert open_one(byte_model) == model
+    assert open_one(byte_model).config == BYTES
     config = json.loads((byte_model / "config.json").read_text())
     del config["tokenizer"]
     (tmp_path / "config.json").write_text(json.dumps(config))
