@@ -12,19 +12,12 @@ from jaxtyping import Bool, Int
 
 from helix_jax.cache import KVCache, Rows
 from helix_jax.config import ModelConfig
+from helix_jax.drafting import Drafter, Drafts, Proposal, propose_drafts, record_result, write_rows
 from helix_jax.mesh import first_device
 from helix_jax.models.transformer import Weights
 from helix_jax.plan import Plan
 from helix_jax.sampling import MAX_LOGPROBS, Logprobs, RowSampling, choose
-from helix_jax.speculation import (
-    MAX_DRAFT_TOKENS,
-    Drafts,
-    SpeculationCounts,
-    count_accepted,
-    count_right,
-    is_trusted,
-    propose,
-)
+from helix_jax.speculation import SpeculationCounts, count_accepted
 from helix_jax.step import append_tokens, constrain_rows, logits_of
 
 DEFAULT_STEPS = 32  # decode steps per call
@@ -110,6 +103,7 @@ def _decode(
     count_B: Int[Array, "B"],
     max_steps: int = DEFAULT_STEPS,
     greedy: bool = True,
+    drafter: Drafter | None = None,
 ) -> tuple[DecodeOutput, DecodeState]:
     """Decode up to `count_B` tokens per row in one call. A row ends early after a stop token.
 
@@ -126,6 +120,7 @@ def _decode(
         max_steps: The most steps of a call.
         greedy: Whether the rows that decode take the most probable token, without a penalty or log-probabilities. The
             program then contains no sampler, which shortens its compilation by a third to a half.
+        drafter: What drafts tokens, if `state.drafts` is not None.
     """
     choose_tokens = partial(_append_and_choose, config, plan, weights, greedy=greedy)
 
@@ -141,7 +136,10 @@ def _decode(
         if state.drafts is None:
             new = state.token_B[:, None], live_B.astype(jnp.int32)
             return _accept(plan, state, output, choose_tokens(state, *new), *new)
-        return _decode_drafts(plan, state, output, choose_tokens, jnp.where(live_B, count_B - output.count_B, 0))
+        assert drafter is not None
+        remaining_B = jnp.where(live_B, count_B - output.count_B, 0)
+        proposal = _propose(plan, drafter, state, remaining_B, greedy=greedy)
+        return _verify(plan, drafter, state, output, choose_tokens, proposal, live_B)
 
     carry = state, _empty_output(plan, state, max_steps, greedy)
     if state.drafts is None and _has_fixed_length(plan):
@@ -188,21 +186,28 @@ def _one_hot(tokens_BT: Array, count_B: Array, vocab: int) -> Array:
     return (tokens_BT[..., None] == jnp.arange(vocab)) & counts_BT[..., None]
 
 
-def _decode_drafts(
+def _propose(plan: Plan, drafter: Drafter, state: DecodeState, remaining_B: Array, *, greedy: bool) -> Proposal:
+    """Draft at most one token less than the remaining ones of each row, because one follows the last draft."""
+    assert state.drafts is not None
+    one_B = (remaining_B > 0).astype(jnp.int32)
+    tokens_BS = write_rows(state.drafts.tokens_BS, state.rows.length_B, state.token_B[:, None], one_B)
+    drafts = state.drafts._replace(tokens_BS=constrain_rows(plan, tokens_BS))
+    most_B = jnp.clip(remaining_B - 1, 0, drafter.options.tokens)
+    return propose_drafts(plan, drafter, drafts, state.rows, None if greedy else state.sampling, most_B)
+
+
+def _verify(
     plan: Plan,
+    drafter: Drafter,
     state: DecodeState,
     output: DecodeOutput,
     choose_tokens: Callable[[DecodeState, Array, Array], Choice],
-    remaining_B: Array,
+    proposal: Proposal,
+    live_B: Array,
 ) -> tuple[DecodeState, DecodeOutput]:
     """Decode the next token of each live row, and as many after it as were drafted right."""
-    assert state.drafts is not None
-    live_B, length_B = remaining_B > 0, state.rows.length_B
-    tokens_BS = _write_rows(state.drafts.tokens_BS, length_B, state.token_B[:, None], live_B.astype(jnp.int32))
-    draft_BD, match_B = propose(tokens_BS, length_B + 1, MAX_DRAFT_TOKENS)
-    most_B = jnp.clip(remaining_B - 1, 0, MAX_DRAFT_TOKENS)
-    count_B = constrain_rows(plan, jnp.where(is_trusted(match_B, state.drafts.right_B), most_B, 0))
-    group_BT = jnp.concatenate([state.token_B[:, None], draft_BD], axis=1)
+    count_B = proposal.count_B
+    group_BT = jnp.concatenate([state.token_B[:, None], proposal.tokens_BD], axis=1)
 
     def run(T: int, state: DecodeState) -> Choice:
         choice = choose_tokens(state, group_BT[:, :T], jnp.where(live_B, jnp.minimum(1 + count_B, T), 0))
@@ -211,12 +216,10 @@ def _decode_drafts(
         return choice._replace(token_BT=pad(choice.token_BT), logprobs_BT=pad(choice.logprobs_BT))
 
     # Verifying takes longer than decoding one token, so it is done only if a row has a draft.
+    state = state._replace(drafts=None)
     choice = lax.cond((count_B > 0).any(), partial(run, group_BT.shape[1]), partial(run, 1), state)
-    accepted_B = count_accepted(choice.token_BT, draft_BD, count_B)
-    first_right_B = (match_B > 0) & (choice.token_BT[:, 0] == draft_BD[:, 0])
-    right_B = count_right(state.drafts.right_B, count_B, accepted_B, first_right_B)
-    right_B = jnp.where(live_B, right_B, state.drafts.right_B)
-    drafts = Drafts(constrain_rows(plan, tokens_BS), constrain_rows(plan, right_B))
+    accepted_B = count_accepted(choice.token_BT, proposal.tokens_BD, count_B)
+    drafts = record_result(plan, drafter, proposal, state.rows, choice.token_BT, accepted_B, live_B)
     new = SpeculationCounts(live_B.astype(jnp.int32), count_B, accepted_B)
     output = output._replace(speculation=jax.tree.map(jnp.add, output.speculation, new))
     state = state._replace(drafts=drafts)
@@ -240,7 +243,7 @@ def _accept(
     if sampling is not None:
         seen_BV = sampling.seen_BV | _one_hot(group_BT, count_B, sampling.seen_BV.shape[1]).any(1)
         sampling = sampling._replace(seen_BV=constrain_rows(plan, seen_BV))
-    write = partial(_write_rows, first_B=output.count_B, count_B=count_B)
+    write = partial(write_rows, first_B=output.count_B, count_B=count_B)
     output = output._replace(
         tokens_BS=constrain_rows(plan, write(output.tokens_BS, new_BT=token_BT)),
         count_B=constrain_rows(plan, output.count_B + count_B),
@@ -258,16 +261,6 @@ def _accept(
         sampling=sampling,
     )
     return state, output
-
-
-def _write_rows(x_BS: Array, first_B: Array, new_BT: Array, count_B: Array) -> Array:
-    """Write the first `count_B` new numbers of each row from index `first_B` on."""
-
-    def write(x_S: Array, first: Array, new_T: Array, count: Array) -> Array:
-        index_T = jnp.arange(new_T.shape[0])
-        return x_S.at[jnp.where(index_T < count, first + index_T, x_S.shape[0])].set(new_T, mode="drop")
-
-    return jax.vmap(write)(x_BS, first_B, new_BT, count_B)
 
 
 def decode_steps(plan: Plan, max_steps: int, *, drafts: bool) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from helix_jax.chat import Message
 from helix_jax.checkpoint import load
 from helix_jax.devices import choose_dtype, open_mesh
+from helix_jax.draft_folder import is_draft_folder, open_draft
 from helix_jax.engine import Engine, Event, FinishedEvent, PromptLogprobs, RequestOutput, SamplingParams
 from helix_jax.engine.engine import DEFAULT_PAGE, check_options
 from helix_jax.engine.params import check_no_sampling, params_of_each
@@ -55,9 +56,9 @@ class LLM:
         dtype: The type of the weights, "bfloat16" or "float32". None: float32 on a CPU, bfloat16 elsewhere.
         **options: Arguments of `Plan` (`block`, `placement`, `combine`, `kernel`, `experts`, `cache_dtype`) and of
             `Engine` (`rows`, `max_len`, `pages`, `page`, `chunk`, `budget`, `steps_per_call`, `prefix_caching`,
-            `speculate`). By default a prompt and its output may be as long as the positions of the model allow, and the
-            cache is as large as all rows can fill, or as memory allows. On a CPU `chunk` is 128 by default, so that
-            short prompts are fast.
+            `draft_tokens`, and `speculate`, which may also be the folder of a draft model). By default a prompt and its
+            output may be as long as the positions of the model allow, and the cache is as large as all rows can fill,
+            or as memory allows. On a CPU `chunk` is 128 by default, so that short prompts are fast.
 
     Attributes:
         folder: The folder, with its config, tokenizer and chat template.
@@ -89,11 +90,13 @@ class LLM:
         engine_options = {name: options[name] for name in _ENGINE_OPTIONS if name in options}
         if mesh.devices.flat[0].platform == "cpu":
             engine_options.setdefault("chunk", _CPU_CHUNK)
-        check_options(self.folder.config, self.plan, engine_options)
+        draft = _check_options(self.folder, self.plan, engine_options)
         self.plan.check_model(self.folder.config)
         name = choose_dtype(mesh, dtype)
         self.plan.kernel_for_model(self.folder.config, engine_options.get("page", DEFAULT_PAGE), name)
         model = load(self.folder.path, self.plan, jnp.dtype(name))
+        if draft:
+            engine_options["speculate"] = load(draft.path, self.plan, jnp.dtype(name))
         self.engine = Engine(model, self.plan, tokenizer=self.folder.tokenizer, **engine_options)
 
     @overload  # text is also a sequence of texts
@@ -213,6 +216,14 @@ def _check_names(options: Mapping[str, Any]) -> None:
         if name not in (*_PLAN_OPTIONS, *_ENGINE_OPTIONS):
             known = ", ".join(sorted((*_PLAN_OPTIONS, *_ENGINE_OPTIONS)))
             raise TypeError(f"LLM has no option '{name}': choose one of tp, cp, dp, platform, dtype, {known}")
+
+
+def _check_options(folder: ModelFolder, plan: Plan, options: Mapping[str, Any]) -> ModelFolder | None:
+    """Check the options of an engine. Return the folder of the draft model, if `speculate` is one."""
+    speculate = options.get("speculate")
+    checked = dict(options) | ({"speculate": "ngram"} if is_draft_folder(speculate) else {})  # an engine takes a model
+    check_options(folder.config, plan, checked)
+    return open_draft("speculate", speculate, folder, plan, options.get("max_len") or folder.config.max_positions)
 
 
 def _is_single(prompts: Any) -> bool:

@@ -5,35 +5,51 @@ each as if the drafts before it had been decoded. As long as the chosen token eq
 count too. A draw depends on the seed and the position alone, so the output is that of decoding token by token, sampled
 or not. For a draft that is not random this accepts as often as rejection sampling: with the probability of the draft.
 
-Drafts are looked up in the row itself: the tokens that followed the last occurrence of its most recent tokens.
+Drafts are looked up in the row itself: the tokens that followed the last occurrence of its most recent tokens. Or a
+smaller model draws them, see `helix_jax.drafting`.
 
 Source: arXiv 2211.17192 (verification); prompt lookup decoding, as in vLLM's `ngram`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Int
 
+from helix_jax.validation import check_int
+
 SPECULATIONS = ("ngram",)
 MAX_DRAFT_TOKENS = 7
 _LONGEST_MATCH = 8  # recent tokens that are looked up
 _SHORTEST_MATCH = 2
 _TRUSTED = 3  # drafts that have to be right in a row, before those after a shorter match are verified
+_GAIN = 2  # confidence in a model's drafts after a step in which all were right; after any other it is one less
+_LEAST_CONFIDENCE = -2
+_PAUSE = 32  # steps without drafts after those with the least confidence
 
 
-class Drafts(NamedTuple):
-    """What is known of each row for its drafts.
+def check_draft_tokens(name: str, draft_tokens: Any, option: str, *, speculates: bool) -> None:
+    """Check how many tokens are drafted.
 
-    Attributes:
-        tokens_BS: The prompt and the generated tokens.
-        right_B: How many drafts in a row were right.
+    Args:
+        name: The number, as error messages name it.
+        draft_tokens: The number, None if it has its default.
+        option: The option that says how tokens are drafted, as error messages name it.
+        speculates: Whether tokens are drafted.
+
+    Raises:
+        TypeError: It is not an int.
+        ValueError: It is out of range, or useless because nothing is drafted.
     """
-
-    tokens_BS: Int[Array, "B S"]
-    right_B: Int[Array, "B"]
+    if draft_tokens is None:
+        return
+    check_int(name, draft_tokens, least=1)
+    if draft_tokens > MAX_DRAFT_TOKENS:
+        raise ValueError(f"{name} is {draft_tokens}: give at most {MAX_DRAFT_TOKENS}")
+    if not speculates:
+        raise ValueError(f"{name} is {draft_tokens}, but nothing is drafted without {option}: give both, or neither")
 
 
 class SpeculationCounts(NamedTuple):
@@ -119,3 +135,36 @@ def count_right(
     """
     all_right_B = jnp.where(count_B > 0, accepted_B == count_B, first_right_B)
     return jnp.where(all_right_B, jnp.minimum(right_B, _TRUSTED) + 1, 0)
+
+
+def count_to_draft(confidence_B: Int[Array, "B"], most: int) -> Int[Array, "B"]:
+    """Return how many tokens a model drafts for each row: as many as its confidence, at least one, or none in a pause.
+
+    Args:
+        confidence_B: The confidence of each row.
+        most: The most tokens to draft.
+    """
+    return jnp.where(confidence_B >= _LEAST_CONFIDENCE, jnp.clip(confidence_B, 1, most), 0)
+
+
+def update_confidence(
+    confidence_B: Int[Array, "B"], count_B: Int[Array, "B"], accepted_B: Int[Array, "B"], most: int
+) -> Int[Array, "B"]:
+    """Return the confidence of each row in its drafts after a step. It begins at 0.
+
+    It rises by two if all drafts were right, and falls by one otherwise. It therefore settles where all are right in
+    one of three steps: at 5 drafts that are right with probability 0.8, at 1 to 2 if it is 0.5. Below a third, it falls
+    to a pause, and each pause ends with one more draft. For a model whose step takes 0.15 of the time of the model that
+    verifies, these numbers are close to the fastest.
+
+    Args:
+        confidence_B: The confidence before. Below the least, it counts the steps of a pause.
+        count_B: How many drafts were verified.
+        accepted_B: How many of them were right.
+        most: The most tokens to draft.
+    """
+    raised_B = jnp.minimum(jnp.maximum(confidence_B, 0) + _GAIN, most)
+    lowered_B = jnp.minimum(confidence_B, most) - 1
+    lowered_B = jnp.where(lowered_B < _LEAST_CONFIDENCE, _LEAST_CONFIDENCE - _PAUSE, lowered_B)
+    drafted_B = jnp.where(accepted_B == count_B, raised_B, lowered_B)
+    return jnp.where(count_B > 0, drafted_B, confidence_B + (confidence_B < _LEAST_CONFIDENCE))

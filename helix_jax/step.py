@@ -96,7 +96,7 @@ def append_tokens(
     Those of padding are undefined. A single token may be padded, so that there are X > T of them.
     """
     check_array("tokens_BT", tokens_BT, jnp.integer)
-    model, groups = assemble(config, weights), layer_groups(config)
+    model, groups = assemble(config, weights), layer_groups(config, len(caches))
     T = tokens_BT.shape[1]
     padded_BT = _pad_single_token(plan, tokens_BT)
 

@@ -31,6 +31,11 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """A tokenizer whose ids are UTF-8 bytes."""
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each token."""
+        return {f"<0x{byte:02X}>": byte for byte in range(256)}
+
     def encode(self, text: str) -> list[int]:
         """Return the UTF-8 bytes of `text`."""
         return list(text.encode())
@@ -62,6 +67,11 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._add_tokens(package, file.with_name("tokenizer_config.json"))
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each token."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:

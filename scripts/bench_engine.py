@@ -92,7 +92,7 @@ def bench(options: argparse.Namespace) -> None:
     """Replay one trace in both ways, write the report after each, and print a table."""
     folder = ModelFolder.open(options.model)
     mesh = open_devices(options)
-    setup = make_setup(options, folder, mesh)
+    setup = make_setup(options, folder, mesh, options.prompt[1] + options.new[1])
     report = describe(options, setup, mesh)
     write_json(options.json, report)  # before anything is measured, in case the file cannot be written
     trace = make_trace(options, folder.config.vocab)
@@ -104,6 +104,7 @@ def bench(options: argparse.Namespace) -> None:
         page=setup.page,
         max_len=options.prompt[1] + options.new[1],
         chunk=setup.chunk,
+        **setup.load_drafts(Reporter()),
         prefix_caching=False,  # the second replay would find the prompts of the first
     )
     report["compile_s"] = engine.warm_up(sampling=False)

@@ -463,6 +463,18 @@ def check_answers(results: dict) -> None:
     assert min(results["a"]["ttft_s"], results["a"]["s_per_token"]) > 0
 
 
+@pytest.mark.slow
+def test_requests_are_answered_alike_with_a_draft_model(byte_model: Path, tmp_path: Path):
+    lines = [{"id": str(n), "prompt": TEXT, "max_new_tokens": 20 + n, "seed": n, "temperature": n} for n in range(3)]
+    file, outs = write(tmp_path / "in.jsonl", *lines), [tmp_path / "plain.jsonl", tmp_path / "drafts.jsonl"]
+    for out, drafts in zip(outs, ((), ("--speculate", byte_model, "--draft-tokens", 2)), strict=True):
+        done = call("batch", file, "--out", out, "--model", byte_model, *SMALL, *drafts)
+        assert done.returncode == 0, done.stderr
+    assert "draft tokens were right" in done.stderr
+    plain, drafted = ({line["id"]: line["tokens"] for line in lines_of(out)} for out in outs)
+    assert drafted == plain
+
+
 def test_results_survive_ctrl_c_and_the_next_run_continues(byte_model: Path, tmp_path: Path):
     entries = [{"id": f"r{n}", "prompt": TEXT[: n + 1], "max_new_tokens": 4} for n in range(4)]
     entries += [

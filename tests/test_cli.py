@@ -193,6 +193,17 @@ def test_a_seed_is_drawn_if_none_is_given_and_repeats_the_output(byte_model: Pat
     assert f"--seed {first['seed']} repeats this output" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [(), ("--temperature", 0.8, "--seed", 1)], ids=str)
+def test_a_draft_model_changes_no_token(byte_model: Path, settings: tuple):
+    arguments = ("generate", "--prompt", "And", "--model", byte_model, "--max-new-tokens", 40, "--cp", 2, *settings)
+    done = call(*arguments, "--speculate", byte_model, "--draft-tokens", 3, "--verify", "--json")
+    assert json_of(done)["verified"] is True
+    [drafted] = re.findall(r"(\d+) of (\d+) draft tokens were right: ([\d.]+) tokens per step", done.stderr)
+    assert drafted[0] == drafted[1]
+    assert float(drafted[2]) > 3
+
+
 def test_a_prompt_may_come_through_a_pipe(byte_model: Path):
     reader, writer = os.pipe()
     os.write(writer, b"And")
@@ -264,6 +275,10 @@ def test_bad_settings_are_one_line_and_exit_2(tmp_path: Path):
         (["--top-k", 0], "--top-k is 0: give at least 1"),
         (["--top-p", 0], "top_p is 0.0: give a probability above 0"),
         (["--seed", -1], "seed is -1: give a whole number from 0 to 2^64 - 1"),
+        (["--speculate", "medusa"], "--speculate is 'medusa': give ngram, or the folder of a draft model"),
+        (["--speculate", LATENT], "the draft model has a vocabulary of 97 tokens, and the model one of 256: give a"),
+        (["--speculate", "ngram", "--draft-tokens", 8], "--draft-tokens is 8: give at most 7"),
+        (["--draft-tokens", 3], "nothing is drafted without --speculate: give both, or neither"),
         (["--model", tmp_path], "config.json' does not exist: give a Hugging Face folder"),
         (["--platform", "gpu"], "platform is gpu, but JAX found only"),
     ]:

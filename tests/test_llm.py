@@ -67,6 +67,14 @@ def test_several_samples_are_the_entry_of_their_prompt(llm: LLM):
     assert [sample.tokens for sample in of_two] == [sample.tokens for sample in samples]
 
 
+@pytest.mark.slow
+def test_a_draft_model_may_be_a_folder(llm: LLM, chat_model: Path):
+    drafting = LLM(chat_model, cp=2, **SIZES, speculate=chat_model)
+    assert drafting.generate([HELLO], EIGHT)[0].tokens == llm.generate([HELLO], EIGHT)[0].tokens
+    stats = drafting.engine.stats()
+    assert stats.accepted_tokens == stats.drafted_tokens > 2
+
+
 def test_events_of_a_stream_are_those_of_its_prompts(llm: LLM):
     expected = llm.generate([HELLO, "there"], EIGHT)
     other = iter(llm.stream("hello", EIGHT))
@@ -161,6 +169,9 @@ WRONG_USES = [
         "hx.LLM(folder, placement='spiral')",
         "ValueError: placement is 'spiral': choose one of helix, striped",
     ),
+    ("hx.LLM(folder, speculate='medusa')", "ValueError: speculate is 'medusa': give ngram, or the folder of a"),
+    ("hx.LLM(folder, speculate=3)", "TypeError: speculate is 3: give 'ngram', or a draft model"),
+    ("hx.LLM(folder, speculate=folder, draft_tokens=9)", "ValueError: draft_tokens is 9: give at most 7"),
     ("llm.generate([])", "ValueError: there are no prompts: give at least one"),
     ("llm.generate(None)", "TypeError: prompts is None: give text, token ids, messages, or a list of these"),
     ("llm.generate(b'And')", "TypeError: prompts is b'And': give text, token ids, messages, or a list of these"),

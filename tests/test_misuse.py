@@ -284,8 +284,8 @@ def test_a_wrong_argument_beside_specs():
         ),
         (
             lambda given: hx.Engine(given.model, given.plan, speculate=True),
-            VALUE,
-            "speculate is True: choose one of ng",
+            TYPE,
+            "speculate is True: give 'ngram', or",
         ),
         (lambda given: given.engine.submit("text"), VALUE, "text needs a tokenizer, and the engine has none: give tok"),
         (lambda given: given.engine.submit(b"text"), TYPE, "the prompt is not a sequence of token ids but of type byt"),

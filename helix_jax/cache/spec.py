@@ -95,10 +95,17 @@ def cache_specs(config: ModelConfig, dtype: DTypeLike) -> tuple[CacheSpec, ...]:
     return tuple(CacheSpec(layers, window=window, **same) for window, layers in _layers_by_window(config).items())
 
 
-def layer_groups(config: ModelConfig) -> tuple[tuple[int, int], ...]:
-    """Return for each layer of a model the index of its cache group, and its own index in the group."""
-    groups = {window: (group, itertools.count()) for group, window in enumerate(_layers_by_window(config))}
-    of_layers = (groups[config.window_of(layer)] for layer in range(config.layers))
+def layer_groups(config: ModelConfig, groups: int) -> tuple[tuple[int, int], ...]:
+    """Return for each layer of a model the index of its cache group, and its own index in the group.
+
+    Args:
+        config: The model.
+        groups: The number of its groups. If there is one, all layers are in it, with and without a window.
+    """
+    if groups == 1:
+        return tuple((0, layer) for layer in range(config.layers))
+    of_windows = {window: (group, itertools.count()) for group, window in enumerate(_layers_by_window(config))}
+    of_layers = (of_windows[config.window_of(layer)] for layer in range(config.layers))
     return tuple((group, next(index)) for group, index in of_layers)
 
 

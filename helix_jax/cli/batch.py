@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     reporter = Reporter()
     folder = ModelFolder.open(options.model)
     _check(options, folder)
-    setup = make_setup(options, folder, open_devices(options))
+    setup = make_setup(options, folder, open_devices(options), options.max_len or folder.config.max_positions)
     answer_s = 0.0
     with _open_requests(options) as lines, _open_results(options.out) as results:
         _report_earlier_results(options.out, results, reporter)
@@ -181,7 +181,7 @@ def _make_engine(options: argparse.Namespace, setup: DecodeSetup, reporter: Repo
         max_len=options.max_len,
         chunk=setup.chunk,
         tokenizer=setup.folder.tokenizer,
-        speculate=setup.speculate,
+        **setup.load_drafts(reporter),
     )
     reporter.info("compiling: this takes a minute or more for a large model")
     with reporter.compiling():

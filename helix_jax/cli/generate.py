@@ -73,10 +73,10 @@ class GenerateJob:
     prompt: list[int]
     params: SamplingParams
 
-    def make_engine(self, model: Transformer, plan: Plan, speculate: str | None = None) -> Engine:
-        """Create an engine for this prompt alone."""
+    def make_engine(self, model: Transformer, plan: Plan, **drafts: Any) -> Engine:
+        """Create an engine for this prompt alone, with the options of `DecodeSetup.load_drafts` if it drafts tokens."""
         options = {
-            "speculate": speculate,
+            **drafts,
             "page": self.setup.page,
             "chunk": self.setup.chunk,
             "tokenizer": self.setup.folder.tokenizer,
@@ -118,7 +118,8 @@ def _make_job(options: argparse.Namespace) -> GenerateJob:
     )
     limits = {"vocab": folder.config.vocab, "max_len": folder.config.max_positions}
     check_prompt("the prompt", prompt, params.max_new_tokens, **limits)
-    return GenerateJob(make_setup(options, folder, open_devices(options)), prompt, params)
+    setup = make_setup(options, folder, open_devices(options), len(prompt) + params.max_new_tokens)
+    return GenerateJob(setup, prompt, params)
 
 
 def _read_prompt(options: argparse.Namespace, folder: ModelFolder) -> list[int]:
@@ -134,7 +135,7 @@ def _read_prompt(options: argparse.Namespace, folder: ModelFolder) -> list[int]:
 
 def _decode(job: GenerateJob, model: Transformer, reporter: Reporter, *, quiet: bool) -> tuple[RequestOutput, float]:
     """Decode, and unless `quiet`, write the text to stdout as it arrives. Return the output and the compile time."""
-    engine = job.make_engine(model, job.setup.plan, job.setup.speculate)
+    engine = job.make_engine(model, job.setup.plan, **job.setup.load_drafts(reporter))
     job.setup.report_devices(reporter)  # not before all input is known to be valid
     reporter.info(f"the cache stores {engine.stats().capacity:,} tokens as {job.setup.cache_dtype}")
     with reporter.compiling():

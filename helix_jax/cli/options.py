@@ -16,6 +16,7 @@ from helix_jax.cli.compilation_cache import LIMIT_BYTES, enable_compilation_cach
 from helix_jax.cli.console import Reporter
 from helix_jax.combine import COMBINES
 from helix_jax.devices import DTYPES, PLATFORMS, default_dtype, open_mesh
+from helix_jax.draft_folder import open_draft
 from helix_jax.engine.engine import DEFAULT_PAGE, Engine
 from helix_jax.folder import ModelFolder
 from helix_jax.heads import HeadLayout
@@ -25,7 +26,7 @@ from helix_jax.mesh import TP
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import CACHE_DTYPES, EXPERTS, Plan
 from helix_jax.processes import Processes
-from helix_jax.speculation import SPECULATIONS
+from helix_jax.speculation import check_draft_tokens
 from helix_jax.validation import check_choice, check_int
 
 # A parser, or a group of options in its help.
@@ -82,8 +83,13 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
     cache, speed = add_cache_arguments(parser)
     text = "tokens per cache page (default: %(default)s)"
     cache.add_argument("--page", type=int, default=DEFAULT_PAGE, metavar="TOKENS", help=text)
-    text = "draft tokens and verify several at once: ngram looks them up in the request (default: no drafts)"
-    add_choice(speed, "--speculate", SPECULATIONS, text)
+    text = (
+        "draft tokens and verify several at once: ngram looks them up in the request, a smaller model with the same "
+        "vocabulary draws them (default: no drafts)"
+    )
+    speed.add_argument("--speculate", metavar="ngram|MODEL", help=text)
+    text = "most draft tokens per step, 1 to 7 (default: 7 with ngram, 5 with a model)"
+    speed.add_argument("--draft-tokens", type=int, metavar="N", help=text)
     add_device_arguments(parser)
 
 
@@ -172,7 +178,9 @@ class DecodeSetup:
         dtype: The dtype of the weights.
         platform: The platform of the devices.
         kernel: The attention kernel.
-        speculate: How tokens are drafted. None: they are not.
+        speculate: "ngram" if drafts are looked up.
+        draft: The folder of the draft model, if there is one.
+        draft_tokens: The most tokens to draft per step. None: the default of the engine.
     """
 
     folder: ModelFolder
@@ -183,6 +191,8 @@ class DecodeSetup:
     platform: str
     kernel: str
     speculate: str | None = None
+    draft: ModelFolder | None = None
+    draft_tokens: int | None = None
 
     @property
     def cache_dtype(self) -> str:
@@ -203,6 +213,11 @@ class DecodeSetup:
         """
         return load_model(self.folder.path, plan or self.plan, self.dtype, reporter)
 
+    def load_drafts(self, reporter: Reporter) -> dict[str, Any]:
+        """Return the options of an engine that say how tokens are drafted. Load the draft model, if there is one."""
+        draft = load_model(self.draft.path, self.plan, self.dtype, reporter) if self.draft else None
+        return {"speculate": draft or self.speculate, "draft_tokens": self.draft_tokens}
+
     def report_devices(self, reporter: Reporter) -> None:
         """Report fake devices, and copies of the cache."""
         report_fake_devices(self.mesh, reporter)
@@ -217,17 +232,18 @@ class DecodeSetup:
             )
 
 
-def make_setup(options: argparse.Namespace, folder: ModelFolder, mesh: Mesh) -> DecodeSetup:
+def make_setup(options: argparse.Namespace, folder: ModelFolder, mesh: Mesh, max_len: int) -> DecodeSetup:
     """Return the setup that the shared options describe for a model on a mesh.
 
     Args:
         options: The parsed options of `add_decode_arguments`.
         folder: The model folder.
         mesh: A mesh of `open_mesh`.
+        max_len: The most positions of a request, which a draft model must have too.
 
     Raises:
-        ValueError: The mesh does not divide the heads, an option has an invalid value, or the kernel does not run on
-            these devices.
+        ValueError: The mesh does not divide the heads, an option has an invalid value, the kernel does not run on these
+            devices, or a draft model does not fit the model.
     """
     check_int("--page", options.page, least=1)
     if options.prefill_chunk is not None:
@@ -235,6 +251,8 @@ def make_setup(options: argparse.Namespace, folder: ModelFolder, mesh: Mesh) -> 
     choices = (options.placement, options.combine, options.kernel, options.experts, options.kv_cache_dtype)
     plan = Plan(mesh, options.block, *choices)
     plan.check_model(folder.config)
+    check_draft_tokens("--draft-tokens", options.draft_tokens, "--speculate", speculates=options.speculate is not None)
+    draft = open_draft("--speculate", options.speculate, folder, plan, max_len)
     platform = mesh.devices.flat[0].platform
     dtype = options.dtype or default_dtype(mesh)
     return DecodeSetup(
@@ -245,7 +263,9 @@ def make_setup(options: argparse.Namespace, folder: ModelFolder, mesh: Mesh) -> 
         dtype=dtype,
         platform=platform,
         kernel=plan.kernel_for_model(folder.config, options.page, dtype),
-        speculate=options.speculate,
+        speculate=None if draft else options.speculate,
+        draft=draft,
+        draft_tokens=options.draft_tokens,
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from helix_jax.arrays import fetch
 from helix_jax.config import ModelConfig
 from helix_jax.decoding import DEFAULT_STEPS, DecodeOutput
+from helix_jax.drafting import DEFAULT_DRAFT_TOKENS, check_draft_model
 from helix_jax.engine.logprobs import PromptLogprobs, logprobs_of, prompt_logprobs_of
 from helix_jax.engine.output_text import OutputText
 from helix_jax.engine.page_allocator import PageAllocator, describe_prefix_caching
@@ -36,10 +37,10 @@ from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.processes import on_first_process
 from helix_jax.sampling import Logprobs
-from helix_jax.speculation import SPECULATIONS, SpeculationCounts
+from helix_jax.speculation import MAX_DRAFT_TOKENS, SPECULATIONS, SpeculationCounts, check_draft_tokens
 from helix_jax.step import check_model_placement
 from helix_jax.text import Tokenizer, check_stop_string, encode_text
-from helix_jax.validation import check_choice, check_in_vocabulary, check_int, check_token_ids, check_type
+from helix_jax.validation import check_in_vocabulary, check_int, check_token_ids, check_type
 
 DEFAULT_PAGE, DEFAULT_ROWS = 64, 8
 
@@ -72,15 +73,20 @@ class Engine:
         steps_per_call: The most tokens per row that one call decodes. While a prompt is prefilled it is 1. A request
             that is submitted, cancelled or ended by a stop string waits for the call in progress.
         tokenizer: Converts text prompts to tokens, and tokens to text. None: requests have token ids only.
-        speculate: "ngram" drafts tokens, which are verified several at once: those that followed the last occurrence of
-            the most recent tokens. The output does not change. None: one token is decoded per step.
+        speculate: How tokens are drafted, which are then verified several at once. The output does not change. "ngram"
+            takes those that followed the last occurrence of the most recent tokens. A smaller model with the same
+            vocabulary, loaded with the same plan, draws them. Its cache has as many pages as that of the model, and its
+            layers with a window keep all positions if a layer of the model does. None: one token is decoded per step.
+        draft_tokens: The most tokens to draft per row and step, up to 7. A row whose drafts are wrong drafts fewer.
+            None: 5 with a model, 7 with "ngram".
         prefix_caching: Whether requests that start with the same tokens share their pages. Only the placement striped
             can do this, and only for models without windows, see `prefix_caching_status`.
 
     Raises:
         TypeError: The model, the plan, the tokenizer or an option has the wrong type.
         ValueError: The model was not loaded with this plan, the mesh does not divide the heads or dp the rows, a number
-            is below 1, or `max_len` exceeds the positions of the model.
+            is below 1, `max_len` exceeds the positions of the model, or the draft model does not fit the model, see
+            `check_draft_model`.
     """
 
     model: Transformer
@@ -95,7 +101,8 @@ class Engine:
     steps_per_call: int = DEFAULT_STEPS
     tokenizer: Tokenizer | None = None
     prefix_caching: bool = True
-    speculate: str | None = None
+    speculate: str | Transformer | None = None
+    draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
         check_type("the model", self.model, Transformer, "a model of helix_jax.load or helix_jax.shard")
@@ -105,6 +112,7 @@ class Engine:
         self.chunk = default_chunk(plan.mesh) if self.chunk is None else self.chunk
         check_options(config, plan, {field.name: getattr(self, field.name) for field in fields(self)})
         check_model_placement(self.model, plan)
+        decoding = self._make_decode_options()
         # All processes draw the same seeds.
         self._entropy = on_first_process(lambda: secrets.randbits(128))
         self.config = config
@@ -116,7 +124,7 @@ class Engine:
             page=self.page,
             max_len=self._max_len,
             chunk=self.chunk,
-            decoding=DecodeOptions(self.steps_per_call, self.speculate is not None),
+            decoding=decoding,
         )
         self.prefix_caching_status = describe_prefix_caching(
             plan.layout, self.page, enabled=self.prefix_caching, windows=bool(config.windowed_layers)
@@ -477,6 +485,22 @@ class Engine:
         else:
             admission = Admission(request, request.num_computed)
             self.runner.admit([(admission, self.scheduler.row_pages[request.id])])
+            self.runner.prefill_drafts(request)
+
+    def _make_decode_options(self) -> DecodeOptions:
+        """Return how rows decode. Check the draft model, if there is one."""
+        if self.speculate is None:
+            return DecodeOptions(self.steps_per_call)
+        if not isinstance(self.speculate, Transformer):
+            return DecodeOptions(self.steps_per_call, self.draft_tokens or MAX_DRAFT_TOKENS)
+        draft = self.speculate
+        check_draft_model(self.model.config, draft.config, self._max_len)
+        try:
+            check_model_placement(draft, self.plan)
+            self.plan.kernel_for_model(draft.config, self.page, draft.dtype)
+        except ValueError as error:
+            raise ValueError(f"the draft model: {error}") from None
+        return DecodeOptions(self.steps_per_call, self.draft_tokens or DEFAULT_DRAFT_TOKENS, draft)
 
     def _new_id(self) -> str:
         names = (f"request-{number}" for number in count(self._submitted))
@@ -562,8 +586,7 @@ def check_options(config: ModelConfig, plan: Plan, options: Mapping[str, Any]) -
     if "tokenizer" in given:
         check_type("tokenizer", given["tokenizer"], Tokenizer, "an object with encode and decode, see open_tokenizer")
     check_type("prefix_caching", given.get("prefix_caching", True), bool, "True or False")
-    if "speculate" in given:
-        check_choice("speculate", given["speculate"], SPECULATIONS)
+    check_speculation(given.get("speculate"), given.get("draft_tokens"))
     for name in ("rows", "page", "chunk", "steps_per_call", "max_len", "pages", "budget"):
         if name in given:
             check_int(name, given[name], least=1)
@@ -572,3 +595,19 @@ def check_options(config: ModelConfig, plan: Plan, options: Mapping[str, Any]) -
     dp, rows = plan.mesh.shape[DP], given.get("rows", DEFAULT_ROWS)
     if rows % dp:
         raise ValueError(f"dp {dp} does not divide {rows} rows: give a multiple of {dp}")
+
+
+def check_speculation(speculate: object, draft_tokens: Any) -> None:
+    """Check how tokens are drafted, and how many.
+
+    Raises:
+        TypeError: `speculate` is not a string or a model, or `draft_tokens` is not an int.
+        ValueError: `speculate` is an unknown string, or `draft_tokens` is out of range, or useless because nothing is
+            drafted.
+    """
+    if isinstance(speculate, str):
+        if speculate not in SPECULATIONS:
+            raise ValueError(f"speculate is {speculate!r}: give 'ngram', or a draft model of helix_jax.load")
+    elif speculate is not None and not isinstance(speculate, Transformer):
+        raise TypeError(f"speculate is {speculate!r}: give 'ngram', or a draft model of helix_jax.load")
+    check_draft_tokens("draft_tokens", draft_tokens, "speculate", speculates=speculate is not None)

@@ -1,5 +1,6 @@
 """The jitted programs of an engine besides `decode`, which admit requests, edit page tables and prefill prompts."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -11,12 +12,12 @@ from jaxtyping import Bool, Float, Int
 from helix_jax.cache import Rows
 from helix_jax.config import ModelConfig
 from helix_jax.decoding import DecodeOutput, DecodeState, is_stop
+from helix_jax.drafting import DraftCache, Drafter, Drafts, append_to_cache
 from helix_jax.helix import copy_pages_of_ranks
 from helix_jax.mesh import DP, TABLE_RBM, sharding
 from helix_jax.models.transformer import Weights
 from helix_jax.plan import Plan
 from helix_jax.sampling import Logprobs, RowSampling, choose, compute_logprobs
-from helix_jax.speculation import Drafts
 from helix_jax.step import append_tokens, constrain_rows, last_logits, logits_of
 
 
@@ -75,7 +76,6 @@ def _admit(plan: Plan, state: DecodeState, updates: RowUpdates) -> DecodeState:
     def set_rows(all_B: Array, new_X: Array) -> Array:
         return constrain_rows(plan, all_B.at[updates.row_X].set(new_X, mode="drop"))
 
-    drafts = None if updates.tokens_XS is None else Drafts(updates.tokens_XS, jnp.zeros_like(updates.row_X))
     tables_RBM, new_RXM = state.rows.tables_RBM, updates.table_XRM.swapaxes(0, 1)
     rows = Rows(
         _with_table(plan, tables_RBM, tables_RBM[0].at[:, updates.row_X].set(new_RXM, mode="drop")),
@@ -88,12 +88,22 @@ def _admit(plan: Plan, state: DecodeState, updates: RowUpdates) -> DecodeState:
         finished_B=set_rows(state.finished_B, jnp.zeros_like(updates.row_X, bool)),
         stop_BV=jax.tree.map(set_rows, state.stop_BV, updates.stop_XV),
         sampling=jax.tree.map(set_rows, state.sampling, updates.sampling),
-        drafts=jax.tree.map(set_rows, state.drafts, drafts),
+        drafts=None if state.drafts is None else _admit_drafts(state.drafts, set_rows, updates),
     )
 
 
+def _admit_drafts(drafts: Drafts, set_rows: Callable[[Array, Array], Array], updates: RowUpdates) -> Drafts:
+    """Set what is known of rows for their drafts. The cache of a draft model has what the cache of the model has."""
+    assert updates.tokens_XS is not None
+    cached = drafts.cached
+    if cached is not None:
+        cached = cached._replace(length_B=set_rows(cached.length_B, updates.length_X))
+    success_B = set_rows(drafts.success_B, jnp.zeros_like(updates.row_X))
+    return Drafts(set_rows(drafts.tokens_BS, updates.tokens_XS), success_B, cached)
+
+
 def _copy_pages(plan: Plan, state: DecodeState, copies: tuple[Int[Array, "Z 2 X"], ...]) -> DecodeState:
-    """Copy pages of each cache group within each rank.
+    """Copy pages of each cache group within each rank, those of the first one in the cache of a draft model too.
 
     Args:
         plan: How the mesh decodes.
@@ -101,7 +111,11 @@ def _copy_pages(plan: Plan, state: DecodeState, copies: tuple[Int[Array, "Z 2 X"
         copies: For each cache group, the copies as `copy_pages_of_ranks` takes them.
     """
     caches = (copy_pages_of_ranks(plan, cache, own) for cache, own in zip(state.caches, copies, strict=True))
-    return state._replace(caches=tuple(caches))
+    drafts = state.drafts
+    if drafts is not None and drafts.cached is not None:
+        cache = copy_pages_of_ranks(plan, drafts.cached.cache, copies[0])
+        drafts = drafts._replace(cached=drafts.cached._replace(cache=cache))
+    return state._replace(caches=tuple(caches), drafts=drafts)
 
 
 def _edit_page_table(plan: Plan, state: DecodeState, edits_X4: Int[Array, "X 4"]) -> DecodeState:
@@ -144,14 +158,7 @@ def _prefill_to_score(
     config: ModelConfig, plan: Plan, weights: Weights, state: DecodeState, chunks: Chunks
 ) -> tuple[DecodeOutput, Float[Array, "X V"], Float[Array, "X T D"], DecodeState]:
     """Append chunks like `prefill`, and also return the hidden states of their tokens, for `score_tokens`."""
-    of_chunk = partial(_take, plan, chunks.row_X)
-
-    def tables_of_chunks(table_RBM: Array) -> Array:
-        table_RXM = table_RBM.at[:, chunks.row_X].get(mode="fill", fill_value=-1)
-        return lax.with_sharding_constraint(table_RXM, sharding(plan.mesh, TABLE_RBM))
-
-    tables_RXM = jax.tree.map(tables_of_chunks, state.rows.tables_RBM)
-    rows = Rows(tables_RXM, of_chunk(state.rows.length_B), of_chunk(state.rows.prompt_len_B))
+    rows = _rows_of_chunks(plan, state.rows, chunks)
     new = chunks.tokens_XT, chunks.count_X
     x_XTD, caches, after = append_tokens(config, plan, weights, state.caches, rows, *new)
     logits_XV = last_logits(config, plan, weights, x_XTD, chunks.count_X)
@@ -160,6 +167,42 @@ def _prefill_to_score(
     token_X, _ = choose(logits_XV, None, after.length_B, chunks.is_last_X)
     output, state = _set_tokens(plan, state, chunks, DecodeOutput(token_X[:, None], chunks.is_last_X, None))
     return output, logits_XV, constrain_rows(plan, x_XTD[:, : chunks.tokens_XT.shape[1]]), state
+
+
+def _rows_of_chunks(plan: Plan, rows: Rows, chunks: Chunks) -> Rows:
+    """Return the row of each chunk. One that does not exist has no pages."""
+    of_chunk = partial(_take, plan, chunks.row_X)
+
+    def tables_of_chunks(table_RBM: Array) -> Array:
+        table_RXM = table_RBM.at[:, chunks.row_X].get(mode="fill", fill_value=-1)
+        return lax.with_sharding_constraint(table_RXM, sharding(plan.mesh, TABLE_RBM))
+
+    tables_RXM = jax.tree.map(tables_of_chunks, rows.tables_RBM)
+    return Rows(tables_RXM, of_chunk(rows.length_B), of_chunk(rows.prompt_len_B))
+
+
+def _prefill_drafts(
+    plan: Plan, drafter: Drafter, state: DecodeState, chunks: Chunks, first_X: Int[Array, "X"]
+) -> DecodeState:
+    """Append chunks of prompts to the cache of a draft model.
+
+    It is a program of its own, which runs after `prefill`, so that the first tokens do not wait for it.
+
+    Args:
+        plan: How the mesh decodes.
+        drafter: The draft model.
+        state: Donated: continue with the one that is returned.
+        chunks: The chunks.
+        first_X: The positions of their first tokens.
+    """
+    drafts = state.drafts
+    assert drafts is not None
+    assert drafts.cached is not None
+    of_chunks, rows = drafts.cached._replace(length_B=first_X), _rows_of_chunks(plan, state.rows, chunks)
+    _, after = append_to_cache(plan, drafter, of_chunks, rows, chunks.tokens_XT, chunks.count_X)
+    length_B = drafts.cached.length_B.at[chunks.row_X].set(after.length_B, mode="drop")
+    cached = DraftCache(after.cache, constrain_rows(plan, length_B))
+    return state._replace(drafts=drafts._replace(cached=cached))
 
 
 def _score_tokens(
@@ -247,5 +290,6 @@ copy_pages = partial(jax.jit, static_argnames="plan", **_donate_state)(_copy_pag
 edit_page_table = partial(jax.jit, static_argnames="plan", **_donate_state)(_edit_page_table)
 prefill = partial(jax.jit, static_argnames=("config", "plan"), **_donate_state)(_prefill)
 prefill_to_score = partial(jax.jit, static_argnames=("config", "plan"), **_donate_state)(_prefill_to_score)
+prefill_drafts = partial(jax.jit, static_argnames="plan", **_donate_state)(_prefill_drafts)
 score_tokens = partial(jax.jit, static_argnames=("config", "plan", "num_top"))(_score_tokens)
 choose_first = partial(jax.jit, static_argnames="plan", **_donate_state)(_choose_first)

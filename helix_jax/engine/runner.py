@@ -24,6 +24,7 @@ from helix_jax.cache import (
     ring_pages,
 )
 from helix_jax.decoding import DecodeOutput, DecodeState, decode_program, decode_steps
+from helix_jax.drafting import CATCH_UP, DraftCache, Drafter, DraftOptions, Drafts, draft_cache_spec
 from helix_jax.engine import programs
 from helix_jax.engine.output_text import OutputText
 from helix_jax.engine.page_allocator import RowPages
@@ -37,7 +38,7 @@ from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.processes import min_over_processes
 from helix_jax.sampling import MAX_LOGPROBS, Logprobs, RowSampling, make_host_sampling, make_sampling
-from helix_jax.speculation import MAX_DRAFT_TOKENS, Drafts
+from helix_jax.speculation import MAX_DRAFT_TOKENS
 
 _MEMORY_FRACTION = 0.9  # of a device's free memory, for pages
 _MEMORY_FILE = Path("/proc/meminfo")  # of Linux
@@ -69,11 +70,20 @@ class DecodeOptions(NamedTuple):
 
     Attributes:
         max_steps: The most tokens per row and call.
-        speculate: Whether tokens are drafted.
+        draft_tokens: The most tokens that are drafted for a row in a step. None: none are.
+        draft_model: The model that drafts them. None: they are looked up in the row.
     """
 
     max_steps: int
-    speculate: bool
+    draft_tokens: int | None = None
+    draft_model: Transformer | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """The most tokens of a row that a step of decoding appends or undoes."""
+        if self.draft_tokens is None:
+            return 1
+        return max(1 + MAX_DRAFT_TOKENS, CATCH_UP if self.draft_model else 0)
 
 
 class Runner:
@@ -103,14 +113,15 @@ class Runner:
         decoding: DecodeOptions,
     ):
         self.config, self.plan, self.rows = model.config, plan, rows
-        self._decode_steps = decode_steps(plan, decoding.max_steps, drafts=decoding.speculate)
+        self._decode_steps = decode_steps(plan, decoding.max_steps, drafts=decoding.draft_tokens is not None)
         self._decode_program = decode_program(plan)
         self.specs, self.page = cache_specs(model.config, plan.cache_dtype_for(model.dtype)), page
         self._weights = model.weights()
         self._device = min(model.embed_VD[...].sharding.addressable_devices, key=lambda device: device.id)
-        in_flight = max(chunk, 1 + MAX_DRAFT_TOKENS) if decoding.speculate else chunk
+        in_flight = max(chunk, decoding.in_flight)
         self.pages_per_row = [_most_pages(plan, spec, max_len, in_flight, page) for spec in self.specs]
-        self._drafted_from = max_len if decoding.speculate else None  # the most tokens of a row
+        self._drafted_from = None if decoding.draft_tokens is None else max_len  # the most tokens of a row
+        self._drafter, self._draft_spec = _make_drafter(plan, decoding, self.specs[0])
         # Only pages of the first cache group are allocated. The others are rings, whose pages belong to the rows.
         self.ring = self.pages_per_row[0] if self.specs[0].window else None
         self._groups = plan.mesh.shape[DP]
@@ -184,6 +195,14 @@ class Runner:
             stacked = jax.tree.map(lambda *of_rows: np.stack(of_rows), *updates)
             self.state = self.call(programs.admit, self.plan, self.state, self.put(stacked))
 
+    def prefill_drafts(self, request: Request) -> None:
+        """Append what is cached of a request to the cache of the draft model, if there is one."""
+        group, width = request.assigned_row // (self.rows // self._groups), max(shape.width for shape in self._shapes)
+        for first in range(0, request.num_computed if self._draft_spec else 0, width):
+            chunk = Chunk(request, first, min(width, request.num_computed - first), False, group)
+            for shape, chunks in divide_chunks([chunk], self._shapes, self._groups):
+                self._prefill_drafts(chunks, self._prefill_arguments(shape, chunks)[-1])
+
     def row_table(self, group: int, row: int, row_pages: RowPages) -> np.ndarray:
         """Return the page table of a row in a cache group, [R, M]."""
         pages = self.pages_per_row[group]
@@ -220,6 +239,8 @@ class Runner:
         for shape in self._shapes:
             arguments = self._prefill_arguments(shape, {})
             calls.append((programs.prefill, arguments))
+            if self._draft_spec:
+                calls.append((programs.prefill_drafts, self._prefill_drafts_arguments({}, arguments[-1])))
             if sampling:
                 logits_shape = (self._groups * shape.chunks, self._vocab)
                 where = sharding(self.plan.mesh, ROWS_B)
@@ -315,7 +336,7 @@ class Runner:
         for request, count in counts.items():
             count_B[request.assigned_row] = count
         model = self.config, self.plan, self._weights
-        return *model, self.state, per_row(self.plan, count_B), steps, greedy
+        return *model, self.state, per_row(self.plan, count_B), steps, greedy, self._drafter
 
     def _prefill(
         self, shape: PrefillShape, chunks: Mapping[int, Chunk], *, uses_sampler: bool
@@ -329,7 +350,19 @@ class Runner:
             output, logits_XV, self.state = self.call(programs.prefill, *arguments)
         if uses_sampler:
             output, self.state = self.call(programs.choose_first, self.plan, self.state, arguments[-1], logits_XV)
+        if self._draft_spec:
+            self._prefill_drafts(chunks, arguments[-1])
         return output, scores
+
+    def _prefill_drafts(self, chunks: Mapping[int, Chunk], arrays: Chunks) -> None:
+        arguments = self._prefill_drafts_arguments(chunks, arrays)
+        self.state = self.call(programs.prefill_drafts, *arguments)
+
+    def _prefill_drafts_arguments(self, chunks: Mapping[int, Chunk], arrays: Chunks) -> tuple[Any, ...]:
+        first_X = np.zeros(arrays.row_X.shape)
+        for index, chunk in chunks.items():
+            first_X[index] = chunk.first
+        return self.plan, self._drafter, self.state, arrays, per_row(self.plan, first_X)
 
     def _score(self, x_XTD: jax.Array, chunks: Mapping[int, Chunk]) -> Logprobs:
         """Compute the log-probabilities of chunks from their hidden states."""
@@ -364,6 +397,8 @@ class Runner:
         ranks = self._groups * self.plan.layout.ranks
         one_page_each = [make_pool(self.plan, spec, ranks, self.page) for spec in self.specs]
         page_bytes, *other_bytes = map(bytes_per_device, one_page_each)
+        if self._draft_spec:
+            page_bytes += bytes_per_device(make_pool(self.plan, self._draft_spec, ranks, self.page))
         rings = zip(other_bytes, self.pages_per_row[1:], strict=True)
         left_bytes = int(_MEMORY_FRACTION * free_bytes) - rows * sum(size * pages for size, pages in rings)
         return min_over_processes(max(1, min(wanted, left_bytes // page_bytes)))
@@ -384,11 +419,18 @@ class Runner:
         sampling = RowSampling(
             put_rows(make_sampling(rows)), put_rows(np.ones(rows, np.float32)), put_rows(no_B), put_rows(no_BV)
         )
-        drafts = None
-        if self._drafted_from is not None:
-            drafts = Drafts(per_row(plan, np.zeros((rows, self._drafted_from))), per_row(plan, zeros_B))
         row_arrays = per_row(plan, zeros_B), put_rows(no_B), put_rows(no_BV)
-        return DecodeState(caches, device_rows, *row_arrays, sampling, drafts)
+        return DecodeState(caches, device_rows, *row_arrays, sampling, self._empty_drafts())
+
+    def _empty_drafts(self) -> Drafts | None:
+        if self._drafted_from is None:
+            return None
+        plan, zeros_B = self.plan, np.zeros(self.rows)
+        drafts = Drafts(per_row(plan, np.zeros((self.rows, self._drafted_from))), per_row(plan, zeros_B))
+        if not self._draft_spec:
+            return drafts
+        cache = make_pool(plan, self._draft_spec, self._groups * plan.layout.ranks * self.pages, self.page)
+        return drafts._replace(cached=DraftCache(cache, per_row(plan, zeros_B)))
 
 
 def _free_bytes(device: Any) -> int | None:
@@ -406,6 +448,17 @@ def _most_pages(plan: Plan, spec: CacheSpec, max_len: int, in_flight: int, page:
     """Return the pages that a row needs on each rank for the layers of a cache group."""
     pages = max_pages_per_row(plan.layout, max_len, page)
     return min(pages, ring_pages(plan.layout, spec.window, in_flight, page)) if spec.window else pages
+
+
+def _make_drafter(plan: Plan, decoding: DecodeOptions, first: CacheSpec) -> tuple[Drafter | None, CacheSpec | None]:
+    """Return what drafts tokens, and what its model caches if it has one, in pages like those of a cache group."""
+    model = decoding.draft_model
+    if decoding.draft_tokens is None:
+        return None, None
+    if model is None:
+        return Drafter(DraftOptions(decoding.draft_tokens)), None
+    spec = draft_cache_spec(model.config, plan.cache_dtype_for(model.dtype), first)
+    return Drafter(DraftOptions(decoding.draft_tokens, model.config), model.weights()), spec
 
 
 def _pending(
