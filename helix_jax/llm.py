@@ -21,7 +21,7 @@ from helix_jax.checkpoint import load
 from helix_jax.devices import choose_dtype, open_mesh
 from helix_jax.draft_folder import is_draft_folder, open_draft
 from helix_jax.engine import Engine, Event, FinishedEvent, PromptLogprobs, RequestOutput, SamplingParams
-from helix_jax.engine.engine import DEFAULT_PAGE, check_options
+from helix_jax.engine.options import DEFAULT_PAGE, check_options
 from helix_jax.engine.params import check_no_sampling, params_of_each
 from helix_jax.engine.requests import sample_ids
 from helix_jax.folder import AnyPrompt, ModelFolder

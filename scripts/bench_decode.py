@@ -42,7 +42,7 @@ from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
 from helix_jax.decoding import DEFAULT_STEPS, DecodeState, decode_program
 from helix_jax.devices import open_mesh
-from helix_jax.engine.engine import DEFAULT_PAGE
+from helix_jax.engine.options import DEFAULT_PAGE
 from helix_jax.kernels import KERNELS
 from helix_jax.layout import PLACEMENTS
 from helix_jax.mesh import CP, ROWS_B, TP, make_mesh

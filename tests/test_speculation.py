@@ -17,7 +17,7 @@ from helix_jax import Engine, FinishedEvent, Plan, SamplingParams, decoding, dra
 from helix_jax.checkpoint import shard
 from helix_jax.draft_folder import open_draft
 from helix_jax.engine import runner
-from helix_jax.engine.engine import check_speculation
+from helix_jax.engine.options import check_speculation
 from helix_jax.folder import ModelFolder
 from helix_jax.models.transformer import Transformer
 from helix_jax.speculation import (

@@ -17,7 +17,8 @@ from helix_jax.cli.console import Reporter
 from helix_jax.combine import COMBINES
 from helix_jax.devices import DTYPES, PLATFORMS, default_dtype, open_mesh
 from helix_jax.draft_folder import open_draft
-from helix_jax.engine.engine import DEFAULT_PAGE, Engine
+from helix_jax.engine.engine import Engine
+from helix_jax.engine.options import DEFAULT_PAGE
 from helix_jax.folder import ModelFolder
 from helix_jax.heads import HeadLayout
 from helix_jax.kernels import KERNELS

@@ -3,19 +3,17 @@
 import secrets
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from itertools import chain, count
-from typing import Any
 
 import jax
 import numpy as np
 
 from helix_jax.arrays import fetch
-from helix_jax.config import ModelConfig
 from helix_jax.decoding import DEFAULT_STEPS, DecodeOutput
-from helix_jax.drafting import DEFAULT_DRAFT_TOKENS, check_draft_model
 from helix_jax.engine.logprobs import PromptLogprobs, logprobs_of, prompt_logprobs_of
+from helix_jax.engine.options import DEFAULT_PAGE, DEFAULT_ROWS, check_options, make_decode_options
 from helix_jax.engine.output_text import OutputText
 from helix_jax.engine.page_allocator import PageAllocator, describe_prefix_caching
 from helix_jax.engine.params import SamplingParams, check_num_top, params_of_each
@@ -30,19 +28,17 @@ from helix_jax.engine.requests import (
     check_length,
     sample_ids,
 )
-from helix_jax.engine.runner import DecodeOptions, PendingStep, Runner, default_chunk
+from helix_jax.engine.runner import PendingStep, Runner, default_chunk
 from helix_jax.engine.scheduler import Admission, Chunk, ScheduledStep, Scheduler
 from helix_jax.mesh import DP
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.processes import on_first_process
 from helix_jax.sampling import Logprobs
-from helix_jax.speculation import MAX_DRAFT_TOKENS, SPECULATIONS, SpeculationCounts, check_draft_tokens
+from helix_jax.speculation import SpeculationCounts
 from helix_jax.step import check_model_placement
 from helix_jax.text import Tokenizer, check_stop_string, encode_text
-from helix_jax.validation import check_in_vocabulary, check_int, check_token_ids, check_type
-
-DEFAULT_PAGE, DEFAULT_ROWS = 64, 8
+from helix_jax.validation import check_in_vocabulary, check_token_ids, check_type
 
 # Text, or token ids.
 Prompt = str | Sequence[int] | np.ndarray
@@ -110,9 +106,10 @@ class Engine:
         plan, config = self.plan, self.model.config
         self._max_len = config.max_positions if self.max_len is None else self.max_len
         self.chunk = default_chunk(plan.mesh) if self.chunk is None else self.chunk
-        check_options(config, plan, {field.name: getattr(self, field.name) for field in fields(self)})
+        options = {field.name: getattr(self, field.name) for field in fields(self)} | {"max_len": self._max_len}
+        check_options(config, plan, options)
         check_model_placement(self.model, plan)
-        decoding = self._make_decode_options()
+        decoding = make_decode_options(config, plan, options)
         # All processes draw the same seeds.
         self._entropy = on_first_process(lambda: secrets.randbits(128))
         self.config = config
@@ -487,21 +484,6 @@ class Engine:
             self.runner.admit([(admission, self.scheduler.row_pages[request.id])])
             self.runner.prefill_drafts(request)
 
-    def _make_decode_options(self) -> DecodeOptions:
-        """Return how rows decode. Check the draft model, if there is one."""
-        if self.speculate is None:
-            return DecodeOptions(self.steps_per_call)
-        if not isinstance(self.speculate, Transformer):
-            return DecodeOptions(self.steps_per_call, self.draft_tokens or MAX_DRAFT_TOKENS)
-        draft = self.speculate
-        check_draft_model(self.model.config, draft.config, self._max_len)
-        try:
-            check_model_placement(draft, self.plan)
-            self.plan.kernel_for_model(draft.config, self.page, draft.dtype)
-        except ValueError as error:
-            raise ValueError(f"the draft model: {error}") from None
-        return DecodeOptions(self.steps_per_call, self.draft_tokens or DEFAULT_DRAFT_TOKENS, draft)
-
     def _new_id(self) -> str:
         names = (f"request-{number}" for number in count(self._submitted))
         return next(name for name in names if name not in self.requests and name not in self._samples)
@@ -567,47 +549,3 @@ class Engine:
         self.discard(request)
         self._finished += 1
         return FinishedEvent(request.id, request.make_output(finish_reason))
-
-
-def check_options(config: ModelConfig, plan: Plan, options: Mapping[str, Any]) -> None:
-    """Check options of an engine, which needs no weights.
-
-    Args:
-        config: The model.
-        plan: How the mesh decodes.
-        options: Arguments of `Engine`. Those that are missing or None have their defaults.
-
-    Raises:
-        TypeError: An option has the wrong type.
-        ValueError: dp does not divide the rows, a number is below 1, `max_len` exceeds the positions of the model, or
-            `speculate` is unknown.
-    """
-    given = {name: value for name, value in options.items() if value is not None}
-    if "tokenizer" in given:
-        check_type("tokenizer", given["tokenizer"], Tokenizer, "an object with encode and decode, see open_tokenizer")
-    check_type("prefix_caching", given.get("prefix_caching", True), bool, "True or False")
-    check_speculation(given.get("speculate"), given.get("draft_tokens"))
-    for name in ("rows", "page", "chunk", "steps_per_call", "max_len", "pages", "budget"):
-        if name in given:
-            check_int(name, given[name], least=1)
-    if given.get("max_len", 0) > config.max_positions:
-        raise ValueError(f"max_len is {given['max_len']}: give at most the model's {config.max_positions} positions")
-    dp, rows = plan.mesh.shape[DP], given.get("rows", DEFAULT_ROWS)
-    if rows % dp:
-        raise ValueError(f"dp {dp} does not divide {rows} rows: give a multiple of {dp}")
-
-
-def check_speculation(speculate: object, draft_tokens: Any) -> None:
-    """Check how tokens are drafted, and how many.
-
-    Raises:
-        TypeError: `speculate` is not a string or a model, or `draft_tokens` is not an int.
-        ValueError: `speculate` is an unknown string, or `draft_tokens` is out of range, or useless because nothing is
-            drafted.
-    """
-    if isinstance(speculate, str):
-        if speculate not in SPECULATIONS:
-            raise ValueError(f"speculate is {speculate!r}: give 'ngram', or a draft model of helix_jax.load")
-    elif speculate is not None and not isinstance(speculate, Transformer):
-        raise TypeError(f"speculate is {speculate!r}: give 'ngram', or a draft model of helix_jax.load")
-    check_draft_tokens("draft_tokens", draft_tokens, "speculate", speculates=speculate is not None)

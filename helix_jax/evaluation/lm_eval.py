@@ -21,7 +21,7 @@ from helix_jax.checkpoint import DEMO_MODEL, load, read_config, resolve_folder
 from helix_jax.config import ModelConfig
 from helix_jax.devices import default_dtype, open_mesh
 from helix_jax.engine import Engine, FinishedEvent, RequestOutput, SamplingParams
-from helix_jax.engine.engine import DEFAULT_PAGE
+from helix_jax.engine.options import DEFAULT_PAGE
 from helix_jax.parsing import parse_dataclass
 from helix_jax.plan import Plan
 from helix_jax.text import ByteTokenizer, Tokenizer, open_tokenizer

@@ -8,7 +8,7 @@ import numpy as np
 from helix_jax.arrays import put
 from helix_jax.cache import KVCache, cache_specs, make_caches, per_row
 from helix_jax.decoding import DEFAULT_STEPS, DecodeState, decode_program
-from helix_jax.engine.engine import DEFAULT_PAGE
+from helix_jax.engine.options import DEFAULT_PAGE
 from helix_jax.engine.runner import default_chunk
 from helix_jax.mesh import CP, ROWS_B
 from helix_jax.models.transformer import Transformer
