@@ -180,7 +180,7 @@ TOKENS = np.zeros((2, 5), int)
         (
             lambda: make_sequences(TOKENS, np.ones((2, 5), bool)),
             ValueError,
-            r"loss_mask_BS of a batch has shape \(2, 5\) beside tokens \(2, 5\): give \(2, 4\)",
+            r"has shape \(2, 5\) beside tokens \(2, 5\): give \(2, 4\)",
         ),
         (
             lambda: make_sequences(TOKENS, np.ones((2, 4))),
@@ -195,7 +195,7 @@ TOKENS = np.zeros((2, 5), int)
         (
             lambda: make_sequences(TOKENS, None, np.zeros((2, 4), bool)),
             TypeError,
-            "document_start_BS of a batch has dtype bool",
+            "_start_BS of a batch has dtype bool",
         ),
     ],
 )
