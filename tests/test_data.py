@@ -13,11 +13,13 @@ from helix_jax.training.data import (
     Corpus,
     check_corpus,
     held_out_windows,
+    make_sequences,
+    masked_sequences,
     open_corpus,
     slice_sequences,
     training_sequences,
 )
-from helix_jax.training.passkeys import NAMES, fact, haystack, insert_passkeys, new_key, question
+from helix_jax.training.passkeys import NAMES, fact, insert_passkeys, passkey_drill, question, recall_mask
 
 
 class WordLengths:
@@ -149,15 +151,72 @@ def test_every_passkey_is_stated_before_it_is_asked_for():
     assert questions >= 1
 
 
-@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
-def test_a_haystack_has_the_given_length_and_the_fact_at_its_depth(depth: float):
-    text, key = bytes(range(32, 127)) * 20, new_key(np.random.default_rng(0))
-    prompt = haystack(text, 1000, depth, "heron", key)
-    assert len(prompt) == 1000
-    assert prompt.endswith(question("heron"))
-    hay = 1000 - len(fact("heron", key)) - len(question("heron"))
-    assert prompt.find(fact("heron", key)) == round(depth * hay)
-    with pytest.raises(ValueError, match="a context of 50 bytes is too short for fact and question: give 87 or more"):
-        haystack(text, 50, depth, "heron", key)
-    with pytest.raises(ValueError, match="the text has 1900 bytes, and a context of 5000 needs"):
-        haystack(text, 5000, depth, "heron", key)
+@pytest.mark.parametrize("progress", [0.0, 0.9])
+def test_in_a_drill_only_passkeys_that_were_stated_count(progress: float):
+    text, random = b"In the beginning God created the heaven and the earth. " * 3, np.random.default_rng(0)
+    has_repeated_digit = False
+    for _ in range(20):
+        drill = passkey_drill(text, random, progress)
+        mask = recall_mask(drill)
+        assert len(drill) == len(mask) == len(text)
+        assert mask.any()
+        for start in np.flatnonzero(np.diff(mask.astype(int), prepend=0) == 1):
+            end = drill.index(b".", start)
+            stated = drill[:start].split(b"The passkey of ")[-1] + drill[start:end] + b"."
+            assert mask[start : end + 1].all()
+            assert b"The passkey of " + stated in drill[:start]  # this name with this key
+            has_repeated_digit |= len(set(drill[start:end])) < end - start
+    assert has_repeated_digit == (progress > 0.5)
+
+
+def test_only_the_pieces_that_count_are_in_the_loss():
+    rows = [[([1, 2], False), ([3, 4], True), ([5], False), ([6], True)], [([7], False), ([8], True)]]
+    sequences = masked_sequences(rows, 7)
+    assert sequences.tokens_BS.tolist() == [[1, 2, 3, 4, 5, 6, 0, 0], [7, 8, 0, 0, 0, 0, 0, 0]]
+    targets_BS = sequences.tokens_BS[:, 1:]
+    assert [row[mask].tolist() for row, mask in zip(targets_BS, sequences.loss_mask_BS, strict=True)] == [
+        [3, 4, 6],
+        [8],
+    ]
+    assert not sequences.document_start_BS.any()
+
+
+TOKENS = np.zeros((2, 5), int)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: masked_sequences([[([1] * 9, True)]], 7),
+            ValueError,
+            "row 0 has 9 tokens, more than context 7 and one",
+        ),
+        (lambda: masked_sequences([[("text", True)]], 7), TypeError, "row 0 has token ids that are not whole numbers"),
+        (lambda: masked_sequences([[([1, 2], False)]], 7), ValueError, "loss_mask_BS of a batch is False everywhere"),
+        (lambda: masked_sequences([], 7), ValueError, r"a batch has shape \(0, 8\): give .* at least 1 sequence"),
+        (
+            lambda: make_sequences(TOKENS, np.ones((2, 5), bool)),
+            ValueError,
+            r"has shape \(2, 5\) beside tokens \(2, 5\): give \(2, 4\)",
+        ),
+        (
+            lambda: make_sequences(TOKENS, np.ones((2, 4))),
+            TypeError,
+            "loss_mask_BS of a batch has dtype float64: give booleans",
+        ),
+        (
+            lambda: make_sequences(TOKENS, None, np.full((2, 4), 3)),
+            ValueError,
+            "an index below 0 or after its token",
+        ),
+        (
+            lambda: make_sequences(TOKENS, None, np.zeros((2, 4), bool)),
+            TypeError,
+            "_start_BS of a batch has dtype bool",
+        ),
+    ],
+)
+def test_sequences_that_cannot_be_trained_on_are_refused(call, error, message: str):
+    with pytest.raises(error, match=message):
+        call()
