@@ -54,7 +54,7 @@ class Sequences(NamedTuple):
     """Sequences of S tokens and the one that follows. `make_sequences` and `masked_sequences` create and check them.
 
     tokens_BS has shape [B, S + 1]. document_start_BS is the index in the sequence at which the document of a token
-    starts: nothing before it is seen. loss_mask_BS tells whether the token that follows counts in the loss.
+    starts, before which nothing is seen. loss_mask_BS tells whether the token that follows counts in the loss.
     """
 
     tokens_BS: np.ndarray  # [B, S + 1]
