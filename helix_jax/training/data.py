@@ -53,15 +53,10 @@ class Corpus:
 class Sequences(NamedTuple):
     """Sequences of S tokens and the one that follows. `make_sequences` and `masked_sequences` create and check them.
 
-    <<<<<<< HEAD
-        Attributes:
-            tokens_BS: The tokens, of shape [B, S + 1].
-            document_start_BS: The index in the sequence at which the document of each token starts. Nothing before is seen.
-            loss_mask_BS: Whether the token that follows counts in the loss.
-    =======
-        tokens_BS has shape [B, S + 1]. document_start_BS is the index in the sequence at which the document of a token
-        starts, before which nothing is seen. loss_mask_BS tells whether the token that follows counts in the loss.
-    >>>>>>> train
+    Attributes:
+        tokens_BS: The tokens, of shape [B, S + 1].
+        document_start_BS: The index in the sequence at which the document of each token starts. Nothing before is seen.
+        loss_mask_BS: Whether the token that follows counts in the loss.
     """
 
     tokens_BS: np.ndarray
