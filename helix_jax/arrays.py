@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.experimental import multihost_utils
 
 from helix_jax.mesh import AnyMesh, Spec, sharding
@@ -36,6 +37,15 @@ def fetch(x: jax.Array) -> np.ndarray:
     """
     is_local = x.is_fully_addressable or x.is_fully_replicated
     return np.asarray(x) if is_local else np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def without_weak_types(tree: Any) -> Any:
+    """Return a pytree of arrays whose types are not weak.
+
+    JAX compiles a program again for an argument of another type, and `float32` and a weak `float32`, such as that of
+    `jnp.full(shape, 1.0)`, are different ones.
+    """
+    return jax.tree.map(lambda x: lax.convert_element_type(x, x.dtype), tree)
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -268,6 +268,14 @@ def test_fit_takes_a_config_plain_arrays_another_optimizer_and_another_loss():
     np.testing.assert_allclose(losses((1, 4), loss), expected, rtol=1e-5)  # positions are in their natural order
 
 
+def test_all_steps_run_one_program():
+    """Random weights and hyperparameters in the optimizer's state have weak types, unlike the results of a step."""
+    config, optimizer = dataclasses.replace(TINY, layers=1), optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3)
+    before = train_step._cache_size()
+    fit(config, [packed_sequences()] * 3, optimizer, plan=train_plan(1, 2, model=config))
+    assert train_step._cache_size() == before + 1
+
+
 def test_fit_warns_when_the_batches_end_early(caplog):
     fit(TINY, [packed_sequences()], make_optimizer(CONFIG), steps=3, plan=train_plan())
     assert "the batches ended after step 1: 3 steps were requested" in caplog.text

@@ -49,7 +49,7 @@ class Parameters:
     def norm(self, name: str) -> nnx.Param[Array]:
         """Make the weight of a norm."""
         neutral = 0.0 if self.config.norm_offset else 1.0
-        return self._make(name, lambda shape, _: jnp.full(shape, neutral))
+        return self._make(name, lambda shape, _: jnp.full(shape, neutral, jnp.float32))
 
     def bias(self, name: str) -> nnx.Param[Array]:
         """Make a bias."""

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Int
 
-from helix_jax.arrays import put
+from helix_jax.arrays import put, without_weak_types
 from helix_jax.config import ModelConfig
 from helix_jax.layout import positions_by_rank
 from helix_jax.mesh import REPLICATED, SEQ_BS, SEQ_XBS, sharding, stored_sharding
@@ -109,6 +109,9 @@ def abstract_batch(plan: TrainPlan, batch: int, context: int) -> Any:
 def init_state(plan: TrainPlan, optimizer: optax.GradientTransformation, weights: Weights | None = None) -> TrainState:
     """Create the first state.
 
+    Its arrays have the types and the shardings of those that a step returns, so that the second step runs the program
+    of the first.
+
     Args:
         plan: The mesh and the model.
         optimizer: Its state is created too.
@@ -125,9 +128,10 @@ def init_state(plan: TrainPlan, optimizer: optax.GradientTransformation, weights
         stored_weights = draw()
     else:
         stored_weights = jax.tree.map(place, weights, places.weights)
-    opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(stored_weights)
+    init = jax.jit(lambda weights: without_weak_types(optimizer.init(weights)), out_shardings=places.opt_state)
+    opt_state = init(stored_weights)
     return TrainState(stored_weights, opt_state, put(np.zeros((), np.int32), plan.mesh, REPLICATED))
 
 
 def _random_weights(model: ModelConfig, seed: int) -> Weights:
-    return Transformer(model, rngs=nnx.Rngs(seed)).weights()
+    return without_weak_types(Transformer(model, rngs=nnx.Rngs(seed)).weights())

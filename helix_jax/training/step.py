@@ -17,6 +17,7 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float
 
+from helix_jax.arrays import without_weak_types
 from helix_jax.layout import positions_by_rank
 from helix_jax.mesh import DP, SEQ_BSD, TP, compute_sharding, sharding
 from helix_jax.models.transformer import Layer, Transformer, Weights, assemble, compute_logits
@@ -171,7 +172,8 @@ def _train_step(
     (value, gradients), _ = lax.scan(add_part, zero, (batch, jnp.arange(parts)))
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.weights)
     weights = cast(Weights, optax.apply_updates(state.weights, updates))
-    after = lax.with_sharding_constraint(TrainState(weights, opt_state, state.step + 1), places)
+    after = TrainState(weights, without_weak_types(opt_state), state.step + 1)
+    after = lax.with_sharding_constraint(after, places)
     return StepMetrics(value, optax.tree.norm(gradients)), after
 
 
