@@ -23,6 +23,12 @@ KINDS = ("plain", "documents", "window", "sink", "latent")
 MESHES = [(1, 1, 1), (1, 4, 1), (2, 4, 1), (2, 2, 2), (1, 8, 1)]
 
 
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    """Let shares of these short sequences have several tiles."""
+    monkeypatch.setattr(ring, "_SMALLEST_TILE", 1)
+
+
 def plain_attention(q_BTNH, k_BSKH, v_BSKH, document_start_BT, scale, window, sink_N):
     """Attend by the matrix of all pairs."""
     position_S = jnp.arange(k_BSKH.shape[1])
@@ -151,6 +157,12 @@ def test_tiles_before_a_document_are_skipped(visited: Counter):
 
 @pytest.mark.parametrize(("slots", "tile"), [(32768, 512), (8192, 512), (4096, 256), (96, 6), (24, 1), (7, 1)])
 def test_the_tile_divides_a_share_into_at_least_16_tiles(slots: int, tile: int):
+    assert tile_for(slots) == tile
+
+
+@pytest.mark.parametrize(("slots", "tile"), [(2048, 128), (256, 32), (96, 32), (24, 24), (7, 7)])
+def test_the_tiles_of_a_short_share_are_not_tiny(monkeypatch, slots: int, tile: int):
+    monkeypatch.undo()
     assert tile_for(slots) == tile
 
 

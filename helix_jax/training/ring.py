@@ -29,6 +29,7 @@ from helix_jax.numerics import einsum
 
 _LARGEST_TILE = 512
 _LEAST_TILES = 16  # per share: half of the work in tiles on the diagonal is wasted
+_SMALLEST_TILE = 32  # unless a share is smaller: below this the loop over tiles costs more than what it skips
 
 
 def ring_attention(
@@ -89,7 +90,7 @@ def check_length(layout: BlockLayout, length: int) -> None:
 
 def tile_for(slots: int) -> int:
     """Return the side of the tiles for shares of `slots` slots: a divisor of it."""
-    most = max(1, min(_LARGEST_TILE, slots // _LEAST_TILES))
+    most = min(slots, max(_SMALLEST_TILE, min(_LARGEST_TILE, slots // _LEAST_TILES)))
     return next(tile for tile in range(most, 0, -1) if slots % tile == 0)
 
 
