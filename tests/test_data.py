@@ -17,7 +17,7 @@ from helix_jax.training.data import (
     slice_sequences,
     training_sequences,
 )
-from helix_jax.training.passkeys import NAMES, fact, haystack, insert_passkeys, new_key, question
+from helix_jax.training.passkeys import NAMES, fact, insert_passkeys, question
 
 
 class WordLengths:
@@ -147,17 +147,3 @@ def test_every_passkey_is_stated_before_it_is_asked_for():
             assert 0 <= stated < answer.start()
             questions += 1
     assert questions >= 1
-
-
-@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
-def test_a_haystack_has_the_given_length_and_the_fact_at_its_depth(depth: float):
-    text, key = bytes(range(32, 127)) * 20, new_key(np.random.default_rng(0))
-    prompt = haystack(text, 1000, depth, "heron", key)
-    assert len(prompt) == 1000
-    assert prompt.endswith(question("heron"))
-    hay = 1000 - len(fact("heron", key)) - len(question("heron"))
-    assert prompt.find(fact("heron", key)) == round(depth * hay)
-    with pytest.raises(ValueError, match="a context of 50 bytes is too short for fact and question: give 87 or more"):
-        haystack(text, 50, depth, "heron", key)
-    with pytest.raises(ValueError, match="the text has 1900 bytes, and a context of 5000 needs"):
-        haystack(text, 5000, depth, "heron", key)

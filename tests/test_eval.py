@@ -1,5 +1,6 @@
 """Tests the evaluations: a session against a model without a cache, needles and perplexity against one device."""
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -11,33 +12,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helix_jax.checkpoint import DEMO_MODEL, load
+from helix_jax.checkpoint import DEMO_MODEL, load, read_config, save
 from helix_jax.cli import eval as command
 from helix_jax.cli import main
 from helix_jax.evaluation import (
     ONE_DEVICE,
     CacheSession,
+    Needle,
     NeedleAnswers,
     NeedleOptions,
     NeedleResults,
     PerplexityOptions,
     PerplexityResults,
+    TokenText,
     ask_needles,
     held_out_text,
     make_needles,
     make_plans,
     run_perplexity,
-    spaced_windows,
 )
+from helix_jax.evaluation.phrases import Phrases
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import make_mesh
 from helix_jax.plan import Plan
-from helix_jax.training.passkeys import DIGITS
+from helix_jax.text import ByteTokenizer, open_tokenizer
+from helix_jax.training.passkeys import DIGITS, fact, question
 from tests.conftest import GOLDEN, ROOT
-from tests.reference import naive_logits, plan_of
+from tests.reference import BYTES, naive_logits, plan_of, tiny_model
 
 KJV = ROOT / "scripts" / "data" / "kjv.txt"
 TEXT = KJV.read_bytes()[-3000:]
+TOKENIZER = ByteTokenizer()
+BYTE_TEXT = TokenText(np.frombuffer(TEXT, np.uint8).astype(np.int32), TOKENIZER)
 
 # All tests of the byte model share these shapes, so that each program is compiled once per plan.
 ROWS, MAX_LEN, CHUNK = 4, 200, 64
@@ -174,14 +180,14 @@ def test_the_passkeys_of_a_zeroed_rank_are_lost_and_no_others():
     """The demo model finds all passkeys, but not those that a zeroed rank stored."""
     plan = plan_of(cp=4)
     model = load(DEMO_MODEL, plan, jnp.float32)
-    options = NeedleOptions(lengths=(400,), depths=5, decoded=0, rows=5, chunk=64)
-    needles = make_needles(held_out_text(KJV.read_bytes(), 0.05, 400), options)
+    options = NeedleOptions(lengths=(400,), depths=5, decoded=0, rows=5, chunk=64).for_model(8192, TOKENIZER)
+    needles = make_needles(held_out_text(KJV.read_bytes(), 0.05, TOKENIZER, 256, 400), options)
     keys = [needle.key for needle in needles]
-    assert ask_needles(model, plan, needles, options) == [[key] for key in keys]
+    assert ask_needles(model, plan, needles, options, TOKENIZER) == [[key] for key in keys]
     owners = [int(plan.layout.owner(needle.key_position, len(needle.context))) for needle in needles]
     assert set(owners) == {0, 1, 2, 3}
-    options = NeedleOptions(lengths=(400,), depths=5, decoded=0, rows=5, chunk=64, zero_rank=1)
-    for key, [answer], owner in zip(keys, ask_needles(model, plan, needles, options), owners, strict=True):
+    answers = ask_needles(model, plan, needles, dataclasses.replace(options, zero_rank=1), TOKENIZER)
+    for key, [answer], owner in zip(keys, answers, owners, strict=True):
         assert (answer == key) == (owner != 1)
 
 
@@ -207,10 +213,10 @@ def test_perplexity_equals_that_of_one_pass_without_a_cache(evaluate, byte_model
     options = ("--positions", *positions, "--span", span, "--windows", ROWS, "--placement", "helix")
     files = ("--json", tmp_path / "p.json", "--plot", tmp_path / "p.png")
     assert evaluate("perplexity", *options, *files) == 0
-    assert "180 bytes" in capsys.readouterr().out
+    assert "180 tokens" in capsys.readouterr().out
     assert (tmp_path / "p.png").stat().st_size > 1000
     found = json.loads((tmp_path / "p.json").read_text())["bits_per_byte"]
-    text, model = held_out_text(KJV.read_bytes(), 0.05, 200), load(byte_model, plan_of(cp=1), jnp.float32)
+    text, model = KJV.read_bytes()[-int(0.05 * KJV.stat().st_size) :], load(byte_model, plan_of(cp=1), jnp.float32)
     for row, position in enumerate(positions):
         nats = []
         for start in np.linspace(0, len(text) - position - span, ROWS).astype(int):
@@ -225,7 +231,57 @@ def test_perplexity_equals_that_of_one_pass_without_a_cache(evaluate, byte_model
 def test_perplexity_needs_one_device_first():
     plans = {"helix": plan_of(cp=2)}
     with pytest.raises(ValueError, match="the plans are .'helix'.: give 'one device' first"):
-        run_perplexity(lambda plan: pytest.fail("loaded"), plans, TEXT, PerplexityOptions((2,)))
+        run_perplexity(lambda plan: pytest.fail("loaded"), plans, BYTE_TEXT, PerplexityOptions((2,)))
+
+
+# other tokenizers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def token_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random model whose tokenizer merges bytes, and begins each text with a special token."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder, made = tmp_path_factory.mktemp("token_model"), tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>"], initial_alphabet=alphabet)
+    made.train_from_iterator([TEXT.decode()], trainer)
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made.save(str(folder / "tokenizer.json"))
+    save(tiny_model(dataclasses.replace(BYTES, vocab=400, tokenizer=None)), folder)
+    return folder
+
+
+def test_needles_of_other_tokenizers_begin_with_their_special_token_and_are_counted_in_tokens(token_model: Path):
+    tokenizer = open_tokenizer(token_model, read_config(token_model))
+    assert tokenizer is not None
+    options = NeedleOptions(lengths=(90, 120), depths=3, decoded=5).for_model(512, tokenizer)
+    text = held_out_text(KJV.read_bytes(), 0.01, tokenizer, 400, options.max_len)
+    phrases = Phrases(tokenizer)
+    for needle in make_needles(text, options):
+        ids = needle.context_ids
+        assert len(ids) + len(phrases.question(needle.name)) == needle.length
+        assert (ids[0], ids.count(0)) == (0, 1)
+        assert needle.context.count(f" The passkey of {needle.name} is {needle.key}.") == 1
+        answer = phrases.answer(list(ids[needle.key_position : needle.key_position + phrases.answer_tokens]))
+        assert answer == needle.key
+    assert options.max_len <= 120 + 5 + options.question_tokens
+    windows_BS = text.windows(50, 3)
+    assert windows_BS[:, 0].tolist() == [0] * 3
+    spans = [tokenizer.decode(row[-20:]) for row in windows_BS.tolist()]
+    assert text.count_bytes(windows_BS, 20) == sum(len(span.encode()) for span in spans)
+
+
+def test_a_model_with_another_tokenizer_is_evaluated(evaluate, token_model: Path, capsys, tmp_path: Path):
+    (tmp_path / "text.txt").write_bytes(TEXT)
+    model = ("--model", token_model, "--text", tmp_path / "text.txt", "--held-out", 1, "--placement", "helix")
+    shape = ("--lengths", 100, 130, "--depths", 2, "--decoded", 0)
+    assert evaluate("needles", *model, *shape, "--json", tmp_path / "n.json") == 0
+    found = json.loads((tmp_path / "n.json").read_text())
+    assert found["plans"]["helix"]["answers"] == found["plans"][ONE_DEVICE]["answers"]
+    assert 2 < found["plans"]["helix"]["bits_per_byte"] < 8  # at random log2(400) per token, and more than 1 byte each
+    assert "130 tokens" in capsys.readouterr().out
 
 
 # results and input ----------------------------------------------------------------------------------------------------
@@ -249,12 +305,12 @@ def test_a_placement_that_differs_from_one_device_is_exit_1(evaluate, monkeypatc
     monkeypatch.setattr(command, "run_perplexity", lambda *_, **__: results)
     assert evaluate("perplexity", "--positions", 2) == 1
     striped, last_rank = capsys.readouterr().err.splitlines()
-    assert "under striped, the loss of a byte differs by 0.25 nats" in striped
-    assert "under last_rank, the loss of a byte differs by nan nats" in last_rank
+    assert "under striped, the loss of a token differs by 0.25 nats" in striped
+    assert "under last_rank, the loss of a token differs by nan nats" in last_rank
 
 
 def test_the_default_contexts_and_positions_fit_the_model():
-    needles = NeedleOptions(decoded=100).for_model(1024)
+    needles = NeedleOptions(decoded=100).for_model(1024, TOKENIZER)
     assert len(needles.lengths) == 4
     assert needles.max_len == 1024
     assert PerplexityOptions().for_model(1024).positions == (64, 128, 256, 512)
@@ -262,7 +318,24 @@ def test_the_default_contexts_and_positions_fit_the_model():
 
 
 def test_windows_are_spaced_evenly_over_the_text():
-    assert spaced_windows(bytes(range(10)), 4, 3).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+    windows_BS = TokenText(np.arange(10), TOKENIZER).windows(4, 3)
+    assert windows_BS.tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+
+
+def test_a_needle_is_at_its_depth_in_a_context_of_the_given_length():
+    needles = make_needles(BYTE_TEXT, NeedleOptions(lengths=(1000,), depths=3))
+    assert [needle.depth for needle in needles] == [0.0, 0.5, 1.0]
+    for needle in needles:
+        check_needle(needle, 1000)
+
+
+def check_needle(needle: Needle, length: int) -> None:
+    """Check where a needle is in a context of bytes."""
+    hidden = fact(needle.name, needle.key).decode()
+    count = length - len(hidden) - len(question(needle.name))
+    assert len(needle.context) == len(needle.context_ids) == count + len(hidden)
+    assert needle.context.find(hidden) == round(needle.depth * count)
+    assert needle.context[needle.key_position :].startswith(needle.key)
 
 
 def test_plans_begin_with_one_device():
@@ -280,13 +353,14 @@ SHORT = ["--lengths", 100, "--decoded", 9]
 @pytest.mark.parametrize(
     ("evaluation", "options", "message"),
     [
-        ("needles", ["--lengths", 500, "--decoded", 9], "a context of 500 bytes, 9 decoded tokens and a question"),
-        ("needles", ["--lengths", 20, "--decoded", 0], "a context of 20 bytes"),
+        ("needles", ["--lengths", 500, "--decoded", 9], "a context of 500 tokens, 9 decoded tokens and a question"),
+        ("needles", ["--lengths", 20, "--decoded", 0], "a context of 20 tokens"),
         ("needles", [*SHORT, "--zero-rank", 4], "zero_rank is 4, but there are 4 cp ranks: choose one from 0 to 3"),
         ("needles", ["--zero-rank", -1], "zero_rank is -1: give at least 0"),
         ("needles", ["--depths", 0], "depths is 0: give at least 1"),
         ("needles", [*SHORT, "--held-out", 0], "the held-out share is 0.0: give a number above 0"),
-        ("needles", ["--model", GOLDEN_LLAMA], "does not have the tokenizer 'bytes': give a byte model"),
+        ("needles", ["--model", GOLDEN_LLAMA], "has no tokenizer: add the tokenizer.json of the model"),
+        ("needles", [*SHORT, "--plot", "/nowhere/n.png"], "--plot '/nowhere/n.png' cannot be written"),
         ("needles", ["--decoded", 100000], "100000 decoded tokens"),
         ("needles", [*SHORT, "--cp", 0], "cp is 0: give at least 1"),
         ("needles", [*SHORT, "--placement", "spiral"], "--placement is 'spiral': choose one of"),
@@ -294,11 +368,11 @@ SHORT = ["--lengths", 100, "--decoded", 9]
         ("needles", [*SHORT, "--json", "/nowhere/n.json"], "/nowhere/n.json"),
         ("needles", [*SHORT, "--text", "/nowhere/t.txt"], "/nowhere/t.txt"),
         ("perplexity", ["--held-out", "inf"], "the held-out share is inf"),
-        ("perplexity", ["--span", 1000], "a span of 1000 bytes exceed the model's 512 positions"),
-        ("perplexity", ["--positions", 500], "position 500 and a span of 64 bytes exceed"),
+        ("perplexity", ["--span", 1000], "a span of 1000 tokens exceed the model's 512 positions"),
+        ("perplexity", ["--positions", 500], "position 500 and a span of 64 tokens exceed"),
         ("perplexity", ["--positions", 1], "a position is 1: give at least 2"),
-        ("perplexity", ["--model", GOLDEN_LLAMA], "does not have the tokenizer 'bytes': give a byte model"),
-        ("perplexity", ["--held-out", 0.00001], "the held-out text has 44 bytes, but 320 are needed: give more text"),
+        ("perplexity", ["--model", GOLDEN_LLAMA], "has no tokenizer: add the tokenizer.json of the model"),
+        ("perplexity", ["--held-out", 0.00001], "the held-out text has 44 tokens, but 320 are needed: give more text"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(evaluate, capsys, evaluation: str, options, message: str):

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,7 +35,7 @@ from helix_jax.evaluation import (
     NeedleResults,
     PerplexityOptions,
     PerplexityResults,
-    check_byte_model,
+    TokenText,
     held_out_text,
     make_plans,
     run_needles,
@@ -46,6 +46,7 @@ from helix_jax.layout import PLACEMENTS
 from helix_jax.mesh import CP
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
+from helix_jax.text import Tokenizer, open_tokenizer
 
 DEFAULT_TEXT = Path(__file__).parents[2] / "scripts" / "data" / "kjv.txt"  # not part of an installed package
 
@@ -61,10 +62,10 @@ this comparison."""
 
 PERPLEXITY = """Measure bits per byte of held-out text at several positions.
 
-At each position the context before it is read, and then --span bytes one by
+At each position the context before it is read, and then --span tokens one by
 one as if they had been decoded, so they are stored on the ranks round-robin. A
-placement under which the loss of a byte differs by more than 1e-3 nats from one
-device makes the exit code 1."""
+placement under which the loss of a token differs by more than 1e-3 nats from
+one device makes the exit code 1."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +98,7 @@ def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--json", type=Path, metavar="FILE", help="write the results to a file")
     add("--plot", type=Path, metavar="FILE.png", help="draw the results")
-    add_model_arguments(parser, "the folder of a byte model")
+    add_model_arguments(parser, "a folder with a tokenizer")
     mesh = add_mesh_arguments(parser)
     add_choice(mesh, "--placement", PLACEMENTS, "placement to evaluate; may be repeated (default: all)", several=True)
     add_cache_arguments(parser)
@@ -106,8 +107,8 @@ def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_needle_arguments(parser: Group) -> None:
     default = NeedleOptions()
-    text = "bytes per context (default: 4 lengths that fit the model)"
-    parser.add_argument("--lengths", type=int, nargs="+", default=[], metavar="BYTES", help=text)
+    text = "tokens per context (default: 4 lengths that fit the model)"
+    parser.add_argument("--lengths", type=int, nargs="+", default=[], metavar="TOKENS", help=text)
     _add_int(parser, "--depths", "N", "number of depths of passkeys", default.depths)
     _add_int(parser, "--trials", "N", "contexts per length and depth", default.trials)
     _add_int(parser, "--decoded", "TOKENS", "tokens to decode before asking again", default.decoded)
@@ -118,9 +119,9 @@ def _add_needle_arguments(parser: Group) -> None:
 
 def _add_perplexity_arguments(parser: Group) -> None:
     default = PerplexityOptions()
-    text = "bytes before each span (default: powers of 2 from 64)"
-    parser.add_argument("--positions", type=int, nargs="+", default=[], metavar="BYTES", help=text)
-    _add_int(parser, "--span", "BYTES", "bytes to score one by one", default.span)
+    text = "tokens before each span (default: powers of 2 from 64)"
+    parser.add_argument("--positions", type=int, nargs="+", default=[], metavar="TOKENS", help=text)
+    _add_int(parser, "--span", "TOKENS", "tokens to score one by one", default.span)
     _add_int(parser, "--windows", "N", "places in the text", default.windows)
 
 
@@ -141,7 +142,7 @@ def _evaluate_needles(options: argparse.Namespace, reporter: Reporter) -> list[s
         chunk=options.prefill_chunk,
         zero_rank=options.zero_rank,
     )
-    task = _open_task(options, reporter, lambda config: needles.for_model(config.max_positions))
+    task = _open_task(options, reporter, lambda config, tokenizer: needles.for_model(config.max_positions, tokenizer))
     with _Bars(reporter) as bars:
         results = run_needles(
             task.load, task.plans, task.text, task.options, on_progress=bars.update, on_result=task.write_json
@@ -163,7 +164,7 @@ def _evaluate_perplexity(options: argparse.Namespace, reporter: Reporter) -> lis
     perplexity = PerplexityOptions(
         tuple(options.positions), span=options.span, windows=options.windows, chunk=options.prefill_chunk
     )
-    task = _open_task(options, reporter, lambda config: perplexity.for_model(config.max_positions))
+    task = _open_task(options, reporter, lambda config, _: perplexity.for_model(config.max_positions))
     with _Bars(reporter) as bars:
         results = run_perplexity(
             task.load, task.plans, task.text, task.options, on_progress=bars.update, on_result=task.write_json
@@ -173,7 +174,7 @@ def _evaluate_perplexity(options: argparse.Namespace, reporter: Reporter) -> lis
         plot_perplexity(task.figure, results)
         task.figure.savefig(options.plot, dpi=150)
     return [
-        f"under {name}, the loss of a byte differs by {gap:.2g} nats from one device"
+        f"under {name}, the loss of a token differs by {gap:.2g} nats from one device"
         for name, gap in results.different().items()
     ]
 
@@ -183,7 +184,7 @@ class _Task:
     """What an evaluation runs on. Everything but the weights has been checked and opened."""
 
     options: Any
-    text: bytes
+    text: TokenText
     plans: dict[str, Plan]
     figure: Any
     load: Callable[[Plan], Transformer]
@@ -191,13 +192,17 @@ class _Task:
 
 
 def _open_task(
-    options: argparse.Namespace, reporter: Reporter, fill_in: Callable[[ModelConfig], NeedleOptions | PerplexityOptions]
+    options: argparse.Namespace,
+    reporter: Reporter,
+    fill_in: Callable[[ModelConfig, Tokenizer], NeedleOptions | PerplexityOptions],
 ) -> _Task:
     """Check all input, then open the devices. `fill_in` returns the options of the evaluation for a model."""
     config = read_config(options.model)
-    check_byte_model(config, str(options.model))
-    filled_in = fill_in(config)
-    text = held_out_text(_read_text(options.text), options.held_out, filled_in.max_len)
+    tokenizer = open_tokenizer(options.model, config)
+    if tokenizer is None:
+        raise ValueError(f"'{options.model}' has no tokenizer: add the tokenizer.json of the model")
+    filled_in = fill_in(config, tokenizer)
+    text = held_out_text(_read_text(options.text), options.held_out, tokenizer, config.vocab, filled_in.max_len)
     figure = new_figure("--plot", options.plot) if options.plot else None
     mesh = open_devices(options)
     choices = {"kernel": options.kernel, "cache_dtype": options.kv_cache_dtype}
@@ -216,7 +221,7 @@ def _open_task(
         plans=plans,
         figure=figure,
         load=load,
-        write_json=lambda results: write_json(options.json, {"cp": mesh.shape[CP]} | asdict(results)),
+        write_json=lambda results: write_json(options.json, {"cp": mesh.shape[CP]} | results.to_json()),
     )
 
 
@@ -263,7 +268,7 @@ def _print(table: Table) -> None:
 def _needles_table(results: NeedleResults) -> Table:
     at = [needle.length for needle in results.needles]
     lengths = sorted(set(at))
-    table = Table("passkeys found", *(f"{length:,} bytes" for length in lengths), "all")
+    table = Table("passkeys found", *(f"{length:,} tokens" for length in lengths), "all")
     for name, found in results.plans.items():
         for index in range(results.questions):
             correct = results.correct(name, index)
@@ -279,5 +284,5 @@ def _needles_table(results: NeedleResults) -> Table:
 def _perplexity_table(results: PerplexityResults) -> Table:
     table = Table("bits per byte after", *results.bits_per_byte)
     for index, position in enumerate(results.options.positions):
-        table.add_row(f"{position:,} bytes", *(f"{bits[index]:.4f}" for bits in results.bits_per_byte.values()))
+        table.add_row(f"{position:,} tokens", *(f"{bits[index]:.4f}" for bits in results.bits_per_byte.values()))
     return table

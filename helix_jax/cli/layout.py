@@ -19,6 +19,7 @@ from helix_jax.validation import check_int
 EXAMPLE = "helix-jax layout --prompt 400 --decode 400 --block 100 --cp 4"
 MAX_BLOCKS = 10_000_000
 MAX_LEGEND_RANKS = 16
+_MARKERS, _MARKERS_PER_LINE = "os^vD*Px", 6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +94,8 @@ def plot_growth(file: Path, layout: BlockLayout, prompt_len: int, decoded: int) 
     for panel, placement in zip(panels, PLACEMENTS, strict=True):
         placed = BlockLayout(layout.ranks, layout.block, placement)
         for rank in range(layout.ranks):
-            panel.plot(steps, placed.filled(prompt_len + steps, prompt_len, rank), label=f"rank {rank}")
+            style = line_style(rank, layout.ranks, len(steps))
+            panel.plot(steps, placed.filled(prompt_len + steps, prompt_len, rank), label=f"rank {rank}", **style)
         panel.set(title=placement, xlabel="decode step")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("tokens stored")
@@ -101,6 +103,28 @@ def plot_growth(file: Path, layout: BlockLayout, prompt_len: int, decoded: int) 
         panels[-1].legend(loc="upper left", fontsize="small")
     figure.suptitle(f"prompt {prompt_len}, block {layout.block}, cp {layout.ranks}")
     figure.savefig(file, dpi=120)
+
+
+def line_style(rank: int, ranks: int, points: int) -> dict[str, Any]:
+    """Return the style of the line of a rank, so that lines of several ranks can be told apart where they coincide.
+
+    Later lines are thinner, so that earlier ones are seen behind them, and the markers of the ranks alternate.
+
+    Args:
+        rank: The rank.
+        ranks: The number of ranks.
+        points: The number of points of the line.
+    """
+    spacing = max(1, points // _MARKERS_PER_LINE)
+    return {
+        "color": f"C{rank % 10}",
+        "linewidth": 4 - 3 * rank / max(1, ranks - 1),
+        "marker": _MARKERS[rank % len(_MARKERS)],
+        "markevery": (spacing * rank // ranks, spacing),
+        "markersize": 6,
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.6,
+    }
 
 
 def _table(result: dict[str, Any]) -> Table:

@@ -21,7 +21,7 @@ def new_figure(option: str, file: Path) -> Any:
         file: Where the figure will be saved. Its suffix determines the format.
 
     Raises:
-        ValueError: The file has no suffix, or matplotlib cannot write such files.
+        ValueError: The file has no suffix, cannot be written, or matplotlib cannot write such files.
         MissingPackageError: matplotlib is not installed.
     """
     if not file.suffix:
@@ -29,4 +29,18 @@ def new_figure(option: str, file: Path) -> Any:
     figure = require_package("matplotlib.figure", option, "'.[plot]'").Figure(layout="constrained")
     if file.suffix[1:] not in figure.canvas.get_supported_filetypes():
         raise ValueError(f"{option} '{file}' has a suffix that matplotlib cannot write: give a file like figure.png")
+    _check_writable(option, file)
     return figure
+
+
+def _check_writable(option: str, file: Path) -> None:
+    """Check that a file can be written, by opening it. A file that did not exist is removed again."""
+    existed = file.exists()
+    try:
+        file.open("ab").close()
+    except OSError as error:
+        raise ValueError(
+            f"{option} '{file}' cannot be written ({error.strerror}): give a file in a folder that exists"
+        ) from None
+    if not existed:
+        file.unlink()

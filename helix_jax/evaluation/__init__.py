@@ -1,4 +1,4 @@
-"""Evaluates byte models over a sharded cache: passkey recall (needles) and perplexity, against one device.
+"""Evaluates models over a sharded cache: passkey recall (needles) and perplexity, against one device.
 
 `run_needles` and `run_perplexity` evaluate a model under several plans. `CacheSession` is the batch of rows that they
 read, decode and question. `helix-jax eval` is one caller of both.
@@ -17,7 +17,7 @@ from helix_jax.evaluation.perplexity import PerplexityOptions, PerplexityResults
 from helix_jax.evaluation.placements import ONE_DEVICE, make_plans
 from helix_jax.evaluation.scoring import score_span
 from helix_jax.evaluation.session import CacheSession
-from helix_jax.evaluation.texts import check_byte_model, held_out_text, spaced_windows
+from helix_jax.evaluation.texts import TokenText, held_out_text
 
 __all__ = [
     "ONE_DEVICE",
@@ -28,13 +28,12 @@ __all__ = [
     "NeedleResults",
     "PerplexityOptions",
     "PerplexityResults",
+    "TokenText",
     "ask_needles",
-    "check_byte_model",
     "held_out_text",
     "make_needles",
     "make_plans",
     "run_needles",
     "run_perplexity",
     "score_span",
-    "spaced_windows",
 ]

@@ -1,17 +1,18 @@
 """Measures bits per byte of held-out text at several positions, read token by token over a sharded cache.
 
-At each position the context before it is read, and then the bytes of a span one by one, as if they had been decoded. So
-the span is stored on the ranks round-robin.
+At each position the context before it is read, and then the tokens of a span one by one, as if they had been decoded.
+So the span is stored on the ranks round-robin.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from helix_jax.evaluation.placements import ONE_DEVICE, LoadModel, OnProgress, ignore_progress
 from helix_jax.evaluation.scoring import score_span
-from helix_jax.evaluation.texts import spaced_windows
+from helix_jax.evaluation.texts import TokenText
 from helix_jax.plan import Plan
 from helix_jax.training import BITS_PER_NAT
 from helix_jax.validation import check_int
@@ -24,8 +25,8 @@ class PerplexityOptions:
     """The text to score, and how to read it.
 
     Args:
-        positions: Bytes before each span. Empty, the default, means powers of 2 from 64 on.
-        span: Bytes that are scored one by one.
+        positions: Tokens before each span. Empty, the default, means powers of 2 from 64 on.
+        span: Tokens that are scored one by one.
         windows: Places in the text.
         chunk: Tokens per step while contexts are read. None: as `Engine`.
 
@@ -61,20 +62,20 @@ class PerplexityOptions:
         options = replace(self, positions=self.positions or default)
         if max(options.positions) > longest:
             raise ValueError(
-                f"position {max(options.positions)} and a span of {self.span} bytes exceed the model's {max_positions} "
-                f"positions: give smaller ones"
+                f"position {max(options.positions)} and a span of {self.span} tokens exceed the model's "
+                f"{max_positions} positions: give smaller ones"
             )
         return options
 
 
 @dataclass
 class PerplexityResults:
-    """Bits per byte under each plan, by position. `dataclasses.asdict` converts them for JSON.
+    """Bits per byte under each plan, by position.
 
     Args:
         options: The options.
         bits_per_byte: By plan, one number per position.
-        gap_nats: By plan, the largest difference of a byte's loss from one device.
+        gap_nats: By plan, the largest difference of a token's loss from one device.
     """
 
     options: PerplexityOptions
@@ -85,11 +86,15 @@ class PerplexityResults:
         """Return, by plan, the gaps that exceed `MAX_GAP_NATS`."""
         return {name: gap for name, gap in self.gap_nats.items() if not gap <= MAX_GAP_NATS}
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what JSON can represent."""
+        return asdict(self)
+
 
 def run_perplexity(
     load: LoadModel,
     plans: Mapping[str, Plan],
-    text: bytes,
+    text: TokenText,
     options: PerplexityOptions,
     *,
     on_progress: OnProgress = ignore_progress,
@@ -100,7 +105,7 @@ def run_perplexity(
     Args:
         load: Loads the model for a plan. One model is in memory at a time.
         plans: The plans by name, `ONE_DEVICE` first, as `make_plans` returns them.
-        text: Held-out text, at least `options.max_len` bytes.
+        text: Held-out text, at least `options.max_len` tokens.
         options: The options for the model, as `PerplexityOptions.for_model` returns them.
         on_progress: Called as the positions of a plan are scored.
         on_result: Called before the first plan and after each, with the results so far.
@@ -114,17 +119,18 @@ def run_perplexity(
     on_result(results)
     expected_PBS = np.zeros(0)
     for name, plan in plans.items():
-        model, nats_PBS = load(plan), []
+        model, nats_PBS, bytes_P = load(plan), [], []
         for done, position in enumerate(options.positions):
             on_progress(name, done, len(options.positions))
-            windows_BS = spaced_windows(text, position + options.span, options.windows)
+            windows_BS = text.windows(position + options.span, options.windows)
+            bytes_P.append(text.count_bytes(windows_BS, options.span))
             nats_PBS.append(
                 score_span(model, plan, windows_BS, options.span, max_len=options.max_len, chunk=options.chunk)
             )
         on_progress(name, len(options.positions), len(options.positions))
         del model
         expected_PBS = np.stack(nats_PBS) if name == ONE_DEVICE else expected_PBS
-        results.bits_per_byte[name] = (np.mean(nats_PBS, (1, 2)) * BITS_PER_NAT).tolist()
+        results.bits_per_byte[name] = (np.sum(nats_PBS, (1, 2)) * BITS_PER_NAT / np.asarray(bytes_P)).tolist()
         results.gap_nats[name] = float(np.abs(np.stack(nats_PBS) - expected_PBS).max())
         on_result(results)
     return results

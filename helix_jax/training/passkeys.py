@@ -85,26 +85,3 @@ def _place_quotes(text: bytes, random: np.random.Generator) -> list[Insert]:
 def _quote(line: bytes) -> bytes:
     words = b" ".join(line.split(b" ")[:_WORDS])
     return b' The line that begins "' + words + b'" is "' + line + b'". '
-
-
-def haystack(text: bytes, length: int, depth: float, name: str, key: str) -> bytes:
-    """Return a prompt of `length` bytes that contains a passkey and ends with the question for it.
-
-    Args:
-        text: The text around it.
-        length: Bytes of the prompt.
-        depth: Where the fact is, from 0 (at the start) to 1 (at the end).
-        name: Whose passkey it is.
-        key: The passkey.
-
-    Raises:
-        ValueError: `length` is too short for fact and question, or the text is too short.
-    """
-    stated, asked = fact(name, key), question(name)
-    hay = length - len(stated) - len(asked)
-    if hay < 0:
-        raise ValueError(f"a context of {length} bytes is too short for fact and question: give {length - hay} or more")
-    if len(text) < hay:
-        raise ValueError(f"the text has {len(text)} bytes, and a context of {length} needs {hay}: give more text")
-    start = round(depth * hay)
-    return text[:start] + stated + text[start:hay] + asked
