@@ -1,5 +1,6 @@
 """Folders are read as they were written, and errors name what is wrong with a folder."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -279,3 +280,24 @@ def test_errors_name_unknown_missing_and_mistyped_keys_of_a_config():
         parse_dataclass(ModelConfig, {"layers": 3}, "run.toml")
     with pytest.raises(ValueError, match="run.toml: layers is '3': give a value of type int"):
         parse_dataclass(ModelConfig, {**vars(TINY), "layers": "3"}, "run.toml")
+
+
+def test_the_special_tokens_and_the_generation_config_of_the_initial_folder_are_kept(tmp_path: Path):
+    initial, folder = tmp_path / "initial", tmp_path / "trained"
+    model = tiny_model(dataclasses.replace(TINY, eos_token_ids=(3, 5)))
+    save(model, initial)
+    published = json.loads((initial / "config.json").read_text())
+    published |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 4}
+    (initial / "config.json").write_text(json.dumps(published))
+    generation = {"eos_token_id": [3, 5], "temperature": 0.6, "transformers_version": "5"}
+    (initial / "generation_config.json").write_text(json.dumps(generation))
+    for _ in range(2):  # a run that is finished may be finished again
+        save(model, folder, initial=initial)
+        kept = json.loads((folder / "config.json").read_text())
+        assert [kept[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, 2, 4]
+        assert json.loads((folder / "generation_config.json").read_text()) == generation
+        assert read_config(folder) == model.config
+    with pytest.raises(ValueError, match="has a generation_config.json, which would override this model"):
+        save(model, folder)
+    with pytest.raises(ValueError, match=r"nowhere.config.json' does not exist"):
+        save(model, folder, initial=tmp_path / "nowhere")

@@ -20,6 +20,7 @@ import pytest
 from helix_jax import __version__
 from helix_jax.cli import _parser, main
 from helix_jax.cli.app import checked_interrupts
+from helix_jax.cli.layout import line_style
 from helix_jax.engine import Engine
 from helix_jax.layout import PLACEMENTS
 from helix_jax.validation import MissingPackageError
@@ -116,13 +117,21 @@ def test_layout_prints_a_table_and_draws_a_plot(tmp_path: Path):
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
+def test_lines_of_ranks_that_coincide_can_be_told_apart():
+    styles = [line_style(rank, 4, 91) for rank in range(4)]
+    for name in ("color", "linewidth", "marker", "markevery"):
+        assert len({style[name] for style in styles}) == 4, name
+    widths = [style["linewidth"] for style in styles]
+    assert widths == sorted(widths, reverse=True)  # so that earlier lines are seen behind later ones
+
+
 def test_bad_input_to_layout_is_one_line_and_exit_2():
     for change, message in [
         (("--placement", "spiral"), f"--placement is 'spiral': choose one of {', '.join(PLACEMENTS)}"),
         (("--prompt", -1), "--prompt is -1: give at least 0"),
         (("--cp", 0), "cp is 0: give at least 1"),
         (("--block", 0), "block is 0"),
-        (("--plot", "/nowhere/x.png"), "/nowhere/x.png"),
+        (("--plot", "/nowhere/x.png"), "--plot '/nowhere/x.png' cannot be written (No such file or directory)"),
         (("--plot", "/tmp/x.nonsense"), "nonsense"),
         (("--plot", ""), "--plot '.' has no suffix: give a file like figure.png"),
         (("--prompt", 99999999999, "--block", 4), "25000000100 blocks are too many to list: increase --block"),

@@ -13,6 +13,8 @@ from helix_jax.training.data import (
     Corpus,
     check_corpus,
     held_out_windows,
+    make_sequences,
+    masked_sequences,
     open_corpus,
     slice_sequences,
     training_sequences,
@@ -147,3 +149,56 @@ def test_every_passkey_is_stated_before_it_is_asked_for():
             assert 0 <= stated < answer.start()
             questions += 1
     assert questions >= 1
+
+
+def test_only_the_pieces_that_count_are_in_the_loss():
+    rows = [[([1, 2], False), ([3, 4], True), ([5], False), ([6], True)], [([7], False), ([8], True)]]
+    sequences = masked_sequences(rows, 7)
+    assert sequences.tokens_BS.tolist() == [[1, 2, 3, 4, 5, 6, 0, 0], [7, 8, 0, 0, 0, 0, 0, 0]]
+    targets_BS = sequences.tokens_BS[:, 1:]
+    assert [row[mask].tolist() for row, mask in zip(targets_BS, sequences.loss_mask_BS, strict=True)] == [
+        [3, 4, 6],
+        [8],
+    ]
+    assert not sequences.document_start_BS.any()
+
+
+TOKENS = np.zeros((2, 5), int)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: masked_sequences([[([1] * 9, True)]], 7),
+            ValueError,
+            "row 0 has 9 tokens, more than context 7 and one",
+        ),
+        (lambda: masked_sequences([[("text", True)]], 7), TypeError, "row 0 has token ids that are not whole numbers"),
+        (lambda: masked_sequences([[([1, 2], False)]], 7), ValueError, "loss_mask_BS of a batch is False everywhere"),
+        (lambda: masked_sequences([], 7), ValueError, r"a batch has shape \(0, 8\): give .* at least 1 sequence"),
+        (
+            lambda: make_sequences(TOKENS, np.ones((2, 5), bool)),
+            ValueError,
+            r"loss_mask_BS of a batch has shape \(2, 5\) beside tokens \(2, 5\): give \(2, 4\)",
+        ),
+        (
+            lambda: make_sequences(TOKENS, np.ones((2, 4))),
+            TypeError,
+            "loss_mask_BS of a batch has dtype float64: give booleans",
+        ),
+        (
+            lambda: make_sequences(TOKENS, None, np.full((2, 4), 3)),
+            ValueError,
+            "an index below 0 or after its token",
+        ),
+        (
+            lambda: make_sequences(TOKENS, None, np.zeros((2, 4), bool)),
+            TypeError,
+            "document_start_BS of a batch has dtype bool",
+        ),
+    ],
+)
+def test_sequences_that_cannot_be_trained_on_are_refused(call, error, message: str):
+    with pytest.raises(error, match=message):
+        call()

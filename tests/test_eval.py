@@ -32,6 +32,7 @@ from helix_jax.evaluation import (
     run_perplexity,
 )
 from helix_jax.evaluation.phrases import Phrases
+from helix_jax.evaluation.plots import plot_needles
 from helix_jax.layout import BlockLayout
 from helix_jax.mesh import make_mesh
 from helix_jax.plan import Plan
@@ -202,6 +203,33 @@ def test_the_demo_model_finds_passkeys_at_every_depth_of_its_whole_context(evalu
     assert len(found["plans"][ONE_DEVICE]["answers"]) == 8
     for answers, needle in zip(found["plans"]["helix"]["answers"], found["needles"], strict=True):
         assert answers == [needle["key"]] * 2
+
+
+def drawn_needles(decoded: int):
+    """Draw needles of which those of the second length are not found."""
+    figure = pytest.importorskip("matplotlib.figure").Figure(layout="constrained")
+    lengths = (100, 2000)
+    options = NeedleOptions(lengths=lengths, depths=2, decoded=decoded)
+    needles = [Needle(length, depth, "amber", "12345", 0, "", ()) for length in lengths for depth in (0.0, 1.0)]
+    results = NeedleResults(options, needles)
+    answers = [["12345" if needle.length == 100 else "?"] * results.questions for needle in needles]
+    results.plans["helix"] = NeedleAnswers(answers, [0, 3, 0, 3], None)
+    plot_needles(figure, results, "helix")
+    figure.canvas.draw()
+    return figure
+
+
+def test_the_heat_map_has_labels_a_colour_bar_and_text_in_each_cell():
+    *panels, bar = drawn_needles(decoded=5).axes
+    assert [panel.get_title() for panel in panels] == ["directly after the context", "after 5 decoded tokens"]
+    assert bar.get_ylabel() == "passkeys found"
+    assert panels[0].get_ylabel() == "depth of the passkey in the context"
+    for panel in panels:
+        assert panel.get_xlabel() == "context, tokens"
+        assert [label.get_text() for label in panel.get_xticklabels()] == ["100", "2,000"]
+        assert [cell.get_text() for cell in panel.texts] == ["100%\nrank 0", "0%\nrank 0", "100%\nrank 3", "0%\nrank 3"]
+        assert min(cell.get_fontsize() for cell in panel.texts) >= 8
+    assert len(drawn_needles(decoded=0).axes) == 2
 
 
 # perplexity -----------------------------------------------------------------------------------------------------------

@@ -9,11 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
+from rich.console import Console
 
 from helix_jax.checkpoint import load
 from helix_jax.cli import main
+from helix_jax.training.checkpointer import last_saved_step
+from helix_jax.training.log import open_log
+from helix_jax.training.plots import plot_curve
 from tests.conftest import FAST_COMPILATION, ROOT
 from tests.reference import plan_of
 from tests.test_cli import ENVIRONMENT
@@ -78,7 +84,23 @@ def trained(tmp_path_factory) -> Path:
     with start(folder, "whole", "--cp", 2, stderr=subprocess.PIPE, text=True) as run:
         _, errors = run.communicate()
     assert run.returncode == 0, errors
+    (folder / "errors.txt").write_text(errors)
     return folder
+
+
+def test_a_run_reports_compilation_and_without_a_terminal_every_step(trained: Path):
+    lines = (trained / "errors.txt").read_text().splitlines()
+    compiling, compiled, first, *_, last, saved = lines[1:]
+    assert compiling == "compiling the train step ..."
+    assert compiled.startswith("compiled the train step, and took the first step, in ")
+    assert "tokens/s" not in first  # which would include compilation
+    assert first.startswith(f"step 1 of {STEPS}: loss 5.")
+    assert first.endswith(" bits/byte")
+    steps = [line for line in lines if line.startswith("step ") and "tokens/s" in line]
+    assert [line.split(":")[0] for line in steps] == [f"step {step} of {STEPS}" for step in range(2, STEPS + 1)]
+    assert lines.count("compiling the evaluation ...") == 1
+    assert last.startswith(f"step {STEPS} of {STEPS}: held_out_nats ")
+    assert saved.startswith("the model is in ")
 
 
 def test_a_run_writes_a_log_and_a_model_that_loads(trained: Path):
@@ -143,6 +165,75 @@ def test_ctrl_c_reports_how_to_continue_and_the_mesh_may_change(trained: Path, c
     assert max(abs(ours[step] - theirs[step]) for step in theirs) < 1e-4
 
 
+def test_ctrl_c_before_the_first_checkpoint_reports_that_nothing_was_saved(tmp_path: Path, monkeypatch, capsys):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("helix_jax.training.run.fit", interrupt)
+    monkeypatch.setattr("helix_jax.cli.app._exit_interrupted", lambda program: sys.exit(130))
+    with pytest.raises(SystemExit, match="130"):
+        main(arguments(run_folder(tmp_path)))
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "helix-jax: nothing was saved, because the first checkpoint is written after step 5 (eval_every)"
+    (tmp_path / "out" / "checkpoints" / "10").mkdir()
+    (tmp_path / "out" / "checkpoints" / "15.orbax-checkpoint-tmp").mkdir()
+    assert last_saved_step(tmp_path / "out" / "checkpoints") == 10
+
+
+def test_tensorboard_needs_its_package_and_a_folder(tmp_path: Path, monkeypatch, capsys):
+    folder = run_folder(tmp_path)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    status, errors = train(folder, capsys, "out", "--tensorboard", tmp_path / "events")
+    assert (status, errors.splitlines()) == (
+        2,
+        ["helix-jax: --tensorboard needs the package tensorboardX: pip install '.[tensorboard]'"],
+    )
+    monkeypatch.setitem(sys.modules, "tensorboardX", ModuleType("tensorboardX"))
+    status, errors = train(folder, capsys, "out", "--tensorboard", tmp_path / "kjv.txt" / "events")
+    assert status == 2
+    assert f"--tensorboard '{tmp_path / 'kjv.txt' / 'events'}' cannot be created" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_log_is_also_written_for_tensorboard(tmp_path: Path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str, purge_step: int):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, value, step))
+
+        def close(self) -> None:
+            written.append("closed")
+
+    package = ModuleType("tensorboardX")
+    package.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorboardX", package)
+    with open_log(tmp_path, 9, 4, Console(quiet=True), tmp_path / "events") as log:
+        log.step(5, nats=2.0)
+    assert written == [(str(tmp_path / "events"), 5), ("nats", 2.0, 5), "closed"]
+
+
+@pytest.mark.parametrize("name", ["bits_per_byte", "nats"])
+def test_the_curve_shows_bits_per_byte_or_perplexity_smoothed_over_raw(name: str):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    entries = [{"step": step, name: 2 + step % 2} for step in range(1, 101)]
+    plot_curve(figure, [*entries, {"step": 100, f"held_out_{name}": 2.25}])
+    [axes] = figure.axes
+    raw, smoothed, held_out = axes.lines
+    in_bytes = name == "bits_per_byte"
+    assert axes.get_ylabel() == ("bits per byte" if in_bytes else "perplexity")
+    values = np.asarray([2.0, 3.0, 2.25]) if in_bytes else np.exp([2.0, 3.0, 2.25])
+    assert sorted(set(raw.get_ydata())) == pytest.approx(values[:2])
+    assert held_out.get_ydata() == pytest.approx(values[2:])
+    assert np.ptp(smoothed.get_ydata()[-20:]) < 0.2 * np.ptp(raw.get_ydata())
+    assert smoothed.get_ydata()[-1] == pytest.approx(values[:2].mean(), rel=0.05)
+    assert smoothed.get_linewidth() > 2 * raw.get_linewidth()
+    plot_curve(figure, [])
+
+
 def test_the_folder_of_another_run_is_left_alone(trained: Path, tmp_path: Path, capsys):
     folder = run_folder(tmp_path, CONFIG.replace("width = 16", "width = 32"))
     whole = str(trained / "whole")
@@ -175,7 +266,8 @@ def test_a_run_copies_its_tokenizer_needs_no_held_out_text_and_refuses_changed_d
     folder = run_folder(tmp_path, config)
     status, errors = train(folder, capsys)
     assert status == 0, errors
-    assert "step 6 of 6" not in errors
+    assert "held_out" not in errors
+    assert "compiling the evaluation" not in errors
     assert sorted(losses(folder / "out")) == list(range(1, 7))
     assert (folder / "out" / "curve.png").stat().st_size > 1000
     assert (folder / "out" / "model" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()

@@ -22,16 +22,19 @@ from helix_jax.checkpoint.parameters import (
     tensor_locations,
 )
 from helix_jax.checkpoint.reading import GENERATION_FILE
-from helix_jax.checkpoint.tensors import INDEX_FILE, WEIGHTS_FILE
+from helix_jax.checkpoint.tensors import INDEX_FILE, WEIGHTS_FILE, read_json
 from helix_jax.config import ModelConfig
 from helix_jax.models.transformer import Transformer
 from helix_jax.processes import is_first
 from helix_jax.validation import check_float_type, check_type
 
 _MAX_FILE_BYTES = 4 * 10**9  # of a safetensors file, unless a single layer is larger
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # keys of config.json
 
 
-def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None) -> None:
+def save(
+    model: Transformer, folder: str | Path, dtype: DTypeLike | None = None, initial: str | Path | None = None
+) -> None:
     """Write a model to a Hugging Face folder that transformers and `load` can read.
 
     A large model is written to several files with an index, and only one of them is in host memory at a time. If there
@@ -41,6 +44,8 @@ def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None)
         model: The model. Its weights may be sharded.
         folder: The folder, which is created if it does not exist.
         dtype: The type of the written weights, default that of the model.
+        initial: The Hugging Face folder that the model was trained from. The special tokens in its config.json, and its
+            generation_config.json, are written too.
 
     Raises:
         TypeError: The model is not a Transformer, or `dtype` not a type of floating-point numbers.
@@ -52,12 +57,13 @@ def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None)
     if dtype is not None:
         check_float_type("dtype", dtype)
     folder, dtype = Path(folder), jnp.dtype(dtype or model.embed_VD[...].dtype)
-    published = describe_config(model.config, dtype.name)
+    kept = {} if initial is None else _generation_files(Path(initial))
+    published = describe_config(model.config, dtype.name) | kept.pop("config.json", {})
     location_of = tensor_locations(model.config)
     files = list(_group_by_file(location_of, dtype.itemsize))
     # Others read an index before a single file, or the single file first. Files of the same form are replaced.
     for file in (GENERATION_FILE, INDEX_FILE if len(files) == 1 else WEIGHTS_FILE):
-        if (folder / file).exists():
+        if (folder / file).exists() and file not in kept:
             raise ValueError(f"'{folder}' has a {file}, which would override this model: choose another folder")
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +77,17 @@ def save(model: Transformer, folder: str | Path, dtype: DTypeLike | None = None)
     if is_first():
         if len(files) > 1:
             _write_json(folder / INDEX_FILE, {"metadata": {}, "weight_map": index})
-        _write_json(folder / "config.json", published)
+        for name, content in {**kept, "config.json": published}.items():
+            _write_json(folder / name, content)
+
+
+def _generation_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what a folder says about generation: the special tokens of config.json, and generation_config.json."""
+    published = read_json(folder / "config.json")
+    files = {"config.json": {key: published[key] for key in _SPECIAL_TOKENS if key in published}}
+    if (folder / GENERATION_FILE).exists():
+        files[GENERATION_FILE] = read_json(folder / GENERATION_FILE)
+    return files
 
 
 def describe_config(config: ModelConfig, dtype: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Weights and optimizer state are float32, and sharded over all devices.
 """
 
 from helix_jax.training.checkpointer import Checkpointer
-from helix_jax.training.data import Corpus, Sequences, open_corpus
+from helix_jax.training.data import Corpus, Sequences, make_sequences, masked_sequences, open_corpus
 from helix_jax.training.fit import fit, train_steps
 from helix_jax.training.log import BITS_PER_NAT
 from helix_jax.training.plan import TrainConfig, TrainPlan
@@ -40,6 +40,8 @@ __all__ = [
     "fit",
     "init_state",
     "make_optimizer",
+    "make_sequences",
+    "masked_sequences",
     "open_corpus",
     "shard_batch",
     "token_loss",

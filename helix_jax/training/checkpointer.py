@@ -104,6 +104,12 @@ class Checkpointer:
         )
 
 
+def last_saved_step(folder: Path) -> int | None:
+    """Return the step of the newest complete checkpoint in a folder, or None. Incomplete ones have other names."""
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    return max(steps, default=None)
+
+
 def _checksums(state: Any) -> np.ndarray:
     """Return the sum of the bits of each array, modulo 2^32. It does not depend on the mesh."""
     return np.asarray(_sum_bits(jax.tree.leaves(state)))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,11 @@ class Corpus:
         """Whether there are several documents."""
         return len(self.starts) > 1
 
+    @property
+    def has_held_out(self) -> bool:
+        """Whether some tokens are not trained on."""
+        return self.held_out < len(self.tokens_X)
+
     def fingerprint(self) -> str:
         """Return a hash of the tokens and of the places where documents start."""
         digest = hashlib.blake2b(np.asarray(self.starts, np.int64).tobytes(), digest_size=16)
@@ -46,15 +51,86 @@ class Corpus:
 
 
 class Sequences(NamedTuple):
-    """Sequences of S tokens and the one that follows.
+    """Sequences of S tokens and the one that follows. `make_sequences` and `masked_sequences` create and check them.
 
     tokens_BS has shape [B, S + 1]. document_start_BS is the index in the sequence at which the document of a token
-    starts. loss_mask_BS tells whether the token that follows belongs to the same document, and counts in the loss.
+    starts: nothing before it is seen. loss_mask_BS tells whether the token that follows counts in the loss.
     """
 
     tokens_BS: np.ndarray  # [B, S + 1]
     document_start_BS: np.ndarray
     loss_mask_BS: np.ndarray
+
+
+def make_sequences(tokens: Any, loss_mask: Any = None, document_start: Any = None) -> Sequences:
+    """Return sequences after checking them.
+
+    Args:
+        tokens: Token ids [B, S + 1].
+        loss_mask: Bools [B, S]: whether the token that follows counts in the loss. None: all count.
+        document_start: Integers [B, S]: the index at which the document of each token starts. None: one document.
+
+    Raises:
+        TypeError: The tokens or starts are not integers, or the mask is not bool.
+        ValueError: A shape is wrong, no token counts in the loss, or a document starts after its tokens.
+    """
+    try:
+        tokens_BS = np.asarray(tokens)
+    except ValueError:
+        raise ValueError("the sequences of a batch have different lengths: give [B, S + 1]") from None
+    if not np.issubdtype(tokens_BS.dtype, np.integer):
+        raise TypeError(f"a batch has dtype {tokens_BS.dtype}: give an integer array of token ids")
+    if tokens_BS.ndim != 2 or tokens_BS.shape[0] < 1 or tokens_BS.shape[1] < 2:
+        raise ValueError(f"a batch has shape {tokens_BS.shape}: give [B, S + 1] with at least 1 sequence of 2 tokens")
+    shape = (tokens_BS.shape[0], tokens_BS.shape[1] - 1)
+    mask_BS = np.ones(shape, bool) if loss_mask is None else np.asarray(loss_mask)
+    start_BS = np.zeros(shape, np.int32) if document_start is None else np.asarray(document_start)
+    kinds = ("document_start_BS", start_BS, np.integer, "integers"), ("loss_mask_BS", mask_BS, np.bool_, "booleans")
+    for name, given_BS, kind, wanted in kinds:
+        if not np.issubdtype(given_BS.dtype, kind):
+            raise TypeError(f"{name} of a batch has dtype {given_BS.dtype}: give {wanted}")
+        if given_BS.shape != shape:
+            raise ValueError(
+                f"{name} of a batch has shape {given_BS.shape} beside tokens {tokens_BS.shape}: give {shape}"
+            )
+    if not mask_BS.any():
+        raise ValueError(
+            "loss_mask_BS of a batch is False everywhere: set it where the token that follows counts in the loss"
+        )
+    if (start_BS < 0).any() or (start_BS > np.arange(shape[1])).any():
+        raise ValueError(
+            "document_start_BS of a batch has an index below 0 or after its token: give where the document starts"
+        )
+    return Sequences(tokens_BS, start_BS, mask_BS)
+
+
+def masked_sequences(rows: Sequence[Sequence[tuple[Any, bool]]], context: int) -> Sequences:
+    """Return sequences that are put together from pieces, of which only some count in the loss.
+
+    To fine-tune on chats, the pieces are the messages in their template, and those of the assistant count.
+
+    Args:
+        rows: The pieces of each row: their token ids, and whether these count in the loss.
+        context: Tokens per sequence. Shorter rows are padded at their end, which does not count in the loss.
+
+    Raises:
+        TypeError: Token ids are not integers.
+        ValueError: A row has more than `context + 1` tokens, or no token counts in the loss.
+    """
+    shape = len(rows), context + 1
+    tokens_BS, counts_BS = np.zeros(shape, np.int64), np.zeros(shape, bool)
+    for row, pieces in enumerate(rows):
+        ids = [id for tokens, _ in pieces for id in tokens]
+        if len(ids) > context + 1:
+            raise ValueError(
+                f"row {row} has {len(ids)} tokens, more than context {context} and one: "
+                f"give a larger context, or leave the row out"
+            )
+        if not all(isinstance(id, int | np.integer) for id in ids):
+            raise TypeError(f"row {row} has token ids that are not whole numbers: encode its text with a tokenizer")
+        tokens_BS[row, : len(ids)] = ids
+        counts_BS[row, : len(ids)] = np.repeat([bool(counts) for _, counts in pieces], [len(t) for t, _ in pieces])
+    return make_sequences(tokens_BS, counts_BS[:, 1:])
 
 
 def open_corpus(

@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from helix_jax.config import ModelConfig
 from helix_jax.mesh import make_mesh
 from helix_jax.models.transformer import Transformer, assemble
-from helix_jax.training.data import Sequences
+from helix_jax.training.data import Sequences, make_sequences
 from helix_jax.training.plan import TrainPlan
 from helix_jax.training.state import Batch, TrainState, init_state, shard_batch
 from helix_jax.training.step import Loss, StepMetrics, train_step
@@ -39,9 +38,10 @@ def fit(
 
     Args:
         model: The model to start from, with weights on any devices, or a config for random weights.
-        batches: Arrays of token ids [B, S + 1], or `Sequences`, which also have document starts and a loss mask. Pass
-            the same shape in every step: another shape compiles again. B must be a multiple of `accumulate * dp`, and S
-            of `block * cp`. The next batch is fetched while the current step runs.
+        batches: Arrays of token ids [B, S + 1], or `Sequences`, which also have a loss mask and document starts
+            (`make_sequences`, `masked_sequences`). Any iterable will do. Pass the same shape in every step: another
+            shape compiles again. B must be a multiple of `accumulate * dp`, and S of `block * cp`. The next batch is
+            fetched while the current step runs.
         optimizer: Any optax optimizer.
         steps: The total number of steps, including those that `state` has done. None: until the batches end.
         loss: A function of (logits [B, S, V], targets [B, S], loss_mask [B, S]) that returns a scalar. It needs memory
@@ -98,43 +98,14 @@ def train_steps(
 
 
 def _to_batch(plan: TrainPlan, batch: Any) -> Batch:
-    sequences = batch if isinstance(batch, Sequences) else _single_document_sequences(batch)
-    _check_sequences(sequences)
+    if isinstance(batch, Sequences):
+        sequences = make_sequences(batch.tokens_BS, batch.loss_mask_BS, batch.document_start_BS)
+    else:
+        sequences = make_sequences(batch)
     tokens_BS = sequences.tokens_BS
     plan.check_batch(tokens_BS.shape[0], tokens_BS.shape[1] - 1)
     check_in_vocabulary("the batch", (int(tokens_BS.min()), int(tokens_BS.max())), plan.model.vocab)
     return shard_batch(plan, sequences, parts=plan.accumulate)
-
-
-def _single_document_sequences(tokens: Any) -> Sequences:
-    """Return sequences of one document each, with every target in the loss."""
-    try:
-        tokens_BS = np.asarray(tokens)
-    except ValueError:
-        raise ValueError("the sequences of a batch have different lengths: give [B, S + 1]") from None
-    _check_tokens(tokens_BS)
-    B, S = tokens_BS.shape[0], tokens_BS.shape[1] - 1
-    return Sequences(tokens_BS, np.zeros((B, S), np.int32), np.ones((B, S), bool))
-
-
-def _check_tokens(tokens_BS: np.ndarray) -> None:
-    if not np.issubdtype(tokens_BS.dtype, np.integer):
-        raise TypeError(f"a batch has dtype {tokens_BS.dtype}: give an integer array of token ids")
-    if tokens_BS.ndim != 2 or tokens_BS.shape[0] < 1 or tokens_BS.shape[1] < 2:
-        raise ValueError(f"a batch has shape {tokens_BS.shape}: give [B, S + 1] with at least 1 sequence of 2 tokens")
-
-
-def _check_sequences(sequences: Sequences) -> None:
-    """Check the types and shapes of the arrays of a batch."""
-    tokens_BS, *others = sequences
-    _check_tokens(tokens_BS)
-    expected = tokens_BS.shape[0], tokens_BS.shape[1] - 1
-    kinds = ("document_start_BS", np.integer, "integers"), ("loss_mask_BS", np.bool_, "booleans")
-    for (name, kind, wanted), x in zip(kinds, others, strict=True):
-        if not np.issubdtype(x.dtype, kind):
-            raise TypeError(f"{name} of a batch has dtype {x.dtype}: give {wanted}")
-        if x.shape != expected:
-            raise ValueError(f"{name} of a batch has shape {x.shape} beside tokens {tokens_BS.shape}: give {expected}")
 
 
 def _check_model(model: Any) -> ModelConfig:

@@ -1,6 +1,5 @@
-"""The log of a training run: a progress bar, a line of JSON per step, a curve, and TensorBoard if it is installed."""
+"""The log of a training run: a progress bar or a line per step, a line of JSON per step, a curve, and TensorBoard."""
 
-import importlib
 import importlib.util
 import json
 import math
@@ -18,6 +17,8 @@ from helix_jax.mesh import EXPERT_WEIGHTS
 from helix_jax.models.transformer import Weights
 from helix_jax.processes import is_first
 from helix_jax.training.plan import TrainPlan
+from helix_jax.training.plots import plot_curve
+from helix_jax.validation import require_package
 
 LOG_FILE, CURVE_FILE = "train_log.jsonl", "curve.png"
 BITS_PER_NAT = 1 / math.log(2)
@@ -50,13 +51,31 @@ def model_flops_utilization(plan: TrainPlan, context: int, weights: Weights, tok
 
 
 @contextmanager
-def open_log(folder: Path, steps: int, first: int, console: Console) -> Iterator["Log | NoLog"]:
-    """Open the log of a run. With several processes only the first one writes it."""
+def open_log(
+    folder: Path, steps: int, first: int, console: Console, tensorboard: Path | None = None
+) -> Iterator["Log | NoLog"]:
+    """Open the log of a run, with the arguments of `Log`. With several processes only the first one writes it."""
     if not is_first():
         yield NoLog()
         return
-    with Log(folder, steps, first, console) as log:
+    with Log(folder, steps, first, console, tensorboard) as log:
         yield log
+
+
+def check_tensorboard(folder: Path) -> None:
+    """Check that events for TensorBoard can be written to a folder, which is created.
+
+    Raises:
+        ValueError: They cannot.
+        MissingPackageError: tensorboardX is not installed.
+    """
+    require_package("tensorboardX", "--tensorboard", "'.[tensorboard]'")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--tensorboard '{folder}' cannot be created ({error.strerror}): give another folder"
+        ) from None
 
 
 class NoLog:
@@ -76,15 +95,19 @@ class Log:
         folder: The folder of the run.
         steps: Steps of the whole run.
         first: Steps that were done before.
-        console: Where the progress bar is drawn, if it is a terminal.
+        console: Where the progress bar is drawn if it is a terminal, and a line is printed per step if not.
+        tensorboard: The folder for events of TensorBoard. None: there are none.
+
+    Raises:
+        MissingPackageError: tensorboardX is needed and not installed.
     """
 
-    def __init__(self, folder: Path, steps: int, first: int, console: Console):
+    def __init__(self, folder: Path, steps: int, first: int, console: Console, tensorboard: Path | None = None):
         self._file, self._curve, self._entries = folder / LOG_FILE, folder / CURVE_FILE, []
         if first and self._file.exists():
             entries = [json.loads(line) for line in self._file.read_text().splitlines() if line.endswith("}")]
             self._entries = [entry for entry in entries if entry.get("step", math.inf) <= first]
-        self._steps, self._first = steps, first
+        self._steps, self._first, self._console = steps, first, console
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -95,9 +118,9 @@ class Log:
             disable=not console.is_terminal,
         )
         self._tensorboard: Any = None
-        if importlib.util.find_spec("tensorboardX"):
-            writer = importlib.import_module("tensorboardX").SummaryWriter
-            self._tensorboard = writer(str(folder / "tensorboard"), purge_step=first + 1)
+        if tensorboard:
+            package = require_package("tensorboardX", "--tensorboard", "'.[tensorboard]'")
+            self._tensorboard = package.SummaryWriter(str(tensorboard), purge_step=first + 1)
 
     def __enter__(self) -> "Log":
         copy = self._file.with_suffix(".copy")  # a run may be killed at any time: the log is never truncated in place
@@ -119,35 +142,36 @@ class Log:
     def step(self, step: int, **values: int | float) -> None:
         """Log a step."""
         self._write({"step": step, **values})
-        status = [f"loss {values['nats']:.3f}"]
-        status += [f"{values[key]:.3f} bits/byte" for key in ("bits_per_byte",) if key in values]
-        status += [f"{values['tokens_per_s']:,.0f} tokens/s"]
-        status += [f"MFU {values[key]:.1%}" for key in ("mfu",) if key in values]
-        self._bar.update(self._task, completed=step, status=", ".join(status))
+        shown = (("nats", "loss {:.3f}"), ("bits_per_byte", "{:.3f} bits/byte"), ("tokens_per_s", "{:,.0f} tokens/s"))
+        status = ", ".join(form.format(values[key]) for key, form in (*shown, ("mfu", "MFU {:.1%}")) if key in values)
+        self._bar.update(self._task, completed=step, status=status)
+        if not self._console.is_terminal:
+            self._print(step, status)
 
     def held_out(self, step: int, **values: int | float) -> None:
         """Log and print an evaluation of the held-out text."""
         self._write({"step": step, **values})
         text = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
-        self._bar.console.print(f"step {step} of {self._steps}: {text}", soft_wrap=True)
+        self._print(step, text)
+
+    def _print(self, step: int, text: str) -> None:
+        self._console.print(f"step {step} of {self._steps}: {text}", soft_wrap=True)
 
     def _write(self, entry: dict[str, int | float]) -> None:
         self._entries.append(entry)
         self._opened.write(json.dumps(entry) + "\n")
         self._opened.flush()
-        for name, value in entry.items() if self._tensorboard else ():
-            self._tensorboard.add_scalar(name, value, int(entry["step"]))
+        scalars = entry.items() if self._tensorboard else ()
+        for name, value in scalars:
+            if name != "step":
+                self._tensorboard.add_scalar(name, value, int(entry["step"]))
 
     def _draw_curve(self) -> None:
         if importlib.util.find_spec("matplotlib") is None:
+            self._console.print("no curve was drawn, because matplotlib is not installed: pip install '.[plot]'")
             return
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel="step", ylabel="nats per token")
-        for name, style in (("nats", "-"), ("held_out_nats", "o-")):
-            points = [(entry["step"], entry[name]) for entry in self._entries if name in entry]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "), linewidth=1, markersize=3)
-        axes.legend()
+        plot_curve(figure, self._entries)
         figure.savefig(self._curve, dpi=150)

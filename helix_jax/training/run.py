@@ -41,7 +41,14 @@ from helix_jax.training.data import (
     training_sequences,
 )
 from helix_jax.training.fit import fit
-from helix_jax.training.log import BITS_PER_NAT, Log, NoLog, model_flops_utilization, open_log
+from helix_jax.training.log import (
+    BITS_PER_NAT,
+    Log,
+    NoLog,
+    check_tensorboard,
+    model_flops_utilization,
+    open_log,
+)
 from helix_jax.training.passkeys import insert_passkeys
 from helix_jax.training.plan import TrainConfig, TrainPlan
 from helix_jax.training.state import TrainState, abstract_state, init_state, make_optimizer, shard_batch
@@ -50,7 +57,10 @@ from helix_jax.validation import check_keys
 
 CHECKPOINTS, MODEL = "checkpoints", "model"  # folders of a run
 _MAY_CHANGE = {"eval_every", "remat", "accumulate"}  # keys of [train] that may differ when a run continues
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("chat_template.json", "tokenizer.model", "vocab.json", "merges.txt"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +106,7 @@ class Run:
     optimizer: optax.GradientTransformation
     corpus: Corpus
     out: Path
+    tensorboard: Path | None = None
 
 
 def read_run_config(file: Path, init: Path | None = None) -> RunConfig:
@@ -121,19 +132,32 @@ def read_run_config(file: Path, init: Path | None = None) -> RunConfig:
     return RunConfig(file, data, model, train, init, tokenizer)
 
 
-def open_run(config: RunConfig, mesh: Mesh, out: Path, block: int, dtype: DTypeLike) -> Run:
+def open_run(
+    config: RunConfig, mesh: Mesh, out: Path, block: int, dtype: DTypeLike, tensorboard: Path | None = None
+) -> Run:
     """Open the data of a run and check that the mesh can train it.
 
+    Args:
+        config: The config.
+        mesh: The mesh.
+        out: The folder of the run.
+        block: Positions per block of the placement.
+        dtype: The type that layers compute in.
+        tensorboard: A folder for events of TensorBoard. None: there are none.
+
     Raises:
-        ValueError: The data or the mesh does not fit the config.
+        ValueError: The data or the mesh does not fit the config, or `tensorboard` cannot be written.
+        MissingPackageError: `tensorboard` is given, and tensorboardX is not installed.
         OSError: A data file cannot be read.
     """
+    if tensorboard:
+        check_tensorboard(tensorboard)
     data, train = config.data, config.train
     files = [config.file.parent / file for file in data.files]
     corpus = open_corpus(files, config.tokenizer, config.model.vocab, train.held_out, data.separator, data.end_id)
     check_corpus(corpus, train.context)
     plan = TrainPlan.from_config(train, config.model, mesh, block, dtype, packed=corpus.has_documents)
-    return Run(config, plan, make_optimizer(train), corpus, out)
+    return Run(config, plan, make_optimizer(train), corpus, out, tensorboard)
 
 
 def train(run: Run, console: Console, check_interrupt: Callable[[], None] = lambda: None) -> Transformer:
@@ -151,10 +175,14 @@ def train(run: Run, console: Console, check_interrupt: Callable[[], None] = lamb
     with _claim_folder(run):
         checkpoints = Checkpointer(run.out / CHECKPOINTS)
         try:
-            first, state = checkpoints.restore(abstract_state(run.plan, run.optimizer)) or (0, _first_state(run))
-            _report_start(run, state, first, console)
-            with open_log(run.out, run.config.train.steps, first, console) as log:
-                model = _train_with_log(run, state, first, log, checkpoints, check_interrupt)
+            abstract = abstract_state(run.plan, run.optimizer)
+            _report_start(run, abstract.weights, console)
+            first, state = checkpoints.restore(abstract) or (0, _first_state(run))
+            if first:
+                console.print(f"continuing after step {first}, from the checkpoint in '{run.out / CHECKPOINTS}'")
+            with open_log(run.out, run.config.train.steps, first, console, run.tensorboard) as log:
+                progress = _Progress(run, first, log, checkpoints, console, check_interrupt)
+                model = progress.train(state)
             checkpoints.finish()
             _save_model(run, model, console)
             return model
@@ -162,30 +190,54 @@ def train(run: Run, console: Console, check_interrupt: Callable[[], None] = lamb
             checkpoints.close()
 
 
-def _train_with_log(
-    run: Run,
-    state: TrainState,
-    first: int,
-    log: Log | NoLog,
-    checkpoints: Checkpointer,
-    check_interrupt: Callable[[], None],
-) -> Transformer:
-    steps, eval_every = run.config.train.steps, run.config.train.eval_every
-    began = time.perf_counter()
+class _Progress:
+    """What happens between the steps of a run: reports, the log, evaluations, checkpoints, and Ctrl-C."""
 
-    def on_step(step: int, metrics: StepMetrics, state: TrainState) -> None:
-        nonlocal began
-        log.step(step, **_step_entry(run, step, metrics, state, time.perf_counter() - began))
-        if step % eval_every == 0 or step == steps:
-            if scores := _evaluate(run, step, state.weights):
-                log.held_out(step, **scores)
-            checkpoints.save(step, state)
-        check_interrupt()
-        began = time.perf_counter()
+    def __init__(
+        self,
+        run: Run,
+        first: int,
+        log: Log | NoLog,
+        checkpoints: Checkpointer,
+        console: Console,
+        check_interrupt: Callable[[], None],
+    ):
+        self._run, self._first, self._log, self._checkpoints = run, first, log, checkpoints
+        self._console, self._check_interrupt = console, check_interrupt
+        self._has_evaluated = False
+        self._began = 0.0
 
-    check_interrupt()
-    batches = (_sequences(run, step) for step in count(first))
-    return fit(run.config.model, batches, run.optimizer, steps=steps, plan=run.plan, state=state, on_step=on_step)
+    def train(self, state: TrainState) -> Transformer:
+        """Train until the last step. Returns the model."""
+        self._check_interrupt()
+        run, steps = self._run, self._run.config.train.steps
+        if self._first < steps:
+            self._console.print("compiling the train step ...")
+        self._began = time.perf_counter()
+        batches = (_sequences(run, step) for step in count(self._first))
+        options: dict[str, Any] = {"steps": steps, "plan": run.plan, "state": state, "on_step": self._on_step}
+        return fit(run.config.model, batches, run.optimizer, **options)
+
+    def _on_step(self, step: int, metrics: StepMetrics, state: TrainState) -> None:
+        run, train = self._run, self._run.config.train
+        seconds = time.perf_counter() - self._began
+        is_compiled = step > self._first + 1
+        if not is_compiled:
+            self._console.print(f"compiled the train step, and took the first step, in {seconds:.1f} s")
+        self._log.step(step, **_step_entry(run, step, metrics, state, seconds if is_compiled else None))
+        if step % train.eval_every == 0 or step == train.steps:
+            self._evaluate(step, state.weights)
+            self._checkpoints.save(step, state)
+        self._check_interrupt()
+        self._began = time.perf_counter()
+
+    def _evaluate(self, step: int, weights: Weights) -> None:
+        if not self._run.corpus.has_held_out:
+            return
+        if not self._has_evaluated:
+            self._console.print("compiling the evaluation ...")
+            self._has_evaluated = True
+        self._log.held_out(step, **_evaluate(self._run, step, weights))
 
 
 def _read_tables(file: Path, required: set[str]) -> dict[str, Any]:
@@ -267,28 +319,31 @@ def _check_same_settings(out: Path, theirs: dict[str, Any], ours: dict[str, Any]
                 )
 
 
-def _report_start(run: Run, state: TrainState, first: int, console: Console) -> None:
+def _report_start(run: Run, weights: Any, console: Console) -> None:
     plan, mesh = run.plan, run.plan.mesh
-    size = sum(weight.size for weight in jax.tree.leaves(state.weights))
+    size = sum(weight.size for weight in jax.tree.leaves(weights))
     axes = " x ".join(f"{name} {devices}" for name, devices in mesh.shape.items())
     devices = f"{mesh.size} x {plan.device_kind} ({axes})"
     console.print(f"{size / 1e6:.2f} M parameters, {jnp.dtype(plan.dtype).name} on {devices}")
-    if first:
-        console.print(f"continuing after step {first}, from the checkpoint in '{run.out / CHECKPOINTS}'")
 
 
-def _step_entry(run: Run, step: int, metrics: StepMetrics, state: TrainState, seconds: float) -> dict[str, int | float]:
-    """Return the log entry of a step.
+def _step_entry(
+    run: Run, step: int, metrics: StepMetrics, state: TrainState, seconds: float | None
+) -> dict[str, int | float]:
+    """Return the log entry of a step, without its speed if `seconds` is None.
 
     Raises:
         ValueError: The loss or the gradient is not finite.
     """
     entry: dict[str, int | float] = {"nats": float(metrics.loss), "gradient_norm": float(metrics.gradient_norm)}
     _check_finite(run, step, entry)
+    entry |= _bits(run, entry["nats"])
+    if seconds is None:
+        return entry
     train = run.config.train
     speed = train.batch * train.context / seconds
     mfu = model_flops_utilization(run.plan, train.context, state.weights, speed)
-    return entry | _bits(run, entry["nats"]) | {"tokens_per_s": speed} | ({} if mfu is None else {"mfu": mfu})
+    return entry | {"tokens_per_s": speed} | ({} if mfu is None else {"mfu": mfu})
 
 
 def _check_finite(run: Run, step: int, entry: dict[str, int | float]) -> None:
@@ -314,10 +369,8 @@ def _sequences(run: Run, step: int) -> Sequences:
 
 
 def _evaluate(run: Run, step: int, weights: Weights) -> dict[str, int | float]:
-    """Return the loss of the held-out tokens, each after at least half a context; empty if none are held out."""
+    """Return the loss of the held-out tokens, each after at least half a context."""
     plan, context, corpus = run.plan, run.config.train.context, run.corpus
-    if corpus.held_out == len(corpus.tokens_X):
-        return {}
     starts, counted = held_out_windows(corpus, context)
     dp = plan.mesh.shape[DP]
     rows = min(run.config.train.batch // plan.accumulate, -(-len(starts) // dp) * dp)  # as many as a step has at once
@@ -341,7 +394,7 @@ def _bits(run: Run, nats: float) -> dict[str, int | float]:
 
 def _save_model(run: Run, model: Transformer, console: Console) -> None:
     folder, config = run.out / MODEL, run.config
-    checkpoint.save(model, folder, jnp.bfloat16)
+    checkpoint.save(model, folder, jnp.bfloat16, config.init)
     copied = _TOKENIZER_FILES if is_first() and config.model.tokenizer != "bytes" else ()
     for name in copied:
         if (config.tokenizer_folder / name).exists():
