@@ -117,7 +117,7 @@ def test_layout_prints_a_table_and_draws_a_plot(tmp_path: Path):
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
-def test_lines_of_ranks_that_coincide_can_be_told_apart():
+def test_lines_of_ranks_that_coincide_are_distinguishable():
     styles = [line_style(rank, 4, 91) for rank in range(4)]
     for name in ("color", "linewidth", "marker", "markevery"):
         assert len({style[name] for style in styles}) == 4, name

@@ -19,7 +19,7 @@ from helix_jax.training.data import (
     slice_sequences,
     training_sequences,
 )
-from helix_jax.training.passkeys import NAMES, fact, insert_passkeys, question
+from helix_jax.training.passkeys import NAMES, fact, insert_passkeys, passkey_drill, question, recall_mask
 
 
 class WordLengths:
@@ -151,6 +151,24 @@ def test_every_passkey_is_stated_before_it_is_asked_for():
     assert questions >= 1
 
 
+@pytest.mark.parametrize("progress", [0.0, 0.9])
+def test_in_a_drill_only_passkeys_that_were_stated_count(progress: float):
+    text, random = b"In the beginning God created the heaven and the earth. " * 3, np.random.default_rng(0)
+    has_repeated_digit = False
+    for _ in range(20):
+        drill = passkey_drill(text, random, progress)
+        mask = recall_mask(drill)
+        assert len(drill) == len(mask) == len(text)
+        assert mask.any()
+        for start in np.flatnonzero(np.diff(mask.astype(int), prepend=0) == 1):
+            end = drill.index(b".", start)
+            stated = drill[:start].split(b"The passkey of ")[-1] + drill[start:end] + b"."
+            assert mask[start : end + 1].all()
+            assert b"The passkey of " + stated in drill[:start]  # this name with this key
+            has_repeated_digit |= len(set(drill[start:end])) < end - start
+    assert has_repeated_digit == (progress > 0.5)
+
+
 def test_only_the_pieces_that_count_are_in_the_loss():
     rows = [[([1, 2], False), ([3, 4], True), ([5], False), ([6], True)], [([7], False), ([8], True)]]
     sequences = masked_sequences(rows, 7)
@@ -180,7 +198,7 @@ TOKENS = np.zeros((2, 5), int)
         (
             lambda: make_sequences(TOKENS, np.ones((2, 5), bool)),
             ValueError,
-            r"loss_mask_BS of a batch has shape \(2, 5\) beside tokens \(2, 5\): give \(2, 4\)",
+            r"has shape \(2, 5\) beside tokens \(2, 5\): give \(2, 4\)",
         ),
         (
             lambda: make_sequences(TOKENS, np.ones((2, 4))),
@@ -195,7 +213,7 @@ TOKENS = np.zeros((2, 5), int)
         (
             lambda: make_sequences(TOKENS, None, np.zeros((2, 4), bool)),
             TypeError,
-            "document_start_BS of a batch has dtype bool",
+            "_start_BS of a batch has dtype bool",
         ),
     ],
 )

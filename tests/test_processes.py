@@ -1,6 +1,7 @@
 """Several processes on one machine, connected by Gloo, compute what one process with as many devices computes."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -13,6 +14,7 @@ import pytest
 
 from helix_jax import processes
 from helix_jax.checkpoint import save
+from helix_jax.devices import open_mesh
 from helix_jax.processes import Processes, lost_process_message, min_over_processes, on_first_process
 from tests.conftest import ROOT
 from tests.reference import BYTES, BYTES_SHAPE, tiny_model
@@ -202,3 +204,13 @@ def test_a_single_process_agrees_with_itself():
     assert Processes("host:80", 2, 1).count == 2
     with pytest.raises(OSError, match="no"):
         on_first_process(lambda: (_ for _ in ()).throw(OSError("no")))
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 32), ("5", 5)])
+def test_fake_devices_get_spare_threads(monkeypatch, given: str | None, expected: int):
+    monkeypatch.delenv("PJRT_NPROC", raising=False)
+    if given:
+        monkeypatch.setenv("PJRT_NPROC", given)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    open_mesh("auto", 1, 4, 2)
+    assert os.environ.pop("PJRT_NPROC") == str(expected)

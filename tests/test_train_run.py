@@ -94,7 +94,7 @@ def test_a_run_reports_compilation_and_without_a_terminal_every_step(trained: Pa
     assert compiling == "compiling the train step ..."
     assert compiled.startswith("compiled the train step, and took the first step, in ")
     assert "tokens/s" not in first  # which would include compilation
-    assert first.startswith(f"step 1 of {STEPS}: loss 5.")
+    assert first.startswith(f"step 1 of {STEPS}: loss ")
     assert first.endswith(" bits/byte")
     steps = [line for line in lines if line.startswith("step ") and "tokens/s" in line]
     assert [line.split(":")[0] for line in steps] == [f"step {step} of {STEPS}" for step in range(2, STEPS + 1)]
@@ -293,6 +293,7 @@ def test_a_run_copies_its_tokenizer_needs_no_held_out_text_and_refuses_changed_d
         (("layers = 1", "layers = 1\nqk_norm = true"), "qk_norm"),
         (('[data]\nfiles = ["kjv.txt"]\npasskeys = 0.5', "data = 5"), "data is 5: give a table, [data]"),
         (("passkeys = 0.5", "passkeys = 2.0"), "passkeys is 2.0: give a fraction from 0 to 1"),
+        (("passkeys = 0.5", "passkeys_only = true"), "passkeys_only is true, but passkeys is 0: give the fraction"),
         (("context = 128", "context = 120"), "120 positions are not a multiple of 1 ranks"),
     ],
 )

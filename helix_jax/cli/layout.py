@@ -106,7 +106,7 @@ def plot_growth(file: Path, layout: BlockLayout, prompt_len: int, decoded: int) 
 
 
 def line_style(rank: int, ranks: int, points: int) -> dict[str, Any]:
-    """Return the style of the line of a rank, so that lines of several ranks can be told apart where they coincide.
+    """Return the style of the line of a rank, distinguishable from those of other ranks where they coincide.
 
     Later lines are thinner, so that earlier ones are seen behind them, and the markers of the ranks alternate.
 

@@ -22,7 +22,7 @@ def plot_needles(figure: Any, results: NeedleResults, plan: str) -> None:
     lengths = sorted({needle.length for needle in results.needles})
     depths = sorted({needle.depth for needle in results.needles})
     figure.set_size_inches(2.6 + max(2.6, 0.95 * len(lengths)) * results.questions, 1.9 + 0.42 * len(depths))
-    panels = np.atleast_1d(figure.subplots(1, results.questions, sharey=True))
+    panels, images = np.atleast_1d(figure.subplots(1, results.questions, sharey=True)), []
     for question, axes in enumerate(panels):
         share_DL = np.zeros((len(depths), len(lengths)))
         for (row, column), _ in np.ndenumerate(share_DL):
@@ -35,14 +35,14 @@ def plot_needles(figure: Any, results: NeedleResults, plan: str) -> None:
                 + ", ".join(map(str, owners))
             )
             axes.text(column, row, label, ha="center", va="center", fontsize=8, color="black")
-        image = axes.imshow(share_DL, vmin=0, vmax=1, cmap=_COLORS, alpha=0.8, aspect="auto")
+        images.append(axes.imshow(share_DL, vmin=0, vmax=1, cmap=_COLORS, alpha=0.8, aspect="auto"))
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         title = f"after {results.options.decoded} decoded tokens" if question else "directly after the context"
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("context, tokens")
     panels[0].set_ylabel("depth of the passkey in the context")
-    figure.colorbar(image, ax=list(panels), label="passkeys found", format=_as_percent, aspect=30)
+    figure.colorbar(images[-1], ax=list(panels), label="passkeys found", format=_as_percent, aspect=30)
     figure.suptitle(f"passkeys found under {plan}, and the cp ranks that store them", fontsize=11)
 
 

@@ -54,7 +54,7 @@ class Sequences(NamedTuple):
     """Sequences of S tokens and the one that follows. `make_sequences` and `masked_sequences` create and check them.
 
     tokens_BS has shape [B, S + 1]. document_start_BS is the index in the sequence at which the document of a token
-    starts: nothing before it is seen. loss_mask_BS tells whether the token that follows counts in the loss.
+    starts, before which nothing is seen. loss_mask_BS tells whether the token that follows counts in the loss.
     """
 
     tokens_BS: np.ndarray  # [B, S + 1]
@@ -94,13 +94,9 @@ def make_sequences(tokens: Any, loss_mask: Any = None, document_start: Any = Non
                 f"{name} of a batch has shape {given_BS.shape} beside tokens {tokens_BS.shape}: give {shape}"
             )
     if not mask_BS.any():
-        raise ValueError(
-            "loss_mask_BS of a batch is False everywhere: set it where the token that follows counts in the loss"
-        )
+        raise ValueError("loss_mask_BS of a batch is False everywhere: set it where the next token counts")
     if (start_BS < 0).any() or (start_BS > np.arange(shape[1])).any():
-        raise ValueError(
-            "document_start_BS of a batch has an index below 0 or after its token: give where the document starts"
-        )
+        raise ValueError("document_start_BS of a batch has an index below 0 or after its token: correct it")
     return Sequences(tokens_BS, start_BS, mask_BS)
 
 

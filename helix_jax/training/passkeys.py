@@ -1,5 +1,6 @@
 """Recall tasks in text: passkeys and lines that are asked for later. Used for training and for evaluation."""
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,6 +16,14 @@ _MAX_KEYS = 12  # per text
 _MAX_REPEATS = 8  # questions per key
 _MAX_LINES = 8
 _WORDS = 4  # of a line, by which it is asked for
+_STATED = re.compile(rb"The passkey of (\w+) is (\d+\.)")
+
+# Of texts with little but passkeys.
+_MAX_DRILL_KEYS = 2
+_MAX_DRILL_DIGITS = 10
+_MAX_FILLER = 15  # bytes of text between two sentences
+_RESTATED = 0.6  # the share of facts that are stated again; the others are asked for
+_DISTINCT_UNTIL, _DISTINCT_AFTER = 0.6, 0.2  # of the steps; the share of such keys in the steps that follow
 
 Insert = tuple[int, bytes]  # a position in the text, and what is inserted there
 
@@ -85,3 +94,45 @@ def _place_quotes(text: bytes, random: np.random.Generator) -> list[Insert]:
 def _quote(line: bytes) -> bytes:
     words = b" ".join(line.split(b" ")[:_WORDS])
     return b' The line that begins "' + words + b'" is "' + line + b'". '
+
+
+def passkey_drill(text: bytes, random: np.random.Generator, progress: float) -> bytes:
+    """Return a text of the same length with little but passkeys, each stated and asked for again and again.
+
+    At first no digit of a key occurs twice, so that the digit before determines the one that follows: that is easier to
+    learn.
+
+    Args:
+        text: What is between the sentences is taken from it.
+        random: The source of randomness.
+        progress: The share of the training that is done.
+    """
+    names = random.choice(NAMES, random.integers(1, _MAX_DRILL_KEYS + 1), replace=False)
+    keys = {str(name): _drill_key(random, progress) for name in names}
+    pieces = [_filler(text, random) + fact(name, key) for name, key in keys.items()]
+    while sum(map(len, pieces)) < len(text):
+        name = str(random.choice(names))
+        pieces.append(_filler(text, random) if random.random() < 0.5 else b"")
+        is_restated = random.random() < _RESTATED
+        pieces.append(fact(name, keys[name]) if is_restated else question(name) + f"{keys[name]}. ".encode())
+    return b"".join(pieces)[: len(text)]
+
+
+def _drill_key(random: np.random.Generator, progress: float) -> str:
+    digits = int(random.integers(DIGITS, _MAX_DRILL_DIGITS + 1))
+    is_distinct = progress < _DISTINCT_UNTIL or random.random() < _DISTINCT_AFTER
+    return "".join(map(str, random.permutation(10)[:digits])) if is_distinct else new_key(random, digits)
+
+
+def _filler(text: bytes, random: np.random.Generator) -> bytes:
+    start = int(random.integers(0, len(text)))
+    return text[start : start + int(random.integers(0, _MAX_FILLER + 1))]
+
+
+def recall_mask(text: bytes) -> np.ndarray:
+    """Return for each byte whether it belongs to a passkey that was stated before, and so can be recalled."""
+    mask, stated = np.zeros(len(text), bool), set()
+    for match in _STATED.finditer(text):
+        mask[match.start(2) : match.end(2)] = match.groups() in stated
+        stated.add(match.groups())
+    return mask

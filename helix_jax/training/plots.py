@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 _LEAST_SMOOTHED = 10  # steps over which the average decays: at least so many, and at least this share of the run
-_SMOOTHED_SHARE = 0.02
+_SMOOTHED_SHARE = 0.01
 
 
 def plot_curve(figure: Any, entries: Iterable[Mapping[str, int | float]]) -> None:

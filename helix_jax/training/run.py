@@ -49,7 +49,7 @@ from helix_jax.training.log import (
     model_flops_utilization,
     open_log,
 )
-from helix_jax.training.passkeys import insert_passkeys
+from helix_jax.training.passkeys import insert_passkeys, passkey_drill, recall_mask
 from helix_jax.training.plan import TrainConfig, TrainPlan
 from helix_jax.training.state import TrainState, abstract_state, init_state, make_optimizer, shard_batch
 from helix_jax.training.step import StepMetrics, eval_step
@@ -72,12 +72,15 @@ class DataConfig:
         separator: The text that ends a document within a text file.
         end_id: The token that ends a document within a token file.
         passkeys: The fraction of the sequences into which recall tasks are inserted (byte models only).
+        passkeys_only: Whether these sequences have little but passkeys, and only what can be recalled of them counts in
+            the loss. A small model then learns to copy in minutes, but not to predict text.
     """
 
     files: tuple[str, ...]
     separator: str | None = None
     end_id: int | None = None
     passkeys: float = 0.0
+    passkeys_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -259,6 +262,10 @@ def _check_data(file: Path, data: DataConfig, model: ModelConfig, tokenizer: Tok
         raise ValueError(f"{file}: passkeys is {data.passkeys}: give a fraction from 0 to 1")
     if data.passkeys and (model.tokenizer != "bytes" or has_tokens):
         raise ValueError(f"{file}: passkeys is {data.passkeys}, and the tokens are not bytes: give 0")
+    if data.passkeys_only and not data.passkeys:
+        raise ValueError(
+            f"{file}: passkeys_only is true, but passkeys is 0: give the fraction of sequences with passkeys"
+        )
 
 
 def _first_state(run: Run) -> TrainState:
@@ -363,9 +370,19 @@ def _sequences(run: Run, step: int) -> Sequences:
     for row in np.flatnonzero(random.random(train.batch) < run.config.data.passkeys):
         is_one_document = not sequences.document_start_BS[row].any() and sequences.loss_mask_BS[row].all()
         if is_one_document:
-            text = insert_passkeys(sequences.tokens_BS[row].astype(np.uint8).tobytes(), random)
-            sequences.tokens_BS[row] = np.frombuffer(text, np.uint8)
+            _insert_tasks(run, sequences, int(row), random, step / train.steps)
     return sequences
+
+
+def _insert_tasks(run: Run, sequences: Sequences, row: int, random: np.random.Generator, progress: float) -> None:
+    """Insert recall tasks into a sequence, in place."""
+    text = sequences.tokens_BS[row].astype(np.uint8).tobytes()
+    if run.config.data.passkeys_only:
+        text = passkey_drill(text, random, progress)
+        sequences.loss_mask_BS[row] = recall_mask(text)[1:]
+    else:
+        text = insert_passkeys(text, random)
+    sequences.tokens_BS[row] = np.frombuffer(text, np.uint8)
 
 
 def _evaluate(run: Run, step: int, weights: Weights) -> dict[str, int | float]:
