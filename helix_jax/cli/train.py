@@ -23,7 +23,7 @@ from helix_jax.cli.options import (
 from helix_jax.training.checkpointer import last_saved_step
 from helix_jax.training.run import CHECKPOINTS, Run, open_run, read_run_config, train
 
-EXAMPLE = """helix-jax train --config configs/demo.toml --out runs/demo
+EXAMPLE = """helix-jax train --config configs/tiny.toml --out runs/tiny --cp 2 --dp 4
   helix-jax train --config my.toml --init DIR --cp 4 --out runs/longer"""
 
 

@@ -99,8 +99,8 @@ def _quote(line: bytes) -> bytes:
 def passkey_drill(text: bytes, random: np.random.Generator, progress: float) -> bytes:
     """Return a text of the same length with little but passkeys, each stated and asked for again and again.
 
-    At first no digit of a key occurs twice, so that the digit before determines the one that follows: copying is then
-    learned several times faster.
+    At first no digit of a key occurs twice, so that the digit before determines the one that follows: that is easier to
+    learn.
 
     Args:
         text: What is between the sentences is taken from it.
