@@ -305,10 +305,10 @@ def test_a_draft_model_does_not_change_the_output(models, mesh, options, changes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("placement", ["helix", "striped"])
-def test_the_cache_of_a_draft_model_is_shared_copied_and_computed_again_with_that_of_the_model(models, placement):
+@pytest.mark.parametrize(("placement", "mesh"), [("helix", (1, 4)), ("striped", (1, 2, 2))])
+def test_the_cache_of_a_draft_model_is_shared_copied_and_computed_again_with_that_of_the_model(models, placement, mesh):
     """If it has the right tokens, a model that drafts for itself is always right."""
-    random, model = np.random.default_rng(0), models(1, 4)
+    random, model = np.random.default_rng(0), models(*mesh)
     prefix, tails = random.integers(0, TINY.vocab, 20).tolist(), random.integers(0, TINY.vocab, (60, 9)).tolist()
     prompts = [[*prefix, *tail][index % 3 * 5 :] for index, tail in enumerate(tails)]
     params = [
