@@ -17,6 +17,7 @@ from helix_jax.engine.output_text import OutputText
 from helix_jax.engine.page_allocator import PageAllocator
 from helix_jax.engine.requests import Request, sample_ids
 from helix_jax.engine.scheduler import Scheduler
+from helix_jax.folder import ModelFolder
 from helix_jax.layout import PLACEMENTS, BlockLayout
 from tests.conftest import GOLDEN
 from tests.reference import TINY, plan_of, sharded_tiny_models, tiny_model
@@ -412,8 +413,10 @@ def test_samples_with_a_result_are_skipped():
 
 def test_a_batch_has_a_line_for_each_sample_and_continues_with_those_that_are_missing(make_engine, tmp_path: Path):
     def answer(*lines: bytes) -> list[dict]:
+        engine = make_engine()
         with ResultsFile(out) as results:
-            command._answer_all(make_engine(), read_requests(lines, results.done), results, 2, Reporter())
+            requests, folder = read_requests(lines, results.done), ModelFolder(tmp_path, engine.config, None)
+            command._answer_all(engine, folder, requests, results, 2, Reporter())
         return [json.loads(line) for line in out.read_text().splitlines()]
 
     out, settings = tmp_path / "out.jsonl", {"prompt": None, "prompt_ids": random_prompt(8), "max_new_tokens": 6}
