@@ -62,8 +62,8 @@ MAY_IMPORT = {
         *("processes", "text", "validation"),
     },
     "evaluation": {
-        *("arrays", "cache", "checkpoint", "config", "decoding", "devices", "engine", "layout", "mesh", "models"),
-        *("parsing", "plan", "sampling", "step", "text", "training", "validation"),
+        *("arrays", "cache", "checkpoint", "config", "decoding", "devices", "engine", "folder", "layout", "mesh"),
+        *("models", "parsing", "plan", "sampling", "step", "text", "training", "validation"),
     },
 }
 MAY_IMPORT_ANYTHING = {"cli", "__init__", "__main__"}

@@ -312,6 +312,14 @@ def test_a_model_with_another_tokenizer_is_evaluated(evaluate, token_model: Path
     assert "130 tokens" in capsys.readouterr().out
 
 
+def test_a_model_on_the_hub_has_its_tokenizer(evaluate, token_model: Path, monkeypatch, capsys, tmp_path: Path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "models--owner--name" / "snapshots").mkdir(parents=True)
+    (tmp_path / "models--owner--name" / "snapshots" / "a1").symlink_to(token_model)
+    assert evaluate("needles", "--model", "owner/name", "--lengths", 5000) == 2
+    assert "a context of 5000 tokens" in capsys.readouterr().err
+
+
 # results and input ----------------------------------------------------------------------------------------------------
 
 

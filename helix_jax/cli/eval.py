@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from helix_jax.checkpoint import read_config
 from helix_jax.cli.app import FAILED, OK
 from helix_jax.cli.console import Reporter
 from helix_jax.cli.options import (
@@ -42,11 +41,12 @@ from helix_jax.evaluation import (
     run_perplexity,
 )
 from helix_jax.evaluation.plots import plot_needles, plot_perplexity
+from helix_jax.folder import ModelFolder
 from helix_jax.layout import PLACEMENTS
 from helix_jax.mesh import CP
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
-from helix_jax.text import Tokenizer, open_tokenizer
+from helix_jax.text import Tokenizer
 
 DEFAULT_TEXT = Path(__file__).parents[2] / "scripts" / "data" / "kjv.txt"  # not part of an installed package
 
@@ -197,10 +197,10 @@ def _open_task(
     fill_in: Callable[[ModelConfig, Tokenizer], NeedleOptions | PerplexityOptions],
 ) -> _Task:
     """Check all input, then open the devices. `fill_in` returns the options of the evaluation for a model."""
-    config = read_config(options.model)
-    tokenizer = open_tokenizer(options.model, config)
+    folder = ModelFolder.open(options.model)
+    config, tokenizer = folder.config, folder.tokenizer
     if tokenizer is None:
-        raise ValueError(f"'{options.model}' has no tokenizer: add the tokenizer.json of the model")
+        raise ValueError(f"'{folder.path}' has no tokenizer: add the tokenizer.json of the model")
     filled_in = fill_in(config, tokenizer)
     text = held_out_text(_read_text(options.text), options.held_out, tokenizer, config.vocab, filled_in.max_len)
     figure = new_figure("--plot", options.plot) if options.plot else None
@@ -213,7 +213,7 @@ def _open_task(
     def load(plan: Plan) -> Transformer:
         if plan is plans[ONE_DEVICE]:  # the first one: by now all input is checked
             report_fake_devices(mesh, reporter)
-        return load_model(options.model, plan, jnp.float32, reporter)
+        return load_model(folder.path, plan, jnp.float32, reporter)
 
     return _Task(
         options=filled_in,

@@ -17,14 +17,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from helix_jax.checkpoint import DEMO_MODEL, load, read_config, resolve_folder
-from helix_jax.config import ModelConfig
-from helix_jax.devices import default_dtype, open_mesh
+from helix_jax.checkpoint import DEMO_MODEL, load
+from helix_jax.devices import DTYPES, default_dtype, open_mesh
 from helix_jax.engine import Engine, FinishedEvent, RequestOutput, SamplingParams
 from helix_jax.engine.options import DEFAULT_PAGE
+from helix_jax.folder import ModelFolder
 from helix_jax.parsing import parse_dataclass
 from helix_jax.plan import Plan
-from helix_jax.text import ByteTokenizer, Tokenizer, open_tokenizer
+from helix_jax.text import ByteTokenizer, Tokenizer
 from helix_jax.validation import (
     MissingPackageError,
     check_choice,
@@ -135,9 +135,9 @@ class HelixLM(TemplateLM):
     ):
         super().__init__()
         self.options = own = parse_dataclass(HelixOptions, options, "model_args")
-        self.folder = resolve_folder(pretrained)
-        self.config = read_config(self.folder)
-        self.tokenizer, self._engine_tokenizer = _open_tokenizers(self.folder, self.config)
+        opened = ModelFolder.open(pretrained)
+        self.folder, self.config = opened.path, opened.config
+        self.tokenizer, self._engine_tokenizer = _open_tokenizers(opened)
         self._check_options()
         mesh = open_mesh("cpu" if device == "cpu" and own.platform == "auto" else own.platform, own.tp, own.cp, own.dp)
         choices = own.placement, own.combine, own.kernel, own.experts, own.kv_cache_dtype
@@ -347,20 +347,20 @@ class HelixLM(TemplateLM):
             if getattr(own, name) is not None:
                 check_int(name, getattr(own, name), least=1)
         if own.dtype is not None:
-            check_choice("dtype", own.dtype, ("float32", "bfloat16"))
+            check_choice("dtype", own.dtype, DTYPES)
         if own.prefix_token_id is not None:
             check_in_vocabulary("prefix_token_id", [own.prefix_token_id], self.config.vocab)
         if self.max_length > positions:
             raise ValueError(f"max_length is {own.max_length}: give at most the model's {positions} positions")
 
 
-def _open_tokenizers(folder: Path, config: ModelConfig) -> tuple[Any, Tokenizer]:
+def _open_tokenizers(opened: ModelFolder) -> tuple[Any, Tokenizer]:
     """Open the tokenizer of a folder, for texts and templates, and for the engine.
 
     Raises:
         ValueError: There is none, or it cannot be read.
     """
-    for_engine = open_tokenizer(folder, config)
+    folder, for_engine = opened.path, opened.tokenizer
     if for_engine is None:
         raise ValueError(f"'{folder}' has no tokenizer.json: add it, because tasks are texts")
     if isinstance(for_engine, ByteTokenizer):
