@@ -16,7 +16,7 @@ from helix_jax.drafting import Drafter, Drafts, Proposal, propose_drafts, record
 from helix_jax.mesh import first_device
 from helix_jax.models.transformer import Weights
 from helix_jax.plan import Plan
-from helix_jax.sampling import MAX_LOGPROBS, Logprobs, RowSampling, choose
+from helix_jax.sampling import MAX_LOGPROBS, Logprobs, RowSampling, choose, mark_seen, token_masks
 from helix_jax.speculation import SpeculationCounts, count_accepted
 from helix_jax.step import append_tokens, constrain_rows, logits_of
 
@@ -171,19 +171,13 @@ def _append_and_choose(
 
     sampling = None
     if state.sampling is not None and not greedy:
-        new_BTV = _one_hot(tokens_BT, count_B, state.sampling.seen_BV.shape[1])
+        new_BTV = token_masks(tokens_BT, count_B, state.sampling.seen_BV.shape[1])
         seen_BTV = state.sampling.seen_BV[:, None] | lax.associative_scan(jnp.logical_or, new_BTV, axis=1)
         repeated = jax.tree.map(lambda x: jnp.repeat(x, T, axis=0), state.sampling._replace(seen_BV=None))
         sampling = repeated._replace(seen_BV=flat(seen_BTV))
     chosen = choose(flat(logits_BTV), sampling, flat(position_BT), flat(live_BT))
     token_BT, logprobs_BT = jax.tree.map(lambda x: constrain_rows(plan, x.reshape(B, T, *x.shape[1:])), chosen)
     return Choice(token_BT, logprobs_BT, caches)
-
-
-def _one_hot(tokens_BT: Array, count_B: Array, vocab: int) -> Array:
-    """Return the first `count_B` tokens of each row as masks of the vocabulary, [B, T, V]. The others are empty."""
-    counts_BT = jnp.arange(tokens_BT.shape[1]) < count_B[:, None]
-    return (tokens_BT[..., None] == jnp.arange(vocab)) & counts_BT[..., None]
 
 
 def _propose(plan: Plan, drafter: Drafter, state: DecodeState, remaining_B: Array, *, greedy: bool) -> Proposal:
@@ -239,10 +233,7 @@ def _accept(
     stopped_B = stops_BT.any(1)
     count_B = constrain_rows(plan, jnp.where(stopped_B, jnp.argmax(stops_BT, 1) + 1, count_B))
     last_B = jnp.take_along_axis(token_BT, jnp.maximum(count_B - 1, 0)[:, None], axis=1)[:, 0]
-    sampling = state.sampling
-    if sampling is not None:
-        seen_BV = sampling.seen_BV | _one_hot(group_BT, count_B, sampling.seen_BV.shape[1]).any(1)
-        sampling = sampling._replace(seen_BV=constrain_rows(plan, seen_BV))
+    sampling = None if state.sampling is None else mark_seen(state.sampling, group_BT, count_B)
     write = partial(write_rows, first_B=output.count_B, count_B=count_B)
     output = output._replace(
         tokens_BS=constrain_rows(plan, write(output.tokens_BS, new_BT=token_BT)),
@@ -258,7 +249,7 @@ def _accept(
         rows=state.rows._replace(length_B=constrain_rows(plan, state.rows.length_B + count_B)),
         token_B=constrain_rows(plan, jnp.where(count_B > 0, last_B, state.token_B)),
         finished_B=constrain_rows(plan, state.finished_B | stopped_B),
-        sampling=sampling,
+        sampling=jax.tree.map(partial(constrain_rows, plan), sampling),
     )
     return state, output
 

@@ -217,6 +217,18 @@ class RowSampling(NamedTuple):
     seen_BV: Bool[Array, "B V"]
 
 
+def token_masks(tokens_BT: Int[Array, "B T"], count_B: Int[Array, "B"], vocab: int) -> Bool[Array, "B T V"]:
+    """Return the first `count_B` tokens of each row as masks of the vocabulary. The others are empty."""
+    counts_BT = jnp.arange(tokens_BT.shape[1]) < count_B[:, None]
+    return (tokens_BT[..., None] == jnp.arange(vocab)) & counts_BT[..., None]
+
+
+def mark_seen(rows: RowSampling, tokens_BT: Int[Array, "B T"], count_B: Int[Array, "B"]) -> RowSampling:
+    """Add the first `count_B` tokens of each row to those that it contains."""
+    new_BV = token_masks(tokens_BT, count_B, rows.seen_BV.shape[1]).any(1)
+    return rows._replace(seen_BV=rows.seen_BV | new_BV)
+
+
 def choose(
     logits_BV: Float[Array, "B V"], rows: RowSampling | None, position_B: Int[Array, "B"], live_B: Bool[Array, "B"]
 ) -> tuple[Int[Array, "B"], Logprobs | None]:
