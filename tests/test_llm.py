@@ -13,7 +13,7 @@ import pytest
 
 from helix_jax import LLM, FinishedEvent, SamplingParams, TokenEvent
 from helix_jax.checkpoint import read_config, resolve_folder
-from helix_jax.engine import runner
+from helix_jax.engine import state
 from helix_jax.validation import MissingPackageError
 from tests.conftest import GOLDEN
 from tests.test_cli import ENVIRONMENT
@@ -142,7 +142,7 @@ def test_by_default_a_request_may_have_the_positions_of_the_model_and_pages_fit_
     page_bytes = 3 * 2 * 2 * 64 * 16 * 4  # layers, keys and values, heads, tokens, width, float32
     for kilobytes, pages in ((10**9, 2 * 33), (8 * 12 * page_bytes // 1024, 10)):
         (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {kilobytes} kB\n")
-        monkeypatch.setattr(runner, "_MEMORY_FILE", tmp_path / "meminfo")
+        monkeypatch.setattr(state, "_MEMORY_FILE", tmp_path / "meminfo")
         engine = LLM(chat_model, cp=2, rows=2).engine
         assert engine.stats().pages == pages
         assert engine.page == 64

@@ -4,27 +4,23 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from helix_jax.arrays import bytes_per_device, put
+from helix_jax.arrays import put
 from helix_jax.cache import (
     CacheSpec,
-    Rows,
     cache_specs,
-    fixed_page_table,
     fixed_pages,
-    make_pool,
     max_pages_per_row,
     per_row,
     ring_pages,
 )
-from helix_jax.decoding import DecodeOutput, DecodeState, decode_program, decode_steps
-from helix_jax.drafting import CATCH_UP, DraftCache, Drafter, DraftOptions, Drafts, draft_cache_spec
+from helix_jax.decoding import DecodeOutput, decode_program, decode_steps
+from helix_jax.drafting import CATCH_UP, Drafter, DraftOptions, draft_cache_spec
 from helix_jax.engine import programs
 from helix_jax.engine.output_text import OutputText
 from helix_jax.engine.page_allocator import RowPages
@@ -33,15 +29,13 @@ from helix_jax.engine.prefill_shapes import PrefillShape, divide_chunks, prefill
 from helix_jax.engine.programs import Chunks, RowUpdates
 from helix_jax.engine.requests import Request
 from helix_jax.engine.scheduler import Admission, Chunk, ScheduledStep, make_page_table
-from helix_jax.mesh import COPIES_Z2X, DP, REPLICATED, ROWS_B, TABLE_RBM, AnyMesh, first_device, sharding
+from helix_jax.engine.state import StateShape
+from helix_jax.mesh import COPIES_Z2X, DP, REPLICATED, ROWS_B, AnyMesh, first_device, sharding
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
-from helix_jax.processes import min_over_processes
-from helix_jax.sampling import MAX_LOGPROBS, Logprobs, RowSampling, make_host_sampling, make_sampling
+from helix_jax.sampling import MAX_LOGPROBS, Logprobs, RowSampling, make_host_sampling
 from helix_jax.speculation import MAX_DRAFT_TOKENS
 
-_MEMORY_FRACTION = 0.9  # of a device's free memory, for pages
-_MEMORY_FILE = Path("/proc/meminfo")  # of Linux
 _EDITS_PER_CALL = 64
 _ADMISSIONS_PER_CALL = 8
 _COPIES_PER_CALL = 8  # pages of each rank in each cache group, all of which are in memory twice meanwhile
@@ -120,16 +114,24 @@ class Runner:
         self._device = min(model.embed_VD[...].sharding.addressable_devices, key=lambda device: device.id)
         in_flight = max(chunk, decoding.in_flight)
         self.pages_per_row = [_most_pages(plan, spec, max_len, in_flight, page) for spec in self.specs]
-        self._drafted_from = None if decoding.draft_tokens is None else max_len  # the most tokens of a row
         self._drafter, self._draft_spec = _make_drafter(plan, decoding, self.specs[0])
         # Only pages of the first cache group are allocated. The others are rings, whose pages belong to the rows.
         self.ring = self.pages_per_row[0] if self.specs[0].window else None
         self._groups = plan.mesh.shape[DP]
         self._shapes = prefill_shapes(chunk, rows // self._groups)
         self._last_output: Any = None  # on a CPU, the output of the latest program
-        self.pages = self._pages_that_fit(rows // self._groups) if pages is None else pages
-        self._vocab = model.embed_VD.shape[0]  # padding included
-        self.state = self._empty_state()
+        self._shape = StateShape(
+            plan=plan,
+            rows=rows,
+            vocab=model.embed_VD.shape[0],  # padding included
+            page=page,
+            specs=self.specs,
+            pages_per_row=tuple(self.pages_per_row),
+            draft_spec=self._draft_spec,
+            drafted_from=None if self._drafter is None else max_len,
+        )
+        self.pages = self._shape.pages_that_fit(self._device) if pages is None else pages
+        self.state = self._shape.empty_state(self.pages)
 
     def warm_up(self, *, greedy: bool, sampling: bool) -> float:
         """Compile the programs, with calls that change no row.
@@ -242,7 +244,7 @@ class Runner:
             if self._draft_spec:
                 calls.append((programs.prefill_drafts, self._prefill_drafts_arguments({}, arguments[-1])))
             if sampling:
-                logits_shape = (self._groups * shape.chunks, self._vocab)
+                logits_shape = (self._groups * shape.chunks, self._shape.vocab)
                 where = sharding(self.plan.mesh, ROWS_B)
                 logits_XV = jax.ShapeDtypeStruct(logits_shape, jnp.float32, sharding=where)
                 calls.append((programs.choose_first, (self.plan, self.state, arguments[-1], logits_XV)))
@@ -271,7 +273,7 @@ class Runner:
             jax.tree.map(lambda setting_1: setting_1[0], make_host_sampling(1, *settings)),
             np.float32(params.repetition_penalty),
             np.bool_(params.logprobs is not None),
-            _mask(tokens, self._vocab),
+            _mask(tokens, self._shape.vocab),
         ]
         update: list[Any] = [
             np.int32(row),
@@ -279,9 +281,9 @@ class Runner:
             np.int32(num_cached),
             np.int32(tokens[min(num_cached, len(tokens) - 1)]),
             np.int32(len(request.prompt)),
-            _mask(request.stop_token_ids, self._vocab),
+            _mask(request.stop_token_ids, self._shape.vocab),
             RowSampling(*sampling),
-            None if self._drafted_from is None else _padded(tokens, self._drafted_from),
+            None if self._shape.drafted_from is None else _padded(tokens, self._shape.drafted_from),
         ]
         return RowUpdates(*update)
 
@@ -387,61 +389,6 @@ class Runner:
         is_last = put(is_last_X, self.plan.mesh, ROWS_B)
         arrays = Chunks(where(row_X), where(tokens_XT), where(count_X), is_last)
         return self.config, self.plan, self._weights, self.state, arrays
-
-    def _pages_that_fit(self, rows: int) -> int:
-        """Return the pages per rank that all rows of a dp group can fill, or as many as fit the free device memory."""
-        wanted = rows * self.pages_per_row[0]
-        free_bytes = _free_bytes(self._device)
-        if free_bytes is None:
-            return wanted
-        ranks = self._groups * self.plan.layout.ranks
-        one_page_each = [make_pool(self.plan, spec, ranks, self.page) for spec in self.specs]
-        page_bytes, *other_bytes = map(bytes_per_device, one_page_each)
-        if self._draft_spec:
-            page_bytes += bytes_per_device(make_pool(self.plan, self._draft_spec, ranks, self.page))
-        rings = zip(other_bytes, self.pages_per_row[1:], strict=True)
-        left_bytes = int(_MEMORY_FRACTION * free_bytes) - rows * sum(size * pages for size, pages in rings)
-        return min_over_processes(max(1, min(wanted, left_bytes // page_bytes)))
-
-    def _empty_state(self) -> DecodeState:
-        plan, ranks, rows = self.plan, self.plan.layout.ranks, self.rows
-        ring_pages_per_rank = [rows // self._groups * pages for pages in self.pages_per_row[1:]]
-        caches = tuple(
-            make_pool(plan, spec, self._groups * ranks * pages, self.page)
-            for spec, pages in zip(self.specs, [self.pages, *ring_pages_per_rank], strict=True)
-        )
-        table_RBM = put(np.full((ranks, rows, self.pages_per_row[0]), -1, np.int32), plan.mesh, TABLE_RBM)
-        rings_RBM = [fixed_page_table(plan, rows, pages) for pages in self.pages_per_row[1:]]
-        zeros_B = np.zeros(rows)
-        device_rows = Rows((table_RBM, *rings_RBM), per_row(plan, zeros_B), per_row(plan, zeros_B))
-        put_rows = partial(put, mesh=plan.mesh, spec=ROWS_B)
-        no_B, no_BV = np.zeros(rows, bool), np.zeros((rows, self._vocab), bool)
-        sampling = RowSampling(
-            put_rows(make_sampling(rows)), put_rows(np.ones(rows, np.float32)), put_rows(no_B), put_rows(no_BV)
-        )
-        row_arrays = per_row(plan, zeros_B), put_rows(no_B), put_rows(no_BV)
-        return DecodeState(caches, device_rows, *row_arrays, sampling, self._empty_drafts())
-
-    def _empty_drafts(self) -> Drafts | None:
-        if self._drafted_from is None:
-            return None
-        plan, zeros_B = self.plan, np.zeros(self.rows)
-        drafts = Drafts(per_row(plan, np.zeros((self.rows, self._drafted_from))), per_row(plan, zeros_B))
-        if not self._draft_spec:
-            return drafts
-        cache = make_pool(plan, self._draft_spec, self._groups * plan.layout.ranks * self.pages, self.page)
-        return drafts._replace(cached=DraftCache(cache, per_row(plan, zeros_B)))
-
-
-def _free_bytes(device: Any) -> int | None:
-    """Return the free memory of a device, None if it is not known. Fake devices share that of the machine."""
-    if device.platform != "cpu":
-        stats = device.memory_stats()
-        return stats["bytes_limit"] - stats["bytes_in_use"] if stats else None
-    if jax.process_count() > 1 or not _MEMORY_FILE.exists():  # several processes may share a machine
-        return None
-    [line] = [line for line in _MEMORY_FILE.read_text().splitlines() if line.startswith("MemAvailable:")]
-    return 1024 * int(line.split()[1]) // jax.local_device_count()
 
 
 def _most_pages(plan: Plan, spec: CacheSpec, max_len: int, in_flight: int, page: int) -> int:
