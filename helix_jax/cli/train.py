@@ -21,7 +21,8 @@ from helix_jax.cli.options import (
     open_devices,
 )
 from helix_jax.training.checkpointer import last_saved_step
-from helix_jax.training.run import CHECKPOINTS, Run, open_run, read_run_config, train
+from helix_jax.training.run import CHECKPOINTS, Run, open_run, train
+from helix_jax.training.run_config import read_run_config
 
 EXAMPLE = """helix-jax train --config configs/tiny.toml --out runs/tiny --cp 2 --dp 4
   helix-jax train --config my.toml --init DIR --cp 4 --out runs/longer"""
