@@ -62,9 +62,10 @@ def with_rows(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda given: {"rows": given["rows"]._replace(**changes)}
 
 
-def made_for(tp: int, cp: int, kv_heads: int = 2, **options: Any) -> dict[str, Any]:
-    cache, _ = hx.make_cache(plan_of(tp, cp), hx.CacheSpec(2, kv_heads, 8, jnp.float32, **options), [5, 5], [40, 40])
-    return {"cache": cache}
+def made_for(tp: int, cp: int, kv_heads: int = 2, k: np.ndarray = KV, **options: Any) -> Callable[..., dict[str, Any]]:
+    """Return a function that makes another cache. It needs devices, which are not there while tests are collected."""
+    spec = hx.CacheSpec(2, kv_heads, 8, jnp.float32, **options)
+    return lambda given: {"cache": hx.make_cache(plan_of(tp, cp), spec, [5, 5], [40, 40])[0], "k": k}
 
 
 def without_pages(given: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def without_pages(given: dict[str, Any]) -> dict[str, Any]:
         ({"v": KV[..., :4]}, VALUE, "v_BTKH has shape [2, 3, 2, 4], but k_BTKH has [2, 3, 2, 8]: give both the same"),
         ({"v": None}, VALUE, "v_BTKH is None, but the cache stores keys and values: give both"),
         ({"q": Q[:, :, :7]}, VALUE, "tp 2 does not divide the 7 query heads: choose a tp that does"),
-        (made_for(2, 4, 6) | {"k": np.tile(KV, (1, 1, 3, 1))}, VALUE, "8 query heads for 6 key/value heads: give a"),
+        (made_for(2, 4, 6, np.tile(KV, (1, 1, 3, 1))), VALUE, "8 query heads for 6 key/value heads: give a"),
         (made_for(4, 2), VALUE, "there are 2 key/value heads, but with tp 2 the cache stores 4: give 4"),
         (made_for(1, 8), VALUE, "the cache is on a mesh of dp 1 x tp 1 x cp 8, but the plan's has dp 1 x tp 2 x cp 4"),
         ({"count_B": [3, 2]}, TYPE, "count_B is a list: give an array"),
@@ -120,7 +121,7 @@ def without_pages(given: dict[str, Any]) -> dict[str, Any]:
         ({"scale": "0.5"}, TYPE, "scale is '0.5': give a number"),
         ({"v_width": 4}, VALUE, "v_width is 4, but v_BTKH has the values: leave v_width out"),
         (
-            made_for(1, 8, 1, latent=True) | {"k": KV[:, :, :1]},
+            made_for(1, 8, 1, KV[:, :, :1], latent=True),
             VALUE,
             "v_BTKH is an array, but the cache stores latents",
         ),
