@@ -1,7 +1,7 @@
 """Place each part of each parameter on the devices that need it. No device or host receives more than its parts."""
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import jax
@@ -103,8 +103,8 @@ def place(
         shape = layout.padded_shape(name, shape) if layout else shape
         sharding = weight_sharding(mesh, name, experts) if experts else stored_sharding(mesh, name, shape)
         sources = _sources(name, shape, unpadded[path], layout)
-        read_padded = _pad_reader(path, sources, read, parameter_dtype(path, dtype))
-        values.append((path, parameter.replace(jax.make_array_from_callback(shape, sharding, read_padded))))
+        read_part = partial(_read_padded, path, sources, read, parameter_dtype(path, dtype), {})
+        values.append((path, parameter.replace(jax.make_array_from_callback(shape, sharding, read_part))))
         on_placed(path)
     return nnx.merge(graph, nnx.from_flat_state(values))
 
@@ -120,24 +120,33 @@ def _sources(
     ]
 
 
-def _pad_reader(
-    path: ParameterPath, sources: list[np.ndarray], read: Read, dtype: DTypeLike
-) -> Callable[[Any], np.ndarray]:
-    """Return a function that reads the part of the padded parameter that an index selects. The padding is zeros."""
-    parts: dict[Any, np.ndarray] = {}  # devices with the same part share one array
+def _read_padded(
+    path: ParameterPath,
+    sources: list[np.ndarray],
+    read: Read,
+    dtype: DTypeLike,
+    parts: dict[Any, np.ndarray],
+    index: Index,
+) -> np.ndarray:
+    """Read the part of the padded parameter that an index selects. The padding is zeros.
 
-    def read_padded(index: Index) -> np.ndarray:
-        spans = tuple(span.indices(len(source))[:2] for span, source in zip(index, sources, strict=True))
-        if spans not in parts:
-            wanted = [source[first:last] for (first, last), source in zip(spans, sources, strict=True)]
-            inside = tuple(_hull(ids) for ids in wanted)
-            value = read(path, inside).astype(dtype)
-            for axis, (ids, span) in enumerate(zip(wanted, inside, strict=True)):
-                value = _select(value, ids, span.start, axis)
-            parts[spans] = value
-        return parts[spans]
-
-    return read_padded
+    Args:
+        path: The parameter.
+        sources: The result of `_sources`.
+        read: Returns a part of a parameter on the host.
+        dtype: The type of the result.
+        parts: What was read so far, because devices with the same part share one array.
+        index: The part of a device.
+    """
+    spans = tuple(span.indices(len(source))[:2] for span, source in zip(index, sources, strict=True))
+    if spans not in parts:
+        wanted = [source[first:last] for (first, last), source in zip(spans, sources, strict=True)]
+        inside = tuple(_hull(ids) for ids in wanted)
+        value = read(path, inside).astype(dtype)
+        for axis, (ids, span) in enumerate(zip(wanted, inside, strict=True)):
+            value = _select(value, ids, span.start, axis)
+        parts[spans] = value
+    return parts[spans]
 
 
 def _hull(ids: np.ndarray) -> slice:

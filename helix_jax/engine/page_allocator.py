@@ -214,15 +214,15 @@ class PageAllocator:
 
     def _evict_for(self, missing_R: list[int]) -> bool:
         """Evict prefixes until each rank has enough free pages. If all of them are too few, evict none."""
-
-        def shortage() -> int:
-            return max(missing - len(free) for missing, free in zip(missing_R, self._free_pages, strict=True))
-
-        if shortage() > self.pages_cached:
+        if self._shortage(missing_R) > self.pages_cached:
             return False
-        while shortage() > 0:
+        while self._shortage(missing_R) > 0:
             self._evict(next(iter(self._unused_blocks)))
         return True
+
+    def _shortage(self, missing_R: list[int]) -> int:
+        """Return the most pages of a rank that are missing and not free."""
+        return max(missing - len(free) for missing, free in zip(missing_R, self._free_pages, strict=True))
 
     def _evict(self, block: PrefixBlock) -> None:
         del self._prefix_blocks[block.key], self._unused_blocks[block]
