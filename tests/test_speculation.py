@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.stats import chi2
 
 from helix_jax import Engine, FinishedEvent, Plan, SamplingParams, decoding, drafting, load, transfer
 from helix_jax.checkpoint import shard
@@ -29,7 +30,7 @@ from helix_jax.speculation import (
     update_confidence,
 )
 from tests.conftest import GOLDEN
-from tests.reference import BYTES, TINY, naive_greedy, plan_of, sharded_tiny_models, tiny_model
+from tests.reference import BYTES, TINY, naive_greedy, naive_logits, plan_of, sharded_tiny_models, tiny_model
 
 SHAPE = {"rows": 3, "page": 4, "pages": 14, "max_len": 96, "chunk": 32}
 PARAMS = {
@@ -373,6 +374,34 @@ def test_a_request_can_be_transferred_between_engines_that_draft_and_those_that_
         drafted = stats.drafted_tokens - before.drafted_tokens
         if target == "drafting":
             assert stats.accepted_tokens - before.accepted_tokens == drafted > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [None, "ngram", "itself", "a model with noise"])
+def test_the_joint_distribution_of_three_tokens_is_that_of_the_model(how: str | None):
+    """20,000 draws over a vocabulary of 8, compared with the probabilities of all 512 outcomes."""
+    draws, params = 20_000, SamplingParams(max_new_tokens=3, temperature=0.8, ignore_eos=True)
+    model = shard(tiny_model(replace(TINY, vocab=8)), plan_of(1, 2))
+    prompt = [1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3] * 2
+    drafter = {"itself": model, "a model with noise": draft_of(model, 0.3, vocab=8)}.get(how or "", how)
+    engine = make_engine(model, rows=64, max_len=28, pages=80, chunk=1024, speculate=drafter)
+    outputs = engine.generate([prompt] * draws, [replace(params, seed=seed) for seed in range(draws)])
+    observed_888 = np.zeros((8, 8, 8))
+    for output in outputs:
+        observed_888[output.tokens] += 1
+    assert bool(how) == bool(engine.stats().drafted_tokens)
+    p_888 = np.ones((8, 8, 8))
+    for length in range(3):  # the probability of the token after each continuation of this length
+        continuations = list(itertools.product(range(8), repeat=length))
+        logits = naive_logits(tiny_model(model.config), [[*prompt, *tokens] for tokens in continuations], 28)
+        logits = logits[:, len(prompt) + length - 1].astype(np.float64) / params.temperature
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        p_888 *= (p / p.sum(-1, keepdims=True)).reshape((8,) * (length + 1) + (1,) * (2 - length))
+    expected = draws * p_888.ravel()
+    common = expected >= 5  # the rare outcomes are one
+    counts = [np.append(x[common], x[~common].sum()) for x in (observed_888.ravel(), expected)]
+    statistic = (np.square(counts[0] - counts[1]) / counts[1]).sum()
+    assert chi2.sf(statistic, len(counts[0]) - 1) > 0.001
 
 
 def test_a_draft_model_has_the_tokens_of_the_model(byte_model: Path, tmp_path: Path):
