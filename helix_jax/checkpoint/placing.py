@@ -126,7 +126,7 @@ def _read_padded(
     read: Read,
     dtype: DTypeLike,
     parts: dict[Any, np.ndarray],
-    index: Index,
+    index: Any,
 ) -> np.ndarray:
     """Read the part of the padded parameter that an index selects. The padding is zeros.
 
