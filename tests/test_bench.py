@@ -59,6 +59,7 @@ def test_the_decode_benchmark_reports_what_users_call(config: Path, tmp_path: Pa
     assert "Engine" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_decode_benchmark_times_only_what_is_named(config: Path, tmp_path: Path, monkeypatch):
     """The roofline of an fp8 cache is less than that of a float32 cache. The devices have copies of the only head."""
     report, rooflines = tmp_path / "decode.json", {}

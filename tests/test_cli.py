@@ -224,6 +224,7 @@ def test_a_prompt_may_come_through_a_pipe(byte_model: Path):
     assert done["decode_s_per_token"] is None
 
 
+@pytest.mark.slow
 def test_without_cp_all_fake_devices_of_the_environment_are_used(byte_model: Path):
     arguments = ("generate", "--model", byte_model, "--prompt", "And", "--json", "--max-new-tokens", 2, "--tp", 2)
     flag = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}

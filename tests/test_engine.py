@@ -227,19 +227,22 @@ WINDOW = 6
 
 
 @pytest.mark.parametrize(
-    ("placement", "windowed_layers"),
+    ("placement", "windowed_layers", "steps"),
     [
-        ("helix", (0,)),
-        ("striped", (0, 1)),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("last_rank", (1,)), ("helix", (0, 1)))),
+        ("helix", (0,), 200),
+        ("striped", (0, 1), 200),
+        *(
+            pytest.param(*case, 600, marks=pytest.mark.slow)
+            for case in (("last_rank", (1,)), ("helix", (0, 1)), ("helix", (0,)), ("striped", (0, 1)))
+        ),
     ],
 )
-def test_layers_with_windows_reuse_their_pages(placement: str, windowed_layers: tuple[int, ...]):
-    """Over 600 steps, in a model with other layers too, where requests are preempted, and in one without."""
+def test_layers_with_windows_reuse_their_pages(placement: str, windowed_layers: tuple[int, ...], steps: int):
+    """Over many steps, in a model with other layers too, where requests are preempted, and in one without."""
     config = replace(TINY, layers=2, max_positions=1024, window=WINDOW, windowed_layers=windowed_layers)
     plan, alone = plan_of(1, 4, block=BLOCK, placement=placement), plan_of()
     only_windows = len(windowed_layers) == config.layers
-    pages = 200 if placement == "last_rank" else 60  # enough for one of the two rows
+    pages = steps // 3 if placement == "last_rank" else steps // 10  # enough for one of the two rows
     options = {"rows": 2, "page": 4, "max_len": 700, "chunk": 5, "pages": None if only_windows else pages}
     engine = Engine(shard(tiny_model(config), plan), plan, **options)
     ring = ring_pages(plan.layout, WINDOW, 5, 4)
@@ -247,7 +250,8 @@ def test_layers_with_windows_reuse_their_pages(placement: str, windowed_layers: 
     assert engine.runner.pages_per_row[-1] == ring
     assert engine.runner.state.caches[-1].pages == 4 * engine.rows * ring
     prompts = random_prompts(5, 2, 40)
-    engine.submit_all(prompts, SamplingParams(max_new_tokens=600))
+    params = SamplingParams(max_new_tokens=steps)
+    engine.submit_all(prompts, params)
     outputs = {}
     while engine.busy:
         for output in finished_outputs(engine.step()):
@@ -255,9 +259,7 @@ def test_layers_with_windows_reuse_their_pages(placement: str, windowed_layers: 
         if only_windows:
             assert max(engine.stats().pages_in_use) <= engine.rows * ring
     assert (engine.stats().preemptions > 0) != only_windows
-    assert list(outputs.values()) == generate(
-        shard(tiny_model(config), alone), prompts, alone, SamplingParams(max_new_tokens=600), page=64
-    )
+    assert list(outputs.values()) == generate(shard(tiny_model(config), alone), prompts, alone, params, page=64)
 
 
 def test_a_request_of_a_model_with_windows_can_be_transferred():
