@@ -149,8 +149,9 @@ def unsharded() -> dict:
     return result("--prompt-file", PASSAGE, "--max-new-tokens", 40, "--cp", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize(("tp", "cp"), [(2, 4), pytest.param(1, 8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("tp", "cp"), [(2, 4), (1, 8)])
 def test_a_real_passage_continues_alike_sharded_and_unsharded(tp: int, cp: int, unsharded):
     tokens = len(PASSAGE.read_bytes())
     assert tokens >= 1500

@@ -200,7 +200,7 @@ def test_outputs_with_an_fp8_cache_depend_on_nothing_else(family: str, tp: int, 
     prompts, outputs = zip(*results.values(), strict=True)
     params = [SamplingParams(max_new_tokens=len(output.tokens)) for output in outputs]
     model = load(GOLDEN / family, alone, jnp.float32)
-    assert generate(model, prompts, alone, params) == [list(output.tokens) for output in outputs]
+    assert generate(model, prompts, alone, params, chunk=32) == [list(output.tokens) for output in outputs]
 
 
 def test_a_request_with_an_fp8_cache_can_be_transferred():
@@ -220,7 +220,7 @@ def test_a_request_with_an_fp8_cache_can_be_transferred():
     transfer(id, source, target)
     tokens = [event.token for event in [*events, *source.events(), *target.events()] if isinstance(event, TokenEvent)]
     alone = plan_of(cache_dtype="fp8")
-    assert [tokens] == generate(shard(tiny_model(), alone), [prompt], alone, params)
+    assert [tokens] == generate(shard(tiny_model(), alone), [prompt], alone, params, chunk=32)
 
 
 WINDOW = 6
@@ -259,7 +259,8 @@ def test_layers_with_windows_reuse_their_pages(placement: str, windowed_layers: 
         if only_windows:
             assert max(engine.stats().pages_in_use) <= engine.rows * ring
     assert (engine.stats().preemptions > 0) != only_windows
-    assert list(outputs.values()) == generate(shard(tiny_model(config), alone), prompts, alone, params, page=64)
+    model = shard(tiny_model(config), alone)
+    assert list(outputs.values()) == generate(model, prompts, alone, params, page=64, chunk=32)
 
 
 def test_a_request_of_a_model_with_windows_can_be_transferred():
@@ -281,7 +282,7 @@ def test_a_request_of_a_model_with_windows_can_be_transferred():
         if isinstance(event, TokenEvent):
             tokens[event.id].append(event.token)
     alone = plan_of()
-    assert list(tokens.values()) == generate(shard(tiny_model(config), alone), prompts, alone, params)
+    assert list(tokens.values()) == generate(shard(tiny_model(config), alone), prompts, alone, params, chunk=32)
 
 
 @pytest.mark.slow
@@ -346,7 +347,8 @@ def test_a_draw_depends_on_the_seed_and_not_on_the_batch(model, make_engine):
     assert [output.seed for output in together] == [7, 8, 9, None, None, None]
     plan = plan_of()
     unsharded = shard(tiny_model(), plan)
-    tokens = generate(unsharded, prompts[:2], plan, [replace(own, max_new_tokens=7) for own in params[:2]])
+    shorter = [replace(own, max_new_tokens=7) for own in params[:2]]
+    tokens = generate(unsharded, prompts[:2], plan, shorter, chunk=32)
     assert tokens == [list(output.tokens)[:7] for output in alone[:2]]
     check_penalised(model, prompts[3], together[3].tokens, 1.3)
     check_greedy(model, {row: (prompts[row], together[row]) for row in (4, 5)})

@@ -69,11 +69,11 @@ def test_tokens_do_not_depend_on_a_mesh_that_divides_no_heads(tp: int, cp: int):
     """Nor do weights that are moved to another mesh. A norm over all heads counts neither padding nor copies."""
     model, alone = random_model(replace(NINE, qk_norm=True, qk_norm_all_heads=True)), plan_of()
     prompts, params = [[1, 2, 3, 4, 5, 6, 7] * 3, [9, 8]], SamplingParams(max_new_tokens=12, logprobs=1)
-    [*expected] = Engine(shard(model, alone), alone, rows=2, max_len=64).generate(prompts, params)
+    [*expected] = Engine(shard(model, alone), alone, rows=2, max_len=64, chunk=32).generate(prompts, params)
     for combine in ("psum", "all_to_all") if cp == 8 else ("psum_scatter",):
         plan = plan_of(tp, cp, combine=combine)
         sharded = shard(model, plan)
-        found = Engine(sharded, plan, rows=2, max_len=64).generate(prompts, params)
+        found = Engine(sharded, plan, rows=2, max_len=64, chunk=32).generate(prompts, params)
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.tokens == theirs.tokens
             assert relative_error([p for p, _ in ours.logprobs], [p for p, _ in theirs.logprobs]) < 1e-5
@@ -90,9 +90,10 @@ def test_padding_and_copies_of_heads_are_not_saved(tp: int, cp: int, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, saved, shard(model, alone).weights())
 
 
+@pytest.mark.slow
 def test_a_request_moves_between_meshes_with_and_without_copies_of_heads():
     plans = plan_of(6, 1), plan_of(1, 4)
-    source, target = (Engine(shard(random_model(NINE), plan), plan, rows=1, max_len=96) for plan in plans)
+    source, target = (Engine(shard(random_model(NINE), plan), plan, rows=1, max_len=96, chunk=32) for plan in plans)
     for first, second in ((source, target), (target, source)):
         id = first.submit([1, 2, 3] * 7, SamplingParams(max_new_tokens=50))
         events = [event for _ in range(2) for event in first.step()]
@@ -101,7 +102,7 @@ def test_a_request_moves_between_meshes_with_and_without_copies_of_heads():
         tokens = [event.token for event in events if isinstance(event, TokenEvent)]
         alone = plan_of()
         assert [tokens] == generate(
-            shard(random_model(NINE), alone), [[1, 2, 3] * 7], alone, SamplingParams(max_new_tokens=50)
+            shard(random_model(NINE), alone), [[1, 2, 3] * 7], alone, SamplingParams(max_new_tokens=50), chunk=32
         )
 
 

@@ -42,6 +42,7 @@ def test_the_tutorial_of_helix_attention_runs(tmp_path: Path, monkeypatch):
     assert [len(text) for text in names["texts"]] == names["rows"].length_B.tolist() == [70, 39]
 
 
+@pytest.mark.slow
 def test_the_snippets_of_the_engine_run(tmp_path: Path, monkeypatch):
     names = run_blocks(python_blocks(ENGINE), tmp_path, monkeypatch)
     assert len(names["tokens"]) == 32

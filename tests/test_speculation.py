@@ -186,7 +186,7 @@ def test_the_output_does_not_change(models, mesh, options, inject):
 
 
 def test_right_drafts_need_few_steps_and_a_stop_token_ends_a_group(models, inject):
-    plain, drafting = (make_engine(models(1, 4), speculate=how, pages=60) for how in (None, "ngram"))
+    plain, drafting = (make_engine(models(1, 4), speculate=how) for how in (None, "ngram"))
     [(tokens, *_), *_] = expected = run(plain, all_params())
     inject([tokens for tokens, *_ in expected])
     assert run(drafting, all_params()) == expected

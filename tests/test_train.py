@@ -99,6 +99,7 @@ def test_windows_sinks_latents_experts_and_norms_have_the_same_gradients(family:
     assert largest_error(eight, one) < 1e-5
 
 
+@pytest.mark.slow
 def test_gradients_in_bfloat16_are_summed_in_float32(monkeypatch):
     """512 lookups of each id, and 512 chunks of logits: in bfloat16 a sum stops growing at 256."""
     model = dataclasses.replace(TINY, vocab=8, layers=1)
@@ -129,6 +130,7 @@ def test_without_packing_a_gpu_uses_cudnn_and_has_the_same_gradients():
     assert largest_error(gradients[1], gradients[0]) < 0.05
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_seed_step_and_place():
     config = dataclasses.replace(TINY, layers=1)
 
