@@ -23,6 +23,7 @@ Spec = P  # for annotations elsewhere: only this module creates specs
 
 DP, TP, CP = "dp", "tp", "cp"
 FLAT = (TP, CP)
+_LEAST_TO_SPLIT = 2**16  # numbers of a parameter that training splits over dp and cp
 
 REPLICATED = P()
 
@@ -190,14 +191,15 @@ def compute_sharding(mesh: AnyMesh, name: str, shape: tuple[int, ...]) -> NamedS
 def stored_sharding(mesh: AnyMesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
     """Return the sharding in which training stores a parameter and its optimizer state: also over dp and cp.
 
-    The longest dimension that dp * cp divides is split; if there is none, the devices of dp and cp hold copies.
+    The longest dimension that dp * cp divides is split. If there is none, or the parameter is small, such as that of a
+    norm, the devices of dp and cp hold copies: to gather it in each step would take longer than the memory is worth.
     """
     spec = compute_sharding(mesh, name, shape).spec
     dims: list[Any] = [*spec, *[None] * (len(shape) - len(spec))]
     others = mesh.shape[DP] * mesh.shape[CP]
     sizes = [size // (mesh.shape[TP] if dim else 1) for size, dim in zip(shape, dims, strict=True)]
     for axis in sorted(range(len(shape)), key=lambda axis: -sizes[axis]):
-        if sizes[axis] % others == 0:
+        if math.prod(shape) >= _LEAST_TO_SPLIT and sizes[axis] % others == 0:
             dims[axis] = (DP, TP, CP) if dims[axis] else (DP, CP)
             break
     return sharding(mesh, P(*dims))

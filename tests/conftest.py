@@ -44,6 +44,14 @@ def _optimisations(request: pytest.FixtureRequest) -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _split_small_parameters() -> None:
+    """Split the parameters of the tests' models over dp and cp as if they were larger."""
+    from helix_jax import mesh
+
+    mesh._LEAST_TO_SPLIT = 1
+
+
 @pytest.fixture(scope="session")
 def byte_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Return the folder of a byte model with random weights, which compiles faster than the demo model."""

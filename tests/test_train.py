@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from helix_jax import training
+from helix_jax import mesh, training
 from helix_jax.checkpoint import load
 from helix_jax.config import ModelConfig
 from helix_jax.training import (
@@ -187,6 +187,14 @@ def test_memory_falls_with_the_ranks_and_the_state_is_donated():
     assert memory[1].temp_size_in_bytes >= 3.5 * memory[4].temp_size_in_bytes
     assert memory[1].alias_size_in_bytes >= 3.5 * memory[4].alias_size_in_bytes  # each rank stores its share
     assert memory[4].alias_size_in_bytes > 0.9 * (memory[4].argument_size_in_bytes - 4 * 4 * 32768 // 4)
+
+
+def test_small_parameters_are_copied(monkeypatch):
+    monkeypatch.setattr(mesh, "_LEAST_TO_SPLIT", 2**16)
+    on = plan_of(2, 2, 2).mesh
+    split, copied = (mesh.stored_sharding(on, "q_DNH", (width, 8, 32)) for width in (256, 252))
+    assert split.shard_shape((256, 8, 32)) == (64, 4, 32)
+    assert copied.shard_shape((252, 8, 32)) == (252, 4, 32)
 
 
 @pytest.mark.parametrize(
