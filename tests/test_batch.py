@@ -515,6 +515,7 @@ def test_results_survive_ctrl_c_and_the_next_run_continues(byte_model: Path, tmp
 # The benchmark
 
 
+@pytest.mark.slow
 def test_the_benchmark_replays_one_trace_with_both_kinds_of_batching(byte_model: Path, tmp_path: Path):
     file = tmp_path / "engine.json"
     trace = ("--requests", 5, "--rows", 2, "--prompt", 4, 8, "--new", 2, 6, "--rate", 0.5, "--prefill-chunk", 8)

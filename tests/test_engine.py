@@ -203,6 +203,7 @@ def test_outputs_with_an_fp8_cache_depend_on_nothing_else(family: str, tp: int, 
     assert generate(model, prompts, alone, params, chunk=32) == [list(output.tokens) for output in outputs]
 
 
+@pytest.mark.slow
 def test_a_request_with_an_fp8_cache_can_be_transferred():
     """Its scales move with it. An engine with another type of cache is refused."""
     plans = plan_of(1, 4, block=BLOCK, cache_dtype="fp8"), plan_of(2, 2, placement="striped", cache_dtype="fp8")
@@ -263,6 +264,7 @@ def test_layers_with_windows_reuse_their_pages(placement: str, windowed_layers: 
     assert list(outputs.values()) == generate(model, prompts, alone, params, page=64, chunk=32)
 
 
+@pytest.mark.slow
 def test_a_request_of_a_model_with_windows_can_be_transferred():
     """To another mesh, placement and page size, in the middle of its prompt and of its output."""
     config = replace(TINY, layers=2, max_positions=1024, window=WINDOW, windowed_layers=(1,))

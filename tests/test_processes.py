@@ -127,6 +127,7 @@ def assert_close(losses: list[tuple[int, float]], alone: list[tuple[int, float]]
     assert [nats for _, nats in losses] == pytest.approx([nats for _, nats in alone], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_after_a_process_is_killed_the_others_end_and_one_process_continues_training(tmp_path: Path):
     command = [*TRAIN, "--config", config_of(20, tmp_path), "--cp", 2, "--dp", 2, "--platform", "cpu"]
     both, out = start(TWO, [*command, "--out", tmp_path / "both"], tmp_path), tmp_path / "both"

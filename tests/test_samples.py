@@ -201,7 +201,7 @@ def run_random_samples(engine: Engine, seed: int, prompts: int, longest: int, mo
 @pytest.mark.parametrize(
     ("options", "prompts"),
     [
-        ({"steps_per_call": 4}, 4),
+        pytest.param({"steps_per_call": 4}, 6, marks=pytest.mark.slow),
         *(
             pytest.param(options, 20, marks=pytest.mark.slow)
             for options in (
