@@ -71,7 +71,7 @@ def simulate_streams(work: Work, lo_BT, hi_BT):
     return [[type(s)(*map(int, s)) for s in segments] for segments in streams], taken
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_every_tile_is_visited_once_by_streams_of_equal_length(data):
     """The merge reads exactly the parts that were written, and tiles that skip the mask are visible completely."""
