@@ -250,21 +250,23 @@ def _draw(
         logits_BV, cached = append(cached, tokens_BS, new_B, _PER_STEP)
         token_B, _ = choose(logits_BV, sampling, end_B, live_B)
         tokens_BS = write_rows(tokens_BS, end_B, token_B[:, None], live_B.astype(jnp.int32))
-        return cached, constrain_rows(plan, tokens_BS), see(sampling, token_B, live_B)
-
-    def see(sampling: RowSampling | None, token_B: Array, live_B: Array) -> RowSampling | None:
-        if sampling is None:
-            return None
-        seen = mark_seen(sampling, token_B[:, None], live_B.astype(jnp.int32))
-        return jax.tree.map(partial(constrain_rows, plan), seen)
+        return cached, constrain_rows(plan, tokens_BS), _see(plan, sampling, token_B, live_B)
 
     cached = lax.while_loop(lambda cached: (missing(cached) > _PER_STEP).any(), catch_up, drafts.cached)
     if sampling is not None:
         sampling = sampling._replace(logprobs_B=jnp.zeros_like(sampling.logprobs_B))
-        sampling = see(sampling, _read_rows(drafts.tokens_BS, rows.length_B, 1)[:, 0], count_B > 0)
+        sampling = _see(plan, sampling, _read_rows(drafts.tokens_BS, rows.length_B, 1)[:, 0], count_B > 0)
     cached, tokens_BS, _ = lax.fori_loop(0, count_B.max(), draw, (cached, drafts.tokens_BS, sampling))
     drafts = drafts._replace(tokens_BS=tokens_BS, cached=cached)
     return Proposal(_read_rows(tokens_BS, known_B, most), count_B, count_B > 0, drafts)
+
+
+def _see(plan: Plan, sampling: RowSampling | None, token_B: Array, live_B: Array) -> RowSampling | None:
+    """Add a token of each live row to those that it contains."""
+    if sampling is None:
+        return None
+    seen = mark_seen(sampling, token_B[:, None], live_B.astype(jnp.int32))
+    return jax.tree.map(partial(constrain_rows, plan), seen)
 
 
 def _read_rows(x_BS: Array, first_B: Array, count: int) -> Array:
