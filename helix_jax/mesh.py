@@ -191,15 +191,17 @@ def compute_sharding(mesh: AnyMesh, name: str, shape: tuple[int, ...]) -> NamedS
 def stored_sharding(mesh: AnyMesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
     """Return the sharding in which training stores a parameter and its optimizer state: also over dp and cp.
 
-    The longest dimension that dp * cp divides is split. If there is none, or the parameter is small, such as that of a
-    norm, the devices of dp and cp hold copies: to gather it in each step would take longer than the memory is worth.
+    The longest dimension that dp * cp divides is split. If there is none, the devices of dp and cp hold copies. So they
+    do of a small parameter, such as that of a norm: copies take little memory, and it is not gathered in every step.
     """
-    spec = compute_sharding(mesh, name, shape).spec
-    dims: list[Any] = [*spec, *[None] * (len(shape) - len(spec))]
+    computed = compute_sharding(mesh, name, shape)
+    if math.prod(shape) < _LEAST_TO_SPLIT:
+        return computed
+    dims: list[Any] = [*computed.spec, *[None] * (len(shape) - len(computed.spec))]
     others = mesh.shape[DP] * mesh.shape[CP]
     sizes = [size // (mesh.shape[TP] if dim else 1) for size, dim in zip(shape, dims, strict=True)]
     for axis in sorted(range(len(shape)), key=lambda axis: -sizes[axis]):
-        if math.prod(shape) >= _LEAST_TO_SPLIT and sizes[axis] % others == 0:
+        if sizes[axis] % others == 0:
             dims[axis] = (DP, TP, CP) if dims[axis] else (DP, CP)
             break
     return sharding(mesh, P(*dims))
