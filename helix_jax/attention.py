@@ -15,8 +15,8 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from helix_jax.numerics import einsum
-from helix_jax.quantisation import QuantisedPages, as_bytes, dequantise, from_bytes
+from helix_jax.numerics import einsum, index_as_bits
+from helix_jax.quantisation import QuantisedPages, dequantise
 
 # Bounds on what one pass over the pages reads at once: slots, over all rows, and scores. On a CPU a pass is cheap and
 # memory is short. It gathers at most a share of the slots, so that a decode step needs a few percent of its cache as
@@ -230,9 +230,9 @@ def _gather_pages(pages: Array | QuantisedPages, page_BC: Array, dtype: DTypeLik
     """Return some pages [B, C, K, W, H] as an array of `dtype`."""
 
     def take(x_AKWH: Array) -> Array:
-        return from_bytes(jnp.take(as_bytes(x_AKWH), page_BC, axis=0, mode="clip"), x_AKWH.dtype)
+        return jnp.take(x_AKWH, page_BC, axis=0, mode="clip")
 
-    gathered = jax.tree.map(take, pages)
+    gathered = jax.tree.map(functools.partial(index_as_bits, take), pages)
     return dequantise(gathered, dtype) if isinstance(gathered, QuantisedPages) else gathered.astype(dtype)
 
 

@@ -1,6 +1,7 @@
 """Defines the pool of the key/value cache, sharded over cp, and the integers per row that determine its use."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +18,9 @@ from helix_jax.heads import check_heads, stored_kv_heads
 from helix_jax.kernels.page_format import stored_width
 from helix_jax.layout import Integer
 from helix_jax.mesh import CP, DP, POOL_LATENT_XKWH, POOL_XKWH, ROWS_B, TABLE_RBM, TP, first_device, sharding
+from helix_jax.numerics import index_as_bits
 from helix_jax.plan import Plan
-from helix_jax.quantisation import EXACT, QuantisedPages, as_bytes, from_bytes, quantise
+from helix_jax.quantisation import EXACT, QuantisedPages, quantise
 from helix_jax.validation import check_int, check_type
 
 
@@ -206,8 +208,10 @@ def append(
     index = (page_BTC[..., None], jnp.arange(K, dtype=jnp.uint32), offset_BT[..., None, None])
 
     def write(pool_XKWH: Array, new_BTCKH: Array) -> Array:
-        dtype = pool_XKWH.dtype
-        return from_bytes(as_bytes(pool_XKWH).at[index].set(as_bytes(new_BTCKH.astype(dtype)), mode="drop"), dtype)
+        def scatter(pool_XKWH: Array, new_BTCKH: Array) -> Array:
+            return pool_XKWH.at[index].set(new_BTCKH, mode="drop")
+
+        return index_as_bits(scatter, pool_XKWH, new_BTCKH.astype(pool_XKWH.dtype))
 
     return cache._replace(pool_XKWH=jax.tree.map(write, pool_XKWH, new_BTCKH))
 
@@ -227,11 +231,9 @@ def copy_pages(cache: KVCache, source_X: Int[Array, "X"], page_X: Int[Array, "X"
     from_YX = first_Y1 + source_X
 
     def copy(pool_XKWH: Array) -> Array:
-        bytes_XKWH = as_bytes(pool_XKWH)
-        copied_XKWH = bytes_XKWH.at[to_YX].set(bytes_XKWH.at[from_YX].get(mode="clip"), mode="drop")
-        return from_bytes(copied_XKWH, pool_XKWH.dtype)
+        return pool_XKWH.at[to_YX].set(pool_XKWH.at[from_YX].get(mode="clip"), mode="drop")
 
-    return cache._replace(pool_XKWH=jax.tree.map(copy, cache.pool_XKWH))
+    return cache._replace(pool_XKWH=jax.tree.map(partial(index_as_bits, copy), cache.pool_XKWH))
 
 
 def pad_width(x: Array, width: int) -> Array:
