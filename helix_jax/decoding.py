@@ -203,21 +203,44 @@ def _verify(
     count_B = proposal.count_B
     group_BT = jnp.concatenate([state.token_B[:, None], proposal.tokens_BD], axis=1)
 
-    def run(T: int, state: DecodeState) -> Choice:
-        choice = choose_tokens(state, group_BT[:, :T], jnp.where(live_B, jnp.minimum(1 + count_B, T), 0))
-        missing = group_BT.shape[1] - T
-        pad = partial(jax.tree.map, lambda x: jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2))))
-        return choice._replace(token_BT=pad(choice.token_BT), logprobs_BT=pad(choice.logprobs_BT))
+    def choose_first(T: int, choice: Choice) -> Choice:
+        """Replace the first T tokens of a choice."""
+        new = group_BT[:, :T], jnp.where(live_B, jnp.minimum(1 + count_B, T), 0)
+        chosen = choose_tokens(state._replace(caches=choice.caches, drafts=None), *new)
+        of_tokens, others = (one._replace(caches=()) for one in (chosen, choice))
+        first = jax.tree.map(lambda old_BT, new_BT: old_BT.at[:, :T].set(new_BT), others, of_tokens)
+        return first._replace(caches=chosen.caches)
+
+    def empty(like_BS: Array) -> Array:
+        return jnp.zeros((*group_BT.shape, *like_BS.shape[2:]), like_BS.dtype)
 
     # Verifying takes longer than decoding one token, so it is done only if a row has a draft.
-    state = state._replace(drafts=None)
-    choice = lax.cond((count_B > 0).any(), partial(run, group_BT.shape[1]), partial(run, 1), state)
+    choice = Choice(empty(output.tokens_BS), jax.tree.map(empty, output.logprobs_BS), state.caches)
+    branches = partial(choose_first, group_BT.shape[1]), partial(choose_first, 1)
+    choice = _cond_in_place((count_B > 0).any(), *branches, choice)
     accepted_B = count_accepted(choice.token_BT, proposal.tokens_BD, count_B)
     drafts = record_result(plan, drafter, proposal, state.rows, choice.token_BT, accepted_B, live_B)
     new = SpeculationCounts(live_B.astype(jnp.int32), count_B, accepted_B)
     output = output._replace(speculation=jax.tree.map(jnp.add, output.speculation, new))
     state = state._replace(drafts=drafts)
     return _accept(plan, state, output, choice, group_BT, jnp.where(live_B, accepted_B + 1, 0))
+
+
+def _cond_in_place(
+    is_true: Array, on_true: Callable[[Choice], Choice], on_false: Callable[[Choice], Choice], choice: Choice
+) -> Choice:
+    """Compute `lax.cond`, with loops of at most one iteration.
+
+    XLA's CPU backend copies the caches at the begin of a branch and after it, but updates them in place in a loop.
+    """
+    for wanted, function in ((is_true, on_true), (~is_true, on_false)):
+        carry = wanted, choice
+        _, choice = lax.while_loop(
+            lambda carry: carry[0],
+            lambda carry, function=function: (jnp.zeros_like(carry[0]), function(carry[1])),
+            carry,
+        )
+    return choice
 
 
 def _accept(

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from helix_jax.checkpoint import shard
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
 from helix_jax.decoding import DecodeState, _decode, decode, decode_program
+from helix_jax.drafting import Drafter, DraftOptions, Drafts
 from helix_jax.engine import SamplingParams, programs, runner
 from helix_jax.generation import generate
 from helix_jax.layout import PLACEMENTS
@@ -152,6 +154,28 @@ def test_decoding_several_steps_has_the_collectives_and_the_memory_of_one(how: s
     memory, cache_bytes = compiled.memory_analysis(), bytes_per_device(cache)
     assert memory.alias_size_in_bytes >= cache_bytes >= 64 * 2**20
     assert memory.temp_size_in_bytes <= 0.05 * cache_bytes
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize(
+    ("kind", "drafts"), [("bf16", False), ("f32", True), pytest.param("f8e4m3fn", True, marks=pytest.mark.slow)]
+)
+def test_decoding_neither_copies_nor_converts_the_pool(kind: str, drafts: bool):
+    """XLA's CPU backend copies a pool into branches of a conditional, and indexes narrow numbers in a wider type."""
+    config = ModelConfig(layers=2, **(SMALL | {"max_positions": 10**6}))
+    plan = plan_of(2, 4, cache_dtype={"bf16": "bfloat16", "f32": "float32", "f8e4m3fn": "fp8"}[kind])
+    arguments = abstract_arguments(config, plan, rows=3, slots=4096, page=64, dtype=jnp.float32)
+    _, _, weights, cache, rows, _, count_B, _ = arguments
+    like = partial(jax.ShapeDtypeStruct, sharding=count_B.sharding)
+    state = DecodeState(cache, rows, count_B, like((3,), bool), drafts=Drafts(like((3, 99), jnp.int32), count_B))
+    drafter = Drafter(DraftOptions(7))
+    state, drafter = (state, drafter) if drafts else (state._replace(drafts=None), None)
+    text = decode.lower(config, plan, weights, state, count_B, drafter=drafter).compile().as_text()
+    pool = rf"\[{2 * 2 * 3 * 4096 // 64},1,64,4\]"
+    kinds = set(re.findall(rf"= (\w+){pool}", text))
+    assert kind in kinds
+    assert kinds <= {kind, "u8", "u16"}
+    assert not re.search(rf"{pool}[^ ]* (copy|transpose)\(", text)
 
 
 @pytest.mark.parametrize(
