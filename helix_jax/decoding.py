@@ -216,8 +216,13 @@ def _verify(
 
     # Verifying takes longer than decoding one token, so it is done only if a row has a draft.
     choice = Choice(empty(output.tokens_BS), jax.tree.map(empty, output.logprobs_BS), state.caches)
-    branches = partial(choose_first, group_BT.shape[1]), partial(choose_first, 1)
-    choice = _cond_in_place((count_B > 0).any(), *branches, choice)
+    verify, decode_one = partial(choose_first, group_BT.shape[1]), partial(choose_first, 1)
+    has_draft = (count_B > 0).any()
+    choice = lax.platform_dependent(
+        choice,
+        cpu=partial(_cond_in_place, has_draft, verify, decode_one),
+        default=partial(lax.cond, has_draft, verify, decode_one),
+    )
     accepted_B = count_accepted(choice.token_BT, proposal.tokens_BD, count_B)
     drafts = record_result(plan, drafter, proposal, state.rows, choice.token_BT, accepted_B, live_B)
     new = SpeculationCounts(live_B.astype(jnp.int32), count_B, accepted_B)
