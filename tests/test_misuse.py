@@ -411,7 +411,7 @@ STARTS, MASK = np.zeros((2, 32), np.int32), np.ones((2, 32), bool)
         ),
         ({"loss": lambda logits, targets, mask: 0.0}, VALUE, "the loss returned a float: return a scalar array"),
         ({"loss": lambda logits, targets, mask: targets.sum()}, VALUE, "the loss returned int32 of shape=(): return a"),
-        ({"plan": plan_of(1, 2)}, TYPE, "plan is a Plan: give a helix_jax.training.TrainPlan(config, mesh)"),
+        ({"plan": plan_of(1, 1)}, TYPE, "plan is a Plan: give a helix_jax.training.TrainPlan(config, mesh)"),
         ({"model": TINY}, VALUE, "plan.model differs from the config of the model: create the plan with this config"),
         ({"state": {"embed_VD": 1}}, TYPE, "state is a dict: give a TrainState, as on_step receives it"),
         ({"on_step": 3}, TYPE, "on_step is an int: give a function"),
