@@ -38,10 +38,11 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def gpus_of(index: int, gpus_each: int) -> dict[str, str]:
-    """Return the environment of a process that uses its share of the GPUs of this machine, optimised as for users."""
+    """Return the environment of a process that uses its share of the GPUs of this machine, beside that of the tests."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(jax.local_device_count())))
     own = visible.split(",")[index * gpus_each : (index + 1) * gpus_each]
-    return {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ",".join(own), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    memory, optimised = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    return {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ",".join(own), **memory, **optimised}
 
 
 def start(
