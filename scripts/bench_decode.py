@@ -127,12 +127,21 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
     options.mesh = [parse_sizes("--mesh", text, "tp x cp") for text in options.mesh]
     options.case = [Case(*parse_sizes("--case", text, "rows x tokens")) for text in options.case or ["8x8192"]]
     options.prefill = [Case(*parse_sizes("--prefill", text, "rows x tokens")) for text in options.prefill or []]
-    missing = [name for name in ("torch", "flashinfer") if importlib.util.find_spec(name) is None]
     if options.baseline and options.kv_heads is not None:
         raise ValueError(f"--kv-heads is {options.kv_heads}, but the baseline has those of --config: leave one out")
-    if options.baseline and missing:
-        raise ValueError(f"--baseline needs {' and '.join(missing)}: install them, or leave it out")
+    if options.baseline:
+        check_packages("--baseline", "torch", "flashinfer", instead="leave it out")
     return options
+
+
+def check_packages(what: str, *names: str, instead: str) -> None:
+    """Check that packages are installed.
+
+    Raises:
+        ValueError: Some are not.
+    """
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"{what} needs {' and '.join(missing)}: install them, or {instead}")
 
 
 def parse_sizes(option: str, text: str, meaning: str) -> tuple[int, int]:
@@ -149,10 +158,7 @@ def parse_sizes(option: str, text: str, meaning: str) -> tuple[int, int]:
 
 def bench(options: argparse.Namespace) -> None:
     """Measure every run, write the report after each, and print tables."""
-    config = read_shape(options.config)
-    config = config if options.layers is None else take_first_layers(config, options.layers)
-    config = config if options.kv_heads is None else replace(config, kv_heads=options.kv_heads)
-    config = replace(config, max_positions=POSITIONS)  # a case may be as long as the model, and decodes more
+    config = read_config(options.config, options.layers, options.kv_heads)
     figure = new_figure("--plot", options.plot) if options.plot else None
     baselines = run_baselines(options)  # before JAX takes the memory of the devices
     largest = open_mesh(options.platform, *max(options.mesh, key=math.prod))
@@ -187,22 +193,39 @@ def bench(options: argparse.Namespace) -> None:
         draw(figure, options.plot, report)
 
 
+def read_config(file: Path, layers: int | None, kv_heads: int | None) -> ModelConfig:
+    """Return a config with only the first layers, or with another number of key/value heads, if they are given."""
+    config = read_shape(file)
+    config = config if layers is None else take_first_layers(config, layers)
+    config = config if kv_heads is None else replace(config, kv_heads=kv_heads)
+    return replace(config, max_positions=POSITIONS)  # a case may be as long as the model, and decodes more
+
+
 def run_baselines(options: argparse.Namespace) -> dict[int, dict[str, Any]]:
     """Return the report of baseline_torch.py by number of devices."""
     if not options.baseline:
         return {}
-    reports = {}
-    for devices in sorted({math.prod(mesh) for mesh in options.mesh}):
-        command = [sys.executable, str(Path(__file__).with_name("baseline_torch.py")), "--config", str(options.config)]
-        command += ["--devices", str(devices), "--decode", *map(str, options.case)]
-        command += [] if options.layers is None else ["--layers", str(options.layers)]
-        # A prompt is one chunk there, and several short ones are as fast as one that is as long as a chunk of ours.
-        command += ["--prefill", *(str(max(case.context, 2048)) for case in options.prefill)] if options.prefill else []
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            raise ValueError(f"the baseline exited with {done.returncode}: see its message above")
-        reports[devices] = json.loads(done.stdout.splitlines()[-1])
-    return reports
+    arguments = ["--decode", *map(str, options.case)]
+    arguments += [] if options.layers is None else ["--layers", str(options.layers)]
+    # A prompt is one chunk there, and several short ones are as fast as one that is as long as a chunk of ours.
+    arguments += ["--prefill", *(str(max(case.context, 2048)) for case in options.prefill)] if options.prefill else []
+    counts = sorted({math.prod(mesh) for mesh in options.mesh})
+    return {devices: run_baseline(options.config, devices, arguments) for devices in counts}
+
+
+def run_baseline(config: Path, devices: int, arguments: list[str]) -> dict[str, Any]:
+    """Run baseline_torch.py, which prints its report.
+
+    Raises:
+        ValueError: It failed.
+    """
+    command = [sys.executable, str(Path(__file__).with_name("baseline_torch.py")), "--config", str(config)]
+    done = subprocess.run(
+        [*command, "--devices", str(devices), *arguments], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        raise ValueError(f"the baseline exited with {done.returncode}: see its message above")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def make_plans(mesh: Mesh, options: argparse.Namespace, config: ModelConfig) -> list[Plan]:

@@ -4,7 +4,7 @@
 python scripts/plan_figures.py --out DIR
 
 Figure 1 of arXiv 2507.07120 and the frontiers of its two models, predicted steps against measured ones, and the
-contexts from which cp 2 is faster than tp 2.
+contexts from which cp is faster than tp, on two and on four devices. --measured adds the steps of bench_gpus.py.
 """
 
 import sys
@@ -17,7 +17,7 @@ from rich.table import Table
 from helix_jax.cli.app import Parser, run_command
 from helix_jax.cli.output import new_figure
 from helix_jax.planner import HARDWARE, OWN, pareto_frontier, read_shape, take_first_layers
-from helix_jax.planner.comparison import compare, read_measured, summarise
+from helix_jax.planner.comparison import Measured, compare, read_measured, summarise
 from helix_jax.planner.crossover import compare_by_context, crossover_context
 from helix_jax.planner.paper import CLAIMS, HOP_B_CLAIMS, compute_gains, figure_1, hop_b_losses, sweep_as_paper
 from helix_jax.planner.plots import plot_crossover, plot_figure_1, plot_frontiers
@@ -42,7 +42,10 @@ def main() -> int:
 def draw() -> None:
     parser = Parser(PROGRAM, __doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the figures")
-    out = parser.parse_args().out
+    text = "file of bench_gpus.py, whose steps are added to those of measured.json; may be repeated (default: none)"
+    parser.add_argument("--measured", type=Path, action="append", default=[], metavar="FILE", help=text)
+    options = parser.parse_args()
+    out, added = options.out, [point for file in options.measured for point in read_added(file)]
     out.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     figure = new_figure("--out", out / "figure_1.png")
@@ -50,9 +53,20 @@ def draw() -> None:
     figure.savefig(out / "figure_1.png", dpi=120)
     for name in CLAIMS:
         draw_frontiers(out / f"{name}.png", name)
-    console.print(claims_table(), comparison_table())
-    draw_crossover(out / "crossover.png")
+    console.print(claims_table(), comparison_table([*read_measured(), *added]))
+    newest = [point for point in read_measured() if point.version.startswith("newest")]
+    draw_crossover(out / "crossover.png", [*newest, *added], 2)
+    draw_crossover(out / "crossover_4.png", [*newest, *added], 4)
     console.print(crossover_table())
+
+
+def read_added(file: Path) -> list[Measured]:
+    """Read the steps of a file of bench_gpus.py whose models are in configs/."""
+    try:
+        points = read_measured(file)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--measured '{file}' is not of bench_gpus.py ({error!r}): give a file that is") from None
+    return [point for point in points if (CONFIGS / f"{point.model}.toml").exists()]
 
 
 def draw_frontiers(file: Path, name: str) -> None:
@@ -77,32 +91,34 @@ def claims_table() -> Table:
     return table
 
 
-def comparison_table() -> Table:
-    points = read_measured()
+def comparison_table(points: list[Measured]) -> Table:
     configs = {name: read_shape(CONFIGS / f"{name}.toml") for name in {point.model for point in points}}
     pairs = compare(points, configs)
     summary = summarise(pairs)
     title = f"{summary['within']} of {summary['points']} points within 15 %; the worst {summary['worst_error']:+.1%}"
-    table = Table("version", "model", "layers", "tp x cp", "rows x context", "ms", "predicted", "error", title=title)
+    names = ("version", "model", "layers", "tp x cp", "rows x context", "other settings", "ms", "predicted", "error")
+    table = Table(*names, title=title)
     for point, ms in pairs:
         sizes = [str(point.layers or "all"), f"{point.tp} x {point.cp}", f"{point.rows} x {point.context}"]
-        table.add_row(point.version, point.model, *sizes, f"{point.ms:.2f}", f"{ms:.2f}", f"{ms / point.ms - 1:+.1%}")
+        others = [f"kv heads {point.kv_heads}"] if point.kv_heads else []
+        others += [name for name in (point.combine, point.cache_dtype) if name not in (Measured.combine, "bfloat16")]
+        times = [f"{point.ms:.2f}", f"{ms:.2f}", f"{ms / point.ms - 1:+.1%}"]
+        table.add_row(point.version, point.model, *sizes, ", ".join(others), *times)
     return table
 
 
-def draw_crossover(file: Path) -> None:
+def draw_crossover(file: Path, points: list[Measured], devices: int) -> None:
     panels = {}
-    points = [point for point in read_measured() if point.version.startswith("newest")]
     for title, shape in MEASURED.items():
         config = take_first_layers(read_shape(CONFIGS / f"{shape['model']}.toml"), shape["layers"])
         config = replace(config, kv_heads=shape["kv_heads"] or config.kv_heads)
         own = [point for point in points if all(getattr(point, key) == value for key, value in shape.items())]
         for rows in (1, 8):
-            curves = compare_by_context(config, HARDWARE["h200"], 2, rows, CONTEXTS)
+            curves = compare_by_context(config, HARDWARE["h200"], devices, rows, CONTEXTS)
             measured = [point for point in own if point.rows == rows]
             panels[f"{title},\n{rows} row{'s' if rows > 1 else ''}"] = curves, measured
     figure = new_figure("--out", file)
-    plot_crossover(figure, panels, 2)
+    plot_crossover(figure, panels, devices)
     figure.savefig(file, dpi=100)
 
 

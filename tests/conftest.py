@@ -12,6 +12,7 @@ import pytest
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 os.environ.setdefault("PJRT_NPROC", "32")  # threads of XLA, of which collectives need several per device (devices.py)
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # tests start processes that use the same GPUs
 
 ROOT = pathlib.Path(__file__).parents[1]
 # scripts/make_golden.py --out can write other folders to test with.

@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from helix_jax.cli.compilation_cache import enable_compilation_cache
+from helix_jax.planner.comparison import read_measured
 from tests.conftest import ROOT
 from tests.test_cli import ENVIRONMENT
 
@@ -37,12 +39,16 @@ def config(tmp_path: Path) -> Path:
 
 
 def bench_decode(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run the benchmark in this process, which has 8 fake devices."""
+    return bench(monkeypatch, "bench_decode", *arguments, "--platform", "cpu")
+
+
+def bench(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: object) -> int:
+    """Run a benchmark in this process, which has 8 fake devices."""
     jax.devices()
     monkeypatch.syspath_prepend(SCRIPTS)
-    monkeypatch.setattr(sys, "argv", ["bench_decode.py", *map(str, arguments), "--platform", "cpu"])
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
     try:
-        return importlib.import_module("bench_decode").main()
+        return importlib.import_module(script).main()
     except SystemExit as stop:  # raised by the parser
         return int(stop.code or 0)
 
@@ -89,6 +95,82 @@ def test_invalid_options_of_the_decode_benchmark_are_rejected(
     assert bench_decode(monkeypatch, "--config", config, *options) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def bench_gpus(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # as the command sets it for the rest of the process
+    return bench(monkeypatch, "bench_gpus", *arguments)
+
+
+def test_the_gpu_benchmark_predicts_all_steps_before_it_times_one_and_continues(
+    config: Path, tmp_path: Path, monkeypatch, capsys
+):
+    """A step that fails ends no other. The next run times only this one."""
+    report, calls = tmp_path / "gpus.json", []
+    monkeypatch.syspath_prepend(SCRIPTS)
+    module = importlib.import_module("bench_gpus")
+    measure = module.measure_decoding
+
+    def measure_or_fail(*arguments):
+        steps = json.loads(report.read_text())["groups"][0]["points"]
+        assert [step["details"]["predicted_ms"] > 0 for step in steps] == [True] * 3
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return measure(*arguments)
+
+    monkeypatch.setattr(module, "measure_decoding", measure_or_fail)
+    sizes = ("--devices", 2, "--config", config, "--case", "2x20", "--steps-per-call", 2, "--platform", "cpu")
+    command = ("--only", "one_kv_head", *sizes, "--json", report)
+    assert bench_gpus(monkeypatch, *command) == 1
+    assert "2x20 on 2x1 was not timed (RESOURCE_EXHAUSTED: out of memory): give fewer" in capsys.readouterr().err
+    assert len(read_measured(report)) == 2
+    assert bench_gpus(monkeypatch, *command) == 0
+    assert len(calls) == 4
+    points = read_measured(report)
+    assert [(point.tp, point.cp, point.kv_heads) for point in points] == [(1, 1, 1), (2, 1, 1), (1, 2, 1)]
+    for point, step in zip(points, json.loads(report.read_text())["groups"][0]["points"], strict=True):
+        assert "error" not in step["details"]
+        assert step["details"]["ms_per_roofline"] == point.ms / step["details"]["roofline_ms"]
+        assert step["details"]["ms_per_predicted"] == point.ms / step["details"]["predicted_ms"]
+
+
+def test_failed_checks_are_reported_and_end_with_exit_code_1(tmp_path: Path, monkeypatch, capsys):
+    report = tmp_path / "gpus.json"
+
+    def run_pytest(command: list[str], **_) -> SimpleNamespace:
+        counts = 'tests="9" failures="1" errors="1" skipped="3" time="2.5"'
+        Path(command[-1].removeprefix("--junitxml=")).write_text(f"<testsuites><testsuite {counts}/></testsuites>")
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setattr(importlib.import_module("bench_gpus").subprocess, "run", run_pytest)
+    assert bench_gpus(monkeypatch, "--only", "checks", "--platform", "cpu", "--json", report) == 1
+    assert "2 checks failed" in capsys.readouterr().err
+    assert json.loads(report.read_text())["checks"] == {"passed": 4, "failed": 2, "skipped": 3, "seconds": 2.5}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--only", "magic"], "--only is 'magic': choose one of checks, baseline, llama"),
+        (["--only", "fp8", "--skip", "fp8"], "--skip leaves out all of the parts: name fewer"),
+        (["--only", "llama"], "platform is gpu, but JAX found only 8 x cpu: try --platform cpu"),
+        (["--only", "llama", "--platform", "cpu", "--devices", "16"], "needs 16 devices, but there are 8 of platform"),
+        (["--only", "llama", "--platform", "cpu", "--devices", "0"], "--devices is 0: give at least 1"),
+        (["--only", "llama", "--platform", "cpu", "--devices", "3"], "tp 3 neither divides the 8 key/value heads"),
+        (["--only", "llama", "--platform", "cpu", "--case", "8"], "--case is '8': give rows x tokens"),
+        (["--only", "llama", "--json", ROOT / "pyproject.toml"], "is no report of bench_gpus.py: give another name"),
+        (["--only", "llama", "--json", ROOT / "no" / "x.json", "--platform", "cpu"], "cannot be opened"),
+    ],
+)
+def test_invalid_options_of_the_gpu_benchmark_are_rejected(
+    options: list[object], message: str, tmp_path: Path, monkeypatch, capsys
+):
+    assert bench_gpus(monkeypatch, "--json", tmp_path / "gpus.json", *options) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "gpus.json").exists()
 
 
 @pytest.mark.slow

@@ -345,10 +345,29 @@ def test_predictions_are_close_to_measurements(configs):
     assert f"{100 * summary['worst_error']:.1f} %" in PLANNER_README
 
 
+def test_the_table_of_four_gpus_has_what_was_measured_and_predicted(configs):
+    pairs = [(point, ms) for point, ms in compare(read_measured(), configs) if point.tp * point.cp == 4]
+    shown = re.findall(r"([\d.]+) \(([\d.]+)\) (?=\|)", PLANNER_README.split("Four H200s (")[1])
+    [alone, *of_four] = [tuple(map(float, numbers)) for numbers in shown]
+    assert alone == (2.44, 2.32)
+    assert len(of_four) == len(pairs) == 8
+    for point, ms in pairs:
+        assert any(numbers == pytest.approx((point.ms, ms), abs=0.0051) for numbers in of_four)
+
+
 def test_the_comparison_can_fail(configs):
     slower = [replace(point, ms=point.ms * (1 if point.fit else 1.3)) for point in read_measured()]
     summary = summarise(compare(slower, configs))
     assert summary["within"] < 0.8 * summary["points"]
+
+
+def test_a_version_without_fitted_points_is_predicted_with_the_table(configs):
+    """As are points of bench_gpus.py. An fp8 cache is read faster."""
+    point = replace(read_measured()[0], version="another", rows=8, context=2**17)
+    pairs = compare([point, replace(point, cache_dtype="fp8")], configs)
+    expected_ms = predict_ms(configs[point.model], HARDWARE["h200"], point.tp, point.cp, 8, 2**17)
+    assert pairs[0][1] == pytest.approx(expected_ms)
+    assert 0.5 * expected_ms < pairs[1][1] < 0.9 * expected_ms
 
 
 def test_no_point_is_both_fitted_and_judged():

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 
 from helix_jax import processes
@@ -36,8 +37,21 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(count: int, command: list[object], tmp_path: Path, under_slurm: bool = False) -> list[subprocess.Popen]:
-    """Start processes with one command line. Their output goes to files, because a full pipe would stop them."""
+def gpus_of(index: int, gpus_each: int) -> dict[str, str]:
+    """Return the environment of a process that uses its share of the GPUs of this machine, beside that of the tests."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(jax.local_device_count())))
+    own = visible.split(",")[index * gpus_each : (index + 1) * gpus_each]
+    memory, optimised = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    return {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ",".join(own), **memory, **optimised}
+
+
+def start(
+    count: int, command: list[object], tmp_path: Path, under_slurm: bool = False, gpus_each: int = 0
+) -> list[subprocess.Popen]:
+    """Start processes with one command line. Their output goes to files, because a full pipe would stop them.
+
+    They use fake devices of the CPU, or `gpus_each` GPUs each.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -49,18 +63,26 @@ def start(count: int, command: list[object], tmp_path: Path, under_slurm: bool =
             where, variables = ["--coordinator", f"localhost:{port}", "--processes", count, "--process", index], {}
         line = [*map(str, command), *map(str, where if count > 1 else [])]
         environment = ENVIRONMENT | HEARTBEAT | {name: str(value) for name, value in variables.items()}
+        environment |= gpus_of(index, gpus_each) if gpus_each else {}
         with (tmp_path / f"out{index}").open("w") as out, (tmp_path / f"err{index}").open("w") as err:
             started.append(subprocess.Popen(line, stdout=out, stderr=err, env=environment, cwd=ROOT))
     return started
 
 
-def run(count: int, command: list[object], tmp_path: Path, expected: int = 0, under_slurm: bool = False) -> str:
-    """Run processes and return the stdout of the first. The others print nothing."""
-    for index, process in enumerate(start(count, command, tmp_path, under_slurm)):
+def run(
+    count: int,
+    command: list[object],
+    tmp_path: Path,
+    expected: int = 0,
+    under_slurm: bool = False,
+    gpus_each: int = 0,
+) -> str:
+    """Run processes and return the stdout of the first. The others print nothing, but XLA warns on GPUs."""
+    for index, process in enumerate(start(count, command, tmp_path, under_slurm, gpus_each)):
         assert process.wait(300) == expected, (tmp_path / f"err{index}").read_text()
     for index in range(1, count):
         assert (tmp_path / f"out{index}").read_text() == ""
-        assert expected or (tmp_path / f"err{index}").read_text() == ""
+        assert expected or gpus_each or (tmp_path / f"err{index}").read_text() == ""
     return (tmp_path / "out0").read_text()
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from jax.typing import DTypeLike
 
 from helix_jax.abstract import abstract_arguments
 from helix_jax.arrays import bytes_per_device, put
@@ -18,12 +19,12 @@ from helix_jax.cache import KVCache, Rows, cache_specs, make_caches, per_row
 from helix_jax.checkpoint import shard
 from helix_jax.combine import COMBINES
 from helix_jax.config import ModelConfig
-from helix_jax.decoding import DecodeState, _decode, decode, decode_program
+from helix_jax.decoding import DEFAULT_STEPS, DecodeState, _decode, decode, decode_program, decode_steps
 from helix_jax.drafting import Drafter, DraftOptions, Drafts
 from helix_jax.engine import SamplingParams, programs, runner
 from helix_jax.generation import generate
 from helix_jax.layout import PLACEMENTS
-from helix_jax.mesh import ROWS_B, make_mesh
+from helix_jax.mesh import DP, ROWS_B, make_mesh
 from helix_jax.models.transformer import Transformer
 from helix_jax.plan import Plan
 from helix_jax.sampling import RowSampling, make_sampling
@@ -58,6 +59,57 @@ def collectives(hlo: str) -> Counter:
     return Counter(re.findall(rf" ({kinds})(?:-start)?\(", hlo))
 
 
+def documented_collectives(plan: Plan, layers: int) -> Counter:
+    """Return the collectives of a step. On a single rank there is nothing to combine."""
+    per_layer = PER_LAYER[plan.combine] if plan.layout.ranks > 1 else {"all-reduce": 2}
+    return Counter(PER_STEP) + Counter({kind: layers * count for kind, count in per_layer.items()})
+
+
+def check_decode_program(plan: Plan, slots: int = 32768, dtype: DTypeLike = jnp.float32) -> None:
+    """Check the program that an engine decodes with: it has the collectives of a step, and writes the cache in place.
+
+    All of the cache is aliased, at least 64 MB per device, and little memory is temporary.
+    """
+    config = ModelConfig(layers=2, **(SMALL | {"head_width": 64, "max_positions": 10**6}))
+    arguments = abstract_arguments(config, plan, rows=4, slots=slots, page=64, dtype=dtype)
+    _, _, weights, cache, rows, _, count_B, _ = arguments
+    running_B = jax.ShapeDtypeStruct((4,), bool, sharding=count_B.sharding)
+    state = DecodeState(cache, rows, count_B, running_B)
+    compiled = decode_program(plan).lower(config, plan, weights, state, count_B).compile()
+    assert collectives(compiled.as_text()) == documented_collectives(plan, config.layers)
+    memory, cache_bytes = compiled.memory_analysis(), bytes_per_device(cache)
+    assert memory.alias_size_in_bytes >= cache_bytes >= 64 * 2**20
+    assert memory.temp_size_in_bytes <= 0.05 * cache_bytes
+
+
+def check_traces(model: Transformer, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that whole generations trace each program once, and launch none per token.
+
+    It serves every length, owner and number of steps, and rows that are idle or have ended.
+    """
+    traced, calls = [], []
+
+    def counted(name: str, function, **jit):
+        def trace(*arguments):
+            traced.append(name)
+            return function(*arguments)
+
+        program = jax.jit(trace, donate_argnums=3, **jit)
+        return lambda *arguments: calls.append(name) or program(*arguments)
+
+    counted_decode = counted("decode", _decode, static_argnums=(0, 1, 5, 6))
+    monkeypatch.setattr(runner, "decode_program", lambda plan: counted_decode)
+    monkeypatch.setattr(programs, "prefill", counted("prefill", programs._prefill, static_argnums=(0, 1)))
+    sharded, options = shard(model, plan), {"max_len": 64, "page": 64, "chunk": 8, "rows": 3}
+    for prompts in ([[1, 2, 3], [4] * 20], [[5] * 17, [6], [7] * 3]):
+        generate(sharded, prompts, plan, SamplingParams(max_new_tokens=41), **options)
+    # A dp group with several rows also prefills two chunks of 4 in place of one of 8.
+    prefills = 2 if plan.mesh.shape[DP] == 1 else 1
+    decodes = len(decode_steps(plan, DEFAULT_STEPS, drafts=False))
+    assert Counter(traced) == {"decode": decodes, "prefill": prefills}
+    assert calls.count("decode") <= 2 * 4  # for 40 tokens per row: no program is launched per token
+
+
 def lower_step(plan: Plan, config: ModelConfig, rows: int, slots: int, T: int, *, sampler: bool) -> tuple[Any, int]:
     """Lower the step on abstract arrays, which allocates nothing. Return it and the bytes of its cache per device."""
     *arguments, sampling = abstract_arguments(config, plan, rows=rows, slots=slots, T=T, page=64, dtype=jnp.float32)
@@ -84,14 +136,10 @@ def collective_cases() -> list:
 @pytest.mark.optimized
 @pytest.mark.parametrize(("tp", "cp", "how", "rows", "T"), collective_cases())
 def test_the_collectives_are_the_documented_ones(tp: int, cp: int, how: str, rows: int, T: int):
-    layers = 2
-    config = ModelConfig(layers=layers, **SMALL)
+    config, plan = ModelConfig(layers=2, **SMALL), plan_of(tp, cp, combine=how)
     with_sampler = (how, T) == ("psum", 1)  # it adds none
-    lowered, _ = lower_step(plan_of(tp, cp, combine=how), config, rows, 256, T, sampler=with_sampler)
-    expected = Counter(PER_STEP)
-    for kind, count in PER_LAYER[how].items():
-        expected[kind] += layers * count
-    assert collectives(lowered.compile().as_text()) == expected
+    lowered, _ = lower_step(plan, config, rows, 256, T, sampler=with_sampler)
+    assert collectives(lowered.compile().as_text()) == documented_collectives(plan, config.layers)
 
 
 @pytest.mark.slow
@@ -139,21 +187,9 @@ def test_the_cache_is_written_in_place(tp: int, cp: int, how: str):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("how", COMBINES)
-def test_decoding_several_steps_has_the_collectives_and_the_memory_of_one(how: str):
-    config = ModelConfig(layers=2, **(SMALL | {"head_width": 64, "max_positions": 10**6}))
-    plan = plan_of(2, 4, combine=how)
-    arguments = abstract_arguments(config, plan, rows=4, slots=32768, page=64, dtype=jnp.float32)
-    _, _, weights, cache, rows, _, count_B, _ = arguments
-    running_B = jax.ShapeDtypeStruct((4,), bool, sharding=count_B.sharding)
-    compiled = decode.lower(config, plan, weights, DecodeState(cache, rows, count_B, running_B), count_B).compile()
-    expected = Counter(PER_STEP)
-    for kind, count in PER_LAYER[how].items():
-        expected[kind] += 2 * count
-    assert collectives(compiled.as_text()) == expected
-    memory, cache_bytes = compiled.memory_analysis(), bytes_per_device(cache)
-    assert memory.alias_size_in_bytes >= cache_bytes >= 64 * 2**20
-    assert memory.temp_size_in_bytes <= 0.05 * cache_bytes
+@pytest.mark.parametrize(("tp", "cp", "how"), [*((2, 4, how) for how in COMBINES), (4, 1, "psum")])
+def test_decoding_several_steps_has_the_collectives_and_the_memory_of_one(tp: int, cp: int, how: str):
+    check_decode_program(plan_of(tp, cp, combine=how))
 
 
 @pytest.mark.optimized
@@ -186,27 +222,7 @@ def test_decoding_neither_copies_nor_converts_the_pool(kind: str, drafts: bool):
     ],
 )
 def test_one_trace_of_each_program_serves_a_whole_generation(tp: int, cp: int, dp: int, tiny, monkeypatch):
-    """It serves every length, owner and number of steps, and rows that are idle or have ended."""
-    traced, calls = [], []
-
-    def counted(name: str, function, **jit):
-        def trace(*arguments):
-            traced.append(name)
-            return function(*arguments)
-
-        program = jax.jit(trace, donate_argnums=3, **jit)
-        return lambda *arguments: calls.append(name) or program(*arguments)
-
-    counted_decode = counted("decode", _decode, static_argnums=(0, 1, 5, 6))
-    monkeypatch.setattr(runner, "decode_program", lambda plan: counted_decode)
-    monkeypatch.setattr(programs, "prefill", counted("prefill", programs._prefill, static_argnums=(0, 1)))
-    plan = Plan(make_mesh(tp, cp, dp), 2)
-    model, options = shard(tiny, plan), {"max_len": 64, "page": 64, "chunk": 8, "rows": 3}
-    for prompts in ([[1, 2, 3], [4] * 20], [[5] * 17, [6], [7] * 3]):
-        generate(model, prompts, plan, SamplingParams(max_new_tokens=41), **options)
-    # A dp group with several rows also prefills two chunks of 4 in place of one of 8.
-    assert Counter(traced) == {"decode": 1, "prefill": 2 if dp == 1 else 1}
-    assert calls.count("decode") <= 2 * 4  # for 40 tokens per row: no program is launched per token
+    check_traces(tiny, Plan(make_mesh(tp, cp, dp), 2), monkeypatch)
 
 
 def test_several_gpus_have_a_program_of_their_own_if_xla_knows_its_options(monkeypatch):

@@ -16,11 +16,12 @@ from helix_jax.planner.shapes import take_first_layers
 from helix_jax.planner.step import predict_step
 
 MEASURED_FILE = Path(__file__).with_name("measured.json")
+_NOT_OF_A_STEP = ("points", "source", "details")  # keys of a group or of a point that describe the measurement
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A step that was measured in bfloat16.
+    """A step that was measured, with weights in bfloat16.
 
     Args:
         version: The version of the code.
@@ -34,6 +35,7 @@ class Measured:
         layers: How many of the model's layers there were. None: all.
         kv_heads: How many key/value heads the model had. None: those of its config.
         combine: The combine.
+        cache_dtype: The type of the cache, as in `Workload`.
         fit: Whether the overheads of the version are fitted on this point.
     """
 
@@ -48,15 +50,22 @@ class Measured:
     layers: int | None = None
     kv_heads: int | None = None
     combine: str = "all_to_all"
+    cache_dtype: str = "bfloat16"
     fit: bool = False
 
 
 def read_measured(file: Path = MEASURED_FILE) -> list[Measured]:
-    """Read measured steps. A key of a group holds for its points, unless they have it too."""
+    """Read measured steps. A key of a group holds for its points, unless they have it too.
+
+    Args:
+        file: `measured.json`, or a file of scripts/bench_gpus.py, which may have points without `ms`: they were
+            predicted, but not measured.
+    """
     points = []
     for group in json.loads(file.read_text())["groups"]:
-        common = {key: value for key, value in group.items() if key not in ("points", "source")}
-        points += [Measured(**{**common, **point}) for point in group["points"]]
+        for point in group["points"]:
+            keys = {key: value for key, value in {**group, **point}.items() if key not in _NOT_OF_A_STEP}
+            points += [Measured(**keys)] if "ms" in keys else []
     return points
 
 
@@ -70,7 +79,7 @@ def predict_point(point: Measured, config: ModelConfig, hardware: Hardware) -> f
     """
     config = take_first_layers(config, point.layers) if point.layers else config
     config = replace(config, kv_heads=point.kv_heads) if point.kv_heads else config
-    workload = Workload(context=point.context, combine=point.combine)
+    workload = Workload(context=point.context, combine=point.combine, cache_dtype=point.cache_dtype)
     parallelism = Parallelism(strategy="helix" if point.cp > 1 else "tp", tp=point.tp, cp=point.cp)
     return 1e3 * float(predict_step(config, workload, parallelism, hardware, point.rows).total)
 
@@ -102,6 +111,8 @@ def fit_overheads(points: Sequence[Measured], configs: Mapping[str, ModelConfig]
 def compare(points: Sequence[Measured], configs: Mapping[str, ModelConfig]) -> list[tuple[Measured, float]]:
     """Predict every point that is not fitted, with the overheads that are fitted on the others of its version.
 
+    Of a version without such points, the overheads are those of the hardware's table.
+
     Args:
         points: The points.
         configs: The models by name.
@@ -112,8 +123,8 @@ def compare(points: Sequence[Measured], configs: Mapping[str, ModelConfig]) -> l
     pairs: list[tuple[Measured, float]] = []
     for version in dict.fromkeys(point.version for point in points):
         of_version = [point for point in points if point.version == version]
-        hardware = find_hardware(of_version[0].hardware)
-        hardware = fit_overheads([point for point in of_version if point.fit], configs, hardware)
+        hardware, fitted = find_hardware(of_version[0].hardware), [point for point in of_version if point.fit]
+        hardware = fit_overheads(fitted, configs, hardware) if fitted else hardware
         judged = [point for point in of_version if not point.fit]
         pairs += [(point, predict_point(point, configs[point.model], hardware)) for point in judged]
     return pairs

@@ -25,7 +25,7 @@ def measure_hardware(devices: Sequence[Any]) -> Hardware:
         The hardware. Its source lists what was assumed.
     """
     device, on_cpu = devices[0], devices[0].platform == "cpu"
-    known = next((name for name in HARDWARE if name in device.device_kind.lower().replace(" ", "")), "h200")
+    known = known_hardware(device)
     collective_s, link_bandwidth = HARDWARE[known].collective_s, HARDWARE[known].link_bandwidth
     source = f"measured on {len(devices)} x {device.device_kind}"
     if len(devices) > 1:
@@ -43,6 +43,11 @@ def measure_hardware(devices: Sequence[Any]) -> Hardware:
         speedups={"float32": 1.0} if on_cpu else HARDWARE[known].speedups,
         source=f"{source}; the time of routing to experts is that of {known}",
     )
+
+
+def known_hardware(device: Any) -> str:
+    """Return the name of a device in the table `HARDWARE`, or "h200" if it is not there."""
+    return next((name for name in HARDWARE if name in device.device_kind.lower().replace(" ", "")), "h200")
 
 
 def measure_bandwidth(device: Any, calls: int = 10, repeats: int = 5) -> float:
