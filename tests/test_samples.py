@@ -68,7 +68,7 @@ def test_the_samples_of_a_prompt_are_in_one_dp_group():
     prompts, params = ([1] * 20, [2] * 9), SamplingParams(max_new_tokens=8)
     for index, prompt in enumerate((prompts[0],) * 5 + (prompts[1],)):
         text = OutputText(None, ())
-        scheduler.waiting.append(Request(str(index), prompt, params, frozenset(), index, text, index=index))
+        scheduler.add(Request(str(index), prompt, params, frozenset(), index, text, index=index))
     groups, chunks, decoded = [], [], []
     for _ in range(20):
         step = scheduler.schedule()

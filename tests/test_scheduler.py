@@ -146,7 +146,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.allocator.count_pages(request.max_computed, len(request.prompt)).max() <= self.allocator.pages:
             self.unfinished[request.id] = request
             self.scored[request.id] = []
-            self.scheduler.waiting.append(request)
+            self.scheduler.add(request)
 
     @precondition(lambda self: self.unfinished)
     @rule(data=st.data())

@@ -234,7 +234,7 @@ class Engine:
             request.parent_id = id if len(samples) > 1 else None
             self._submitted += 1
             self._add(request)
-            self.scheduler.waiting.append(request)
+            self.scheduler.add(request)
         return id, samples
 
     def _make_request(self, id: str, prompt: list[int], params: SamplingParams) -> Request:
@@ -478,7 +478,7 @@ class Engine:
         self._add(request)
         self._submitted += 1
         if request.row is None:
-            self.scheduler.waiting.append(request)
+            self.scheduler.add(request)
         else:
             admission = Admission(request, request.num_computed)
             self.runner.admit([(admission, self.scheduler.row_pages[request.id])])

@@ -4,7 +4,7 @@ Decisions depend on submitted requests and on token counts, never on a clock or 
 With several processes, all of them therefore decide the same.
 """
 
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -105,10 +105,12 @@ class Place(NamedTuple):
     """Where a waiting request can run.
 
     Attributes:
+        request: The first of those that wait.
         row: A free row.
         source: A sample of the same prompt that decodes in the same dp group, with which it shares the prompt's pages.
     """
 
+    request: Request
     row: int
     source: Request | None
 
@@ -143,7 +145,7 @@ class Scheduler:
     ):
         self.allocators, self._rows, self._windows = allocators, rows, windows
         self._budget, self._chunk, self._max_steps = budget, chunk, max_steps
-        self.waiting: deque[Request] = deque()
+        self.waiting: OrderedDict[str, Request] = OrderedDict()  # by id, the next to be admitted first
         self.running: list[Request] = []  # in the order of admission
         self.row_pages: dict[str, RowPages] = {}  # of each running request
         self.preemptions = 0
@@ -152,6 +154,10 @@ class Scheduler:
         self._prefill_len: dict[str, int] = {}
         # The request that was last refused for lack of pages, and the number of releases then: retried after another.
         self._refused: tuple[Request, int] | None = None
+
+    def add(self, request: Request) -> None:
+        """Let a request wait behind all others."""
+        self.waiting[request.id] = request
 
     def schedule(self) -> ScheduledStep:
         """Return the work of the next step, and advance the counts of its requests as if it had run."""
@@ -187,8 +193,8 @@ class Scheduler:
         """Remove a request, and free its row and pages."""
         if request.row is not None:
             self._free(request)
-        elif request in self.waiting:
-            self.waiting.remove(request)
+        else:
+            self.waiting.pop(request.id, None)  # it is not there if its last token was in flight
 
     def group_of(self, row: int) -> int:
         """Return the dp group of a row."""
@@ -238,16 +244,16 @@ class Scheduler:
         Returns:
             The place, or None if the request waits for a row, for its prompt, or for pages to be released.
         """
-        if not self.waiting or not self._free_rows or self._refused == (self.waiting[0], self._num_releases()):
+        request = next(iter(self.waiting.values()), None)
+        if request is None or not self._free_rows or self._refused == (request, self._num_releases()):
             return None
-        request = self.waiting[0]
         samples = [other for other in self.running if other.is_sample_with(request)]
         sources = [sample for sample in samples if sample in decoding and self._keeps_prompt(sample)]
         if not sources and any(sample not in decoding for sample in samples):
             return None
         source = sources[0] if sources else None
         row = self._free_row(None if source is None else self.group_of(source.assigned_row))
-        return None if row is None else Place(row, source)
+        return None if row is None else Place(request, row, source)
 
     def _keeps_prompt(self, request: Request) -> bool:
         """Return whether the cache has what the last token of the prompt sees, also in layers with a window."""
@@ -304,7 +310,8 @@ class Scheduler:
         request.num_computed = 0
         request.preemptions += 1
         self.preemptions += 1
-        self.waiting.appendleft(request)
+        self.waiting[request.id] = request
+        self.waiting.move_to_end(request.id, last=False)
 
     def _schedule_prefills(self, step: ScheduledStep, may_admit: bool) -> None:
         """Schedule chunks within the budget, of running requests first.
@@ -326,15 +333,16 @@ class Scheduler:
         place = self._next_place(step.decodes)
         if place is None:
             return None
-        request, (row, source), allocator = self.waiting[0], place, self._allocator(place.row)
-        row_pages, num_cached = self._cached_prefix(request, place)
+        request, row, source = place
+        allocator = self._allocator(row)
+        row_pages, num_cached = self._cached_prefix(place)
         length = self._block_end(request, len(request.all_token_ids))
         new_pages = allocator.grow(row_pages, length, len(request.prompt))
         if new_pages is None:
             allocator.release(row_pages)
             self._refused = request, self._num_releases()
             return None
-        self.waiting.popleft()
+        del self.waiting[request.id]
         self._assign_row(request, row, row_pages)
         request.num_computed = num_cached
         if source and request.num_to_prefill == num_cached + 1:
@@ -345,9 +353,10 @@ class Scheduler:
         step.admissions.append(Admission(request, num_cached, source.row if source else None))
         return request
 
-    def _cached_prefix(self, request: Request, place: Place) -> tuple[RowPages, int]:
-        """Return the pages of what is cached of a request, and the number of these tokens."""
-        allocator, source = self._allocator(place.row), place.source
+    def _cached_prefix(self, place: Place) -> tuple[RowPages, int]:
+        """Return the pages of what is cached of a waiting request, and the number of these tokens."""
+        request, row, source = place
+        allocator = self._allocator(row)
         if source:
             pages = allocator.fork(self.row_pages[source.id], request.num_shareable, len(request.prompt))
             return pages, request.num_shareable
