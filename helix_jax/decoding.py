@@ -207,9 +207,11 @@ def _verify(
         """Replace the first T tokens of a choice."""
         new = group_BT[:, :T], jnp.where(live_B, jnp.minimum(1 + count_B, T), 0)
         chosen = choose_tokens(state._replace(caches=choice.caches, drafts=None), *new)
-        of_tokens, others = (one._replace(caches=()) for one in (chosen, choice))
-        first = jax.tree.map(lambda old_BT, new_BT: old_BT.at[:, :T].set(new_BT), others, of_tokens)
-        return first._replace(caches=chosen.caches)
+        logprobs_BT = jax.tree.map(set_first, choice.logprobs_BT, chosen.logprobs_BT)
+        return Choice(set_first(choice.token_BT, chosen.token_BT), logprobs_BT, chosen.caches)
+
+    def set_first(old_BT: Array, new_BT: Array) -> Array:
+        return old_BT.at[:, : new_BT.shape[1]].set(new_BT)
 
     def empty(like_BS: Array) -> Array:
         return jnp.zeros((*group_BT.shape, *like_BS.shape[2:]), like_BS.dtype)
@@ -236,7 +238,8 @@ def _cond_in_place(
 ) -> Choice:
     """Compute `lax.cond`, with loops of at most one iteration.
 
-    XLA's CPU backend copies the caches at the begin of a branch and after it, but updates them in place in a loop.
+    XLA's CPU backend copies the caches at the begin of a branch and after it, but updates them in place in a loop. Not
+    for GPUs: loops inside the loop of a CUDA graph read illegal addresses (JAX 0.11.2).
     """
     for wanted, function in ((is_true, on_true), (~is_true, on_false)):
         carry = wanted, choice
