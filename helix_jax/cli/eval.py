@@ -232,7 +232,7 @@ def _read_text(file: Path | None) -> bytes:
 
 
 class _Bars:
-    """A progress bar per plan, shown from its first report to its last."""
+    """A progress bar per plan, shown from its first report to its last. Without a terminal, a line per report."""
 
     def __init__(self, reporter: Reporter):
         self._reporter = reporter
@@ -246,6 +246,9 @@ class _Bars:
 
     def update(self, name: str, done: int, total: int) -> None:
         """Show that `done` of `total` parts of the work under the plan `name` are done."""
+        if not self._reporter.console.is_terminal:
+            self._reporter.info(f"{name}: {done} of {total} done")
+            return
         if self._open is None:
             bar = self._reporter.counting()
             bar.start()
