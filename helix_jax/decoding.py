@@ -205,8 +205,8 @@ def _verify(
 
     def choose_first(T: int, choice: Choice) -> Choice:
         """Replace the first T tokens of a choice."""
-        new = group_BT[:, :T], jnp.where(live_B, jnp.minimum(1 + count_B, T), 0)
-        chosen = choose_tokens(state._replace(caches=choice.caches, drafts=None), *new)
+        first_B = jnp.where(live_B, jnp.minimum(1 + count_B, T), 0)
+        chosen = choose_tokens(state._replace(caches=choice.caches, drafts=None), group_BT[:, :T], first_B)
         logprobs_BT = jax.tree.map(set_first, choice.logprobs_BT, chosen.logprobs_BT)
         return Choice(set_first(choice.token_BT, chosen.token_BT), logprobs_BT, chosen.caches)
 
@@ -238,8 +238,8 @@ def _cond_in_place(
 ) -> Choice:
     """Compute `lax.cond`, with loops of at most one iteration.
 
-    XLA's CPU backend copies the caches at the begin of a branch and after it, but updates them in place in a loop. Not
-    for GPUs: loops inside the loop of a CUDA graph read illegal addresses (JAX 0.11.2).
+    XLA's CPU backend copies the caches before and after a branch, but updates them in place in a loop. GPUs use
+    `lax.cond`, because loops inside the loop of a CUDA graph read illegal addresses (JAX 0.11.2).
     """
     for wanted, function in ((is_true, on_true), (~is_true, on_false)):
         carry = wanted, choice

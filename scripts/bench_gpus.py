@@ -6,8 +6,9 @@ python scripts/bench_gpus.py --json gpus.json --only one_kv_head --only combine
 
 The parts are `checks`, the tests in tests/test_gpu_meshes.py; `baseline`, PyTorch and FlashInfer on the shape of llama
 (baseline_torch.py); and five sets of decode steps, over caches of random numbers. All steps are predicted before the
-first is timed. The file is written after every step. If it exists it is continued: steps that it has are not timed
-again. `plan_figures.py --measured FILE` compares and draws its steps beside those of measured.json.
+first is timed. The file is written after every step. If it exists it is continued: steps that it has, timed with the
+same settings, are not timed again. `plan_figures.py --measured FILE` compares and draws its steps beside those of
+measured.json.
 """
 
 import argparse
@@ -147,7 +148,8 @@ def read_report(file: Path) -> dict[str, Any]:
         return {"checks": None, "groups": []}
     try:
         report = json.loads(file.read_text())
-        _ = report["checks"], [group["points"] for group in report["groups"]]
+        _ = report["checks"], [(group["version"], group["details"]) for group in report["groups"]]
+        _ = [step["details"]["predicted_ms"] for group in report["groups"] for step in group["points"]]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"--json '{file}' exists and is no report of {PROGRAM}: give another name") from None
     return report
@@ -158,6 +160,8 @@ def bench(options: argparse.Namespace) -> int:
     mesh = open_mesh(options.platform, 1, options.devices)
     devices = list(mesh.devices.flat)
     options.dtype = default_dtype(mesh)
+    if "checks" in options.parts and len(devices) < 2:
+        raise ValueError("the part checks compares devices, and there is 1: use --skip checks")
     version = f"helix_jax {helix_jax.__version__}, jax {jax.__version__}, {len(devices)} x {devices[0].device_kind}"
     machine = Machine(version, known_hardware(devices[0]))
     points = list_points(options, len(devices), machine)
@@ -167,22 +171,23 @@ def bench(options: argparse.Namespace) -> int:
     save()
     progress = Console(stderr=True, highlight=False, soft_wrap=True)
     if "checks" in options.parts:
-        options.report["checks"] = run_checks(options.platform)
+        options.report["checks"] = run_checks(options)
         save()
     if "baseline" in options.parts:
-        group["details"] |= time_baseline(options, len(devices))
+        time_baseline(options, len(devices), group["details"])
         save()
     waiting = {point: plan for point, plan in plans.items() if "ms" not in steps[point]}
     if waiting:
-        group["details"]["bandwidth_bytes_per_s"] = bandwidth = measure_bandwidth(devices[0])
-        for point, ms, details in time_steps(options, bandwidth, waiting):
+        # Once for a group, because the rooflines of all of its steps follow from it.
+        if "bandwidth_bytes_per_s" not in group["details"]:
+            group["details"]["bandwidth_bytes_per_s"] = measure_bandwidth(devices[0])
+        for point, ms, details in time_steps(options, group["details"]["bandwidth_bytes_per_s"], waiting):
             record(steps[point], ms, details)
             save()
             progress.print(json.dumps(steps[point]))
     if group["points"]:
         Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(make_table(group))
-    checks = options.report["checks"] if "checks" in options.parts else None
-    failures = list(find_failures(checks, group))
+    failures = list(find_failures(options, group, steps))
     for failure in failures:
         progress.print(f"{PROGRAM}: {failure}")
     return FAILED if failures else OK
@@ -243,24 +248,33 @@ def make_plan(point: Measured, devices: list[Any], options: argparse.Namespace) 
 def add_steps(
     options: argparse.Namespace, points: list[Measured], machine: Machine
 ) -> tuple[dict[str, Any], dict[Measured, Step]]:
-    """Add the group of this machine and its steps to the report, each with its prediction, unless they are there."""
+    """Add the group of this machine and these settings to the report, and its steps with their predictions.
+
+    What is there already is kept.
+    """
     groups = options.report["groups"]
-    group = next((group for group in groups if group["version"] == machine.version), None)
+    config = options.config and options.config.read_text()
+    settings = {"steps_per_call": options.steps_per_call, "dtype": options.dtype, "config": config}
+    group = next((one for one in groups if one["version"] == machine.version and has(one["details"], settings)), None)
     if group is None:
         source = f"scripts/{PROGRAM}: the program decode over caches of random numbers, calls awaited"
-        group = {**machine._asdict(), "source": source, "details": {}, "points": []}
+        group = {**machine._asdict(), "source": source, "details": settings, "points": []}
         groups.append(group)
     steps = {}
     for point in points:
-        settings = describe_point(point)
-        step = next((step for step in group["points"] if step.items() >= settings.items()), None)
+        described = describe_point(point)
+        step = next((step for step in group["points"] if has(step, described)), None)
         if step is None:
             config = read_shape(config_file(options, point.model))
             predicted_ms = predict_point(point, config, HARDWARE[point.hardware])
-            step = settings | {"details": {"predicted_ms": predicted_ms}}
+            step = described | {"details": {"predicted_ms": predicted_ms}}
             group["points"].append(step)
         steps[point] = step
     return group, steps
+
+
+def has(mapping: dict[str, Any], items: dict[str, Any]) -> bool:
+    return all(key in mapping and mapping[key] == value for key, value in items.items())
 
 
 def describe_point(point: Measured) -> Step:
@@ -268,8 +282,8 @@ def describe_point(point: Measured) -> Step:
     return {each.name: getattr(point, each.name) for each in fields(point) if each.name not in NOT_SETTINGS}
 
 
-def run_checks(platform: str) -> dict[str, float]:
-    """Run the tests of the meshes. Return how many passed, failed and were skipped.
+def run_checks(options: argparse.Namespace) -> dict[str, float]:
+    """Run the tests of the meshes, on the first `--devices` GPUs. Return how many passed, failed and were skipped.
 
     Raises:
         ValueError: pytest could not run them.
@@ -277,9 +291,12 @@ def run_checks(platform: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.xml"
         command = [sys.executable, "-m", "pytest", "tests/test_gpu_meshes.py", "--all", f"--junitxml={file}"]
-        environment = os.environ | {"JAX_PLATFORMS": "cuda" if platform == "gpu" else platform}
+        environment = os.environ | {"JAX_PLATFORMS": "cuda" if options.platform == "gpu" else options.platform}
+        if options.devices:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(options.devices)))
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[: options.devices])
         status = subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, check=False).returncode
-        if not file.exists():
+        if status not in (0, 1) or not file.exists():  # 1: tests failed
             raise ValueError(f"pytest exited with {status}: see its message above, or use --skip checks")
         [suite] = ElementTree.parse(file).getroot()
     tests, *failed, skipped = (int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped"))
@@ -287,14 +304,19 @@ def run_checks(platform: str) -> dict[str, float]:
     return counts | {"seconds": float(suite.attrib["time"])}
 
 
-def time_baseline(options: argparse.Namespace, devices: int) -> dict[str, Any]:
-    """Time the baseline, tensor parallel over all devices. Its failure does not end the other parts."""
+def time_baseline(options: argparse.Namespace, devices: int, details: dict[str, Any]) -> None:
+    """Time the baseline, tensor parallel over all devices, and add the times to the details of a group.
+
+    Its failure does not end the other parts.
+    """
     part, model = PARTS["llama"], config_file(options, PARTS["llama"].model)
     try:
         report = run_baseline(model, devices, ["--decode", *(options.case or part.cases)])
     except ValueError as error:
-        return {"baseline_error": str(error)}  # an earlier measurement remains
-    return {"baseline_ms": report["decode_ms"], "baseline_error": None}
+        details["baseline_error"] = str(error)  # an earlier measurement remains
+        return
+    details["baseline_ms"] = details.get("baseline_ms", {}) | report["decode_ms"]
+    details["baseline_error"] = None
 
 
 def time_steps(
@@ -309,13 +331,13 @@ def time_steps(
         own = list(group)
         config, mesh = config_of(own[0][0], options), own[0][1].mesh
         assert isinstance(mesh, Mesh)
-        model = assemble(config, make_random_weights(config, mesh, options.dtype))
-        job = Job(options, config, bandwidth)
+        job, model = Job(options, config, bandwidth), None
         for point, plan in own:
             try:
+                model = model or assemble(config, make_random_weights(config, mesh, options.dtype))
                 run = measure_decoding(job, plan, model, Case(point.rows, point.context), {})
             except jax.errors.JaxRuntimeError as error:  # such as out of memory: the next step may need less
-                yield point, None, {"error": str(error).splitlines()[0]}
+                yield point, None, {"error": (str(error) or repr(error)).splitlines()[0]}
                 continue
             yield point, run.pop("decode_ms"), {name: value for name, value in run.items() if value is not None}
         del model  # before the weights of the next mesh are created
@@ -350,13 +372,14 @@ def is_shape_of_baseline(step: Step) -> bool:
     return step["layers"] is None and step["kv_heads"] is None and step["cache_dtype"] == Measured.cache_dtype
 
 
-def find_failures(checks: dict[str, float] | None, group: dict[str, Any]) -> Iterator[str]:
-    """Yield a line for each part or step that failed."""
-    if checks and checks["failed"]:
+def find_failures(options: argparse.Namespace, group: dict[str, Any], steps: dict[Measured, Step]) -> Iterator[str]:
+    """Yield a line for each part or step of this run that failed."""
+    checks = options.report["checks"]
+    if "checks" in options.parts and checks["failed"]:
         yield f"{checks['failed']} checks failed: see the messages of pytest above"
-    if error := group["details"].get("baseline_error"):
+    if "baseline" in options.parts and (error := group["details"]["baseline_error"]):
         yield error
-    for step in group["points"]:
+    for step in steps.values():
         if error := step["details"].get("error"):
             sizes = f"{step['rows']}x{step['context']} on {step['tp']}x{step['cp']}"
             yield f"{step['model']}, {sizes} was not timed ({error}): give fewer rows or tokens with --case"

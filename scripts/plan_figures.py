@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Draw the figures of helix_jax/planner/README.md, and print its tables.
 
-python scripts/plan_figures.py --out DIR
+python scripts/plan_figures.py --out DIR [--measured FILE.json]
 
 Figure 1 of arXiv 2507.07120 and the frontiers of its two models, predicted steps against measured ones, and the
-contexts from which cp is faster than tp, on two and on four devices. --measured adds the steps of bench_gpus.py.
+contexts from which cp is faster than tp, on two devices. --measured adds the steps of bench_gpus.py, and draws the
+last figure for four devices too.
 """
 
 import sys
@@ -56,7 +57,8 @@ def draw() -> None:
     console.print(claims_table(), comparison_table([*read_measured(), *added]))
     newest = [point for point in read_measured() if point.version.startswith("newest")]
     draw_crossover(out / "crossover.png", [*newest, *added], 2)
-    draw_crossover(out / "crossover_4.png", [*newest, *added], 4)
+    if added:
+        draw_crossover(out / "crossover_4.png", [*newest, *added], 4)
     console.print(crossover_table())
 
 

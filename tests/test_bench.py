@@ -135,6 +135,27 @@ def test_the_gpu_benchmark_predicts_all_steps_before_it_times_one_and_continues(
         assert step["details"]["ms_per_predicted"] == point.ms / step["details"]["predicted_ms"]
 
 
+def test_a_continued_report_keeps_failures_and_settings_apart(config: Path, tmp_path: Path, monkeypatch):
+    """A failed step is no failure of a later run of another part, and a step with other settings is another one."""
+    report, timed = tmp_path / "gpus.json", []
+    monkeypatch.syspath_prepend(SCRIPTS)
+
+    def measure(job, plan, *_) -> dict[str, float]:
+        if plan.combine == "psum":
+            raise jax.errors.JaxRuntimeError("")
+        timed.append(job.options.steps_per_call)
+        return {"decode_ms": 1.0, "roofline_ms": 0.5}
+
+    monkeypatch.setattr(importlib.import_module("bench_gpus"), "measure_decoding", measure)
+    sizes = ("--devices", 2, "--config", config, "--case", "2x20", "--platform", "cpu", "--json", report)
+    assert bench_gpus(monkeypatch, "--only", "combine", *sizes) == 1
+    timed.clear()
+    for steps, groups in ((32, 1), (32, 1), (3, 2)):
+        assert bench_gpus(monkeypatch, "--only", "fp8", "--steps-per-call", steps, *sizes) == 0
+        assert len(json.loads(report.read_text())["groups"]) == groups
+    assert timed == [32, 32, 3, 3]
+
+
 def test_failed_checks_are_reported_and_end_with_exit_code_1(tmp_path: Path, monkeypatch, capsys):
     report = tmp_path / "gpus.json"
 
@@ -160,6 +181,7 @@ def test_failed_checks_are_reported_and_end_with_exit_code_1(tmp_path: Path, mon
         (["--only", "llama", "--platform", "cpu", "--devices", "0"], "--devices is 0: give at least 1"),
         (["--only", "llama", "--platform", "cpu", "--devices", "3"], "tp 3 neither divides the 8 key/value heads"),
         (["--only", "llama", "--platform", "cpu", "--case", "8"], "--case is '8': give rows x tokens"),
+        (["--only", "checks", "--platform", "cpu", "--devices", "1"], "compares devices, and there is 1: use --skip"),
         (["--only", "llama", "--json", ROOT / "pyproject.toml"], "is no report of bench_gpus.py: give another name"),
         (["--only", "llama", "--json", ROOT / "no" / "x.json", "--platform", "cpu"], "cannot be opened"),
     ],
