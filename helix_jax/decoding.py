@@ -28,7 +28,7 @@ _CUDA_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
 _ONE_GPU = {"xla_gpu_enable_command_buffer": f"{_CUDA_GRAPHS},WHILE,CONDITIONAL"}
 
 # On several GPUs a graph contains a step. Its collectives are those of NCCL, because XLA's own all-reduce cannot be
-# recorded, and ends a graph before and after it. CUDA does not accept a loop around NCCL's kernels.
+# recorded, and ends a graph before and after it. CUDA does not accept a loop around the events that NCCL may add.
 _GRAPH_COLLECTIVES = "ALLREDUCE,ALLGATHER,ALLTOALL,REDUCESCATTER"
 _SEVERAL_GPUS = {
     "xla_gpu_enable_command_buffer": f"{_CUDA_GRAPHS},COLLECTIVES",

@@ -20,7 +20,7 @@ import pytest
 from helix_jax import Engine, FinishedEvent, Plan, SamplingParams, generate, load
 from helix_jax.checkpoint import DEMO_MODEL
 from helix_jax.combine import COMBINES
-from helix_jax.devices import default_dtype
+from helix_jax.devices import default_dtype, open_mesh
 from helix_jax.models.transformer import Transformer
 from tests.conftest import GOLDEN
 from tests.reference import TIE, plan_of, tiny_model
@@ -52,6 +52,12 @@ def needs(devices: int) -> pytest.MarkDecorator:
 each_mesh = pytest.mark.parametrize(
     ("tp", "cp"), [pytest.param(tp, cp, marks=needs(tp * cp), id=f"{tp}x{cp}") for tp, cp in MESHES]
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def configured_nccl() -> None:
+    """Let `open_mesh` configure NCCL, as commands and `LLM` do, before the first collective."""
+    open_mesh("auto", 1, DEVICES)
 
 
 def make_model(name: str, tp: int, cp: int, cache_dtype: str) -> tuple[Transformer, Plan]:

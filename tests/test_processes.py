@@ -9,11 +9,12 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from helix_jax import processes
+from helix_jax import devices, processes
 from helix_jax.checkpoint import save
 from helix_jax.devices import open_mesh
 from helix_jax.processes import Processes, lost_process_message, min_over_processes, on_first_process
@@ -238,3 +239,19 @@ def test_fake_devices_get_spare_threads(monkeypatch, given: str | None, expected
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     open_mesh("auto", 1, 4, 2)
     assert os.environ.pop("PJRT_NPROC") == str(expected)
+
+
+@pytest.mark.parametrize(
+    ("platform", "processes", "given", "expected"),
+    [("gpu", 1, None, "0"), ("gpu", 1, "1", "1"), ("gpu", 2, None, None), ("cpu", 1, None, None)],
+)
+def test_xla_alone_orders_the_collectives_of_gpus_of_one_process(
+    platform: str, processes: int, given: str | None, expected: str | None, monkeypatch
+):
+    name = "NCCL_GRAPH_MIXING_SUPPORT"
+    monkeypatch.setenv(name, given or "")  # so that it is restored
+    if given is None:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(devices, "process_count", lambda: processes)
+    devices._leave_order_of_collectives_to_xla([SimpleNamespace(platform=platform)])
+    assert os.environ.get(name) == expected
