@@ -170,6 +170,8 @@ def bench(options: argparse.Namespace) -> int:
     save = partial(write_json, options.json, options.report)
     save()
     progress = Console(stderr=True, highlight=False, soft_wrap=True)
+    if options.platform == "gpu" and machine.hardware not in devices[0].device_kind.lower():
+        progress.print(f"the planner does not know this GPU: the predictions are those of an {machine.hardware}")
     if "checks" in options.parts:
         options.report["checks"] = run_checks(options)
         save()
@@ -240,7 +242,11 @@ def make_plan(point: Measured, devices: list[Any], options: argparse.Namespace) 
     mesh = make_mesh(point.tp, point.cp, devices=devices)
     plan = Plan(mesh, combine=point.combine, cache_dtype=cache_dtype)
     config = config_of(point, options)
-    plan.check_model(config)
+    try:
+        plan.check_model(config)
+    except ValueError as error:
+        reason, _, _ = str(error).partition(":")
+        raise ValueError(f"{reason}, and all meshes of {mesh.size} devices are timed: give another --devices") from None
     plan.kernel_for_model(config, options.page, options.dtype)
     return plan
 

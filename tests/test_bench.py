@@ -179,7 +179,7 @@ def test_failed_checks_are_reported_and_end_with_exit_code_1(tmp_path: Path, mon
         (["--only", "llama"], "platform is gpu, but JAX found only 8 x cpu: try --platform cpu"),
         (["--only", "llama", "--platform", "cpu", "--devices", "16"], "needs 16 devices, but there are 8 of platform"),
         (["--only", "llama", "--platform", "cpu", "--devices", "0"], "--devices is 0: give at least 1"),
-        (["--only", "llama", "--platform", "cpu", "--devices", "3"], "tp 3 neither divides the 8 key/value heads"),
+        (["--only", "llama", "--platform", "cpu", "--devices", "3"], "of 3 devices are timed: give another --devices"),
         (["--only", "llama", "--platform", "cpu", "--case", "8"], "--case is '8': give rows x tokens"),
         (["--only", "checks", "--platform", "cpu", "--devices", "1"], "compares devices, and there is 1: use --skip"),
         (["--only", "llama", "--json", ROOT / "pyproject.toml"], "is no report of bench_gpus.py: give another name"),
