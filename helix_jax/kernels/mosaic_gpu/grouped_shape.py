@@ -18,6 +18,7 @@ _LEAST_TILE_BYTES = 16 * 1024
 _COLUMNS = 128  # columns of an accumulator
 _SCALE_BYTES = 4
 _LEAST_STAGES = 3
+_PAIR = 2  # a tile of keys and one of values
 _FEW_QUERIES = 32
 
 
@@ -69,24 +70,31 @@ class GroupedShape:
     @property
     def q_stages(self) -> int:
         """The segments whose queries are in shared memory at once: two, or one if there is too little memory."""
-        return 2 if self._copied_tiles(q_stages=2) >= _LEAST_STAGES else 1
+        return 2 if self._copied_tiles(2, self.converted_tiles) >= _LEAST_STAGES else 1
 
     @property
     def stages(self) -> int:
         """The tiles of a stream that are ready to be multiplied at once. Keys and values alternate."""
-        return (4 if self.few else 2) if self.quantised else self.copied_tiles
+        return self.converted_tiles if self.quantised else self.copied_tiles
+
+    @property
+    def converted_tiles(self) -> int:
+        """The converted tiles of a stream: two pairs, or one if there is too little memory. 0: it converts none."""
+        if not self.quantised:
+            return 0
+        return 2 * _PAIR if self.few and self._copied_tiles(1, 2 * _PAIR) >= _PAIR else _PAIR
 
     @property
     def copied_tiles(self) -> int:
         """The tiles that are copied from the pages of a stream at once. An even number, if they are quantised."""
-        return self._copied_tiles(self.q_stages)
+        return self._copied_tiles(self.q_stages, self.converted_tiles)
 
     @property
     def scale_stages(self) -> int:
         """The tiles whose scales are in shared memory: those that are copied, and those of two pairs in use."""
         return self.copied_tiles + 4
 
-    def _copied_tiles(self, q_stages: int) -> int:
+    def _copied_tiles(self, q_stages: int, converted: int) -> int:
         """Return how many tiles fit into the memory beside everything else."""
         of_queries, tile = 2 * self.width * q_stages, self.work.tile
         staged = 4 * STAGED_COLUMNS
@@ -97,8 +105,8 @@ class GroupedShape:
         left = left // self.streams_per_processor
         if not self.quantised:
             return left // (2 * tile * self.width)
-        left -= self.stages * tile * 2 * self.width + 4 * tile * _SCALE_BYTES  # converted tiles, and scales in use
-        return left // (2 * tile * (self.width + _SCALE_BYTES)) * 2
+        left -= converted * tile * 2 * self.width + 4 * tile * _SCALE_BYTES  # and the scales of tiles in use
+        return left // (_PAIR * tile * (self.width + _SCALE_BYTES)) * _PAIR
 
 
 def choose_shape(rows: int, queries: int, heads: int, pages: PageFormat, processors: int, scale: float) -> GroupedShape:
