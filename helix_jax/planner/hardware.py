@@ -66,7 +66,7 @@ class Hardware:
 # bandwidth: the time of a maximum over a large array. flops: the attention kernel over latents. kernel_s, collective_s:
 # `comparison.fit_overheads` of the points of the newest version in measured.json that are marked for it. routing_s: a
 # layer of 128 experts on two H200s took 212 us (64 tokens) and 313 us (8) longer than its reads. fp8_cache_bandwidth: 8
-# rows of 128K of Llama-3.1-8B on two H200s took 6.0 ms longer than 8 rows of 64K, which have 17.7 GB less per device.
+# rows of 128K of Llama-3.1-8B on two H200s took 6.0 ms longer than 8 rows of 64K (two machines), for 17.7 GB more.
 H200 = Hardware(
     bandwidth=4.54e12,
     memory_bytes=141e9,
