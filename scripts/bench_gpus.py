@@ -56,7 +56,7 @@ from helix_jax.models.transformer import assemble
 from helix_jax.plan import Plan
 from helix_jax.planner import HARDWARE, read_shape
 from helix_jax.planner.comparison import Measured, predict_point
-from helix_jax.planner.measure import known_hardware, measure_bandwidth
+from helix_jax.planner.measure import known_hardware, measure_bandwidth, recognise
 from helix_jax.planner.parallelism import divisors
 from helix_jax.validation import check_int
 
@@ -170,7 +170,7 @@ def bench(options: argparse.Namespace) -> int:
     save = partial(write_json, options.json, options.report)
     save()
     progress = Console(stderr=True, highlight=False, soft_wrap=True)
-    if options.platform == "gpu" and machine.hardware not in devices[0].device_kind.lower():
+    if options.platform == "gpu" and recognise(devices[0]) is None:
         progress.print(f"the planner does not know this GPU: the predictions are those of an {machine.hardware}")
     if "checks" in options.parts:
         options.report["checks"] = run_checks(options)

@@ -48,7 +48,13 @@ def measure_hardware(devices: Sequence[Any]) -> Hardware:
 
 def known_hardware(device: Any) -> str:
     """Return the name of a device in the table `HARDWARE`, or "h200" if it is not there."""
-    return next((name for name in HARDWARE if name in device.device_kind.lower().replace(" ", "")), "h200")
+    return recognise(device) or "h200"
+
+
+def recognise(device: Any) -> str | None:
+    """Return the name of a device in the table `HARDWARE`. None: it is not there."""
+    kind = device.device_kind.lower().replace(" ", "")
+    return max((name for name in HARDWARE if name in kind), key=len, default=None)  # a GB200 is no B200
 
 
 def measure_bandwidth(device: Any, calls: int = 10, repeats: int = 5) -> float:
