@@ -324,9 +324,7 @@ def test_helix_attention_lowers_with_the_kernel_for_every_combine(kernel: str, p
 def test_any_number_of_queries_leaves_memory_for_a_pair_of_tiles(width: int, dtype):
     """25 to 32 queries left none for fp8: a step of eight drafts with groups of four heads did not compile."""
     for queries in range(1, 130):
-        shape = choose_shape(8, queries, 8, PageFormat(width, 64, dtype), 132, 0.1)
-        assert shape.copied_tiles >= 2
-        assert shape.stages >= 2
+        assert choose_shape(8, queries, 8, PageFormat(width, 64, dtype), 132, 0.1).copied_tiles >= 2
 
 
 # Results, in an interpreter on the CPU and on the device
@@ -401,6 +399,7 @@ INTERPRETED = {  # name: arguments of `case`, for a GPU of three processors
     "fp8": (1, 6, 2, 128, 64, [200, 0, 77], None, FLOAT8),
     "fp8, more than 64 queries, narrow heads and short pages": (5, 40, 2, 64, 32, [300, 7], None, FLOAT8),
     "fp8, wide heads and a window": (2, 4, 2, 256, 64, [300, 57], 70, FLOAT8),
+    "fp8, drafts": (8, 8, 2, 128, 64, [200, 7], None, FLOAT8),
     "fp8, latent": (2, 10, 1, 576, 64, [400, 0, 77], None, FLOAT8),
 }
 
