@@ -213,16 +213,23 @@ def run_baselines(options: argparse.Namespace) -> dict[int, dict[str, Any]]:
     return {devices: run_baseline(options.config, devices, arguments) for devices in counts}
 
 
-def run_baseline(config: Path, devices: int, arguments: list[str]) -> dict[str, Any]:
+def run_baseline(
+    config: Path, devices: int, arguments: list[str], environment: dict[str, str] | None = None
+) -> dict[str, Any]:
     """Run baseline_torch.py, which prints its report.
+
+    Args:
+        config: The model.
+        devices: How many devices it uses.
+        arguments: Its other arguments.
+        environment: That of its process. None: that of this one.
 
     Raises:
         ValueError: It failed.
     """
     command = [sys.executable, str(Path(__file__).with_name("baseline_torch.py")), "--config", str(config)]
-    done = subprocess.run(
-        [*command, "--devices", str(devices), *arguments], stdout=subprocess.PIPE, text=True, check=False
-    )
+    command += ["--devices", str(devices), *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
     if done.returncode:
         raise ValueError(f"the baseline exited with {done.returncode}: see its message above")
     return json.loads(done.stdout.splitlines()[-1])

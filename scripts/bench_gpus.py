@@ -135,6 +135,7 @@ def check_options(options: argparse.Namespace) -> argparse.Namespace:
     for case in options.case or ():
         parse_sizes("--case", case, "rows x tokens")
     options.report = read_report(options.json)
+    options.environment = dict(os.environ)  # of other processes, without what `open_mesh` sets for this one
     return options
 
 
@@ -297,7 +298,7 @@ def run_checks(options: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.xml"
         command = [sys.executable, "-m", "pytest", "tests/test_gpu_meshes.py", "--all", f"--junitxml={file}"]
-        environment = os.environ | {"JAX_PLATFORMS": "cuda" if options.platform == "gpu" else options.platform}
+        environment = options.environment | {"JAX_PLATFORMS": "cuda" if options.platform == "gpu" else options.platform}
         if options.devices:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(options.devices)))
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[: options.devices])
@@ -317,7 +318,7 @@ def time_baseline(options: argparse.Namespace, devices: int, details: dict[str, 
     """
     part, model = PARTS["llama"], config_file(options, PARTS["llama"].model)
     try:
-        report = run_baseline(model, devices, ["--decode", *(options.case or part.cases)])
+        report = run_baseline(model, devices, ["--decode", *(options.case or part.cases)], options.environment)
     except ValueError as error:
         details["baseline_error"] = str(error)  # an earlier measurement remains
         return

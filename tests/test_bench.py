@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from helix_jax import devices
 from helix_jax.cli.compilation_cache import enable_compilation_cache
 from helix_jax.planner.comparison import read_measured
 from tests.conftest import ROOT
@@ -159,13 +160,21 @@ def test_a_continued_report_keeps_failures_and_settings_apart(config: Path, tmp_
 def test_failed_checks_are_reported_and_end_with_exit_code_1(tmp_path: Path, monkeypatch, capsys):
     report = tmp_path / "gpus.json"
 
-    def run_pytest(command: list[str], **_) -> SimpleNamespace:
+    def open_mesh(*arguments):  # as on GPUs
+        monkeypatch.setenv("NCCL_GRAPH_MIXING_SUPPORT", "0")
+        return devices.open_mesh(*arguments)
+
+    def run_pytest(command: list[str], env: dict[str, str], **_) -> SimpleNamespace:
+        assert "NCCL_GRAPH_MIXING_SUPPORT" not in env  # the tests start several processes, which keep the default
         counts = 'tests="9" failures="1" errors="1" skipped="3" time="2.5"'
         Path(command[-1].removeprefix("--junitxml=")).write_text(f"<testsuites><testsuite {counts}/></testsuites>")
         return SimpleNamespace(returncode=1)
 
     monkeypatch.syspath_prepend(SCRIPTS)
-    monkeypatch.setattr(importlib.import_module("bench_gpus").subprocess, "run", run_pytest)
+    module = importlib.import_module("bench_gpus")
+    monkeypatch.delenv("NCCL_GRAPH_MIXING_SUPPORT", raising=False)
+    monkeypatch.setattr(module, "open_mesh", open_mesh)
+    monkeypatch.setattr(module.subprocess, "run", run_pytest)
     assert bench_gpus(monkeypatch, "--only", "checks", "--platform", "cpu", "--json", report) == 1
     assert "2 checks failed" in capsys.readouterr().err
     assert json.loads(report.read_text())["checks"] == {"passed": 4, "failed": 2, "skipped": 3, "seconds": 2.5}
