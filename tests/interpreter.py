@@ -1,7 +1,7 @@
 """Runs the Mosaic kernels on a CPU in JAX's interpreters, which simulate threads, cores and barriers and find races.
 
-The GPU interpreter lacks two features, which are emulated here: a matrix product whose left operand is in registers,
-and an accumulator with an initial value.
+The GPU interpreter lacks some features, which are emulated here: a matrix product whose left operand is in registers,
+an accumulator with an initial value, and the instructions of `operands`.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as tpu_interpreter
 
 from helix_jax.kernels import mosaic_gpu, tpu
-from helix_jax.kernels.mosaic_gpu import memory
+from helix_jax.kernels.mosaic_gpu import memory, operands
 from helix_jax.kernels.tpu import work
 
 AVAILABLE = jax.__version_info__ >= (0, 12)  # the GPU interpreter of earlier versions is absent or incomplete
@@ -59,6 +59,25 @@ class _Accumulator(plgpu.WGMMAAccumulatorRef):
     init = staticmethod(lambda value: value)
 
 
+def _load_operands(tile: Any, transposed: bool) -> list[jax.Array]:
+    plgpu.commit_smem()  # as above
+    x = tile[...].astype(jnp.float16)
+    if transposed:
+        return [x[:, 0::2].T, x[:, 1::2].T]
+    pairs = x.reshape(x.shape[0], -1, 2, 2)
+    return [pairs[:, :, i].reshape(x.shape[0], -1) for i in range(2)]
+
+
+def _clear_operand(tile: Any, first: jax.Array, end: jax.Array) -> None:
+    slot, x = jnp.arange(tile.shape[0])[:, None], tile[...]
+    tile[...] = jnp.where((first <= slot) & (slot < end), x, jnp.zeros_like(x))
+
+
+def _store_weights(target: Any, weights: list[jax.Array]) -> None:
+    for i, each in enumerate(weights):
+        target[i] = each
+
+
 _REAL_WGMMA = plgpu.wgmma
 
 
@@ -69,6 +88,11 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, processors: int) -> Iterator[No
         patch.setattr(plgpu, "wgmma", _wgmma)
         patch.setattr(pl, "run_state", _run_state)
         patch.setattr(memory, "Accumulator", _Accumulator)
+        patch.setattr(operands, "_load", _load_operands)
+        patch.setattr(operands, "_clear", _clear_operand)
+        patch.setattr(operands, "load_scales", lambda scales: list(scales[...].T))
+        patch.setattr(operands, "store_weights", _store_weights)
+        patch.setattr(plgpu, "wgmma_wait", lambda _: None)
         patch.setattr(mosaic_gpu, "count_processors", lambda: processors)
         mosaic_gpu.attend.clear_cache()
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):

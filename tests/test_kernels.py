@@ -400,6 +400,7 @@ INTERPRETED = {  # name: arguments of `case`, for a GPU of three processors
     "fp8, more than 64 queries, narrow heads and short pages": (5, 40, 2, 64, 32, [300, 7], None, FLOAT8),
     "fp8, wide heads and a window": (2, 4, 2, 256, 64, [300, 57], 70, FLOAT8),
     "fp8, drafts": (8, 8, 2, 128, 64, [200, 7], None, FLOAT8),
+    "fp8, latent, few queries and short pages": (1, 16, 1, 576, 32, [400, 0, 77], None, FLOAT8),
     "fp8, latent": (2, 10, 1, 576, 64, [400, 0, 77], None, FLOAT8),
 }
 

@@ -22,6 +22,7 @@ from helix_jax.kernels.mosaic_gpu import latent as _latent
 from helix_jax.kernels.mosaic_gpu import latent_quantised as _latent_quantised
 from helix_jax.kernels.mosaic_gpu.grouped_shape import choose_shape
 from helix_jax.kernels.mosaic_gpu.merging import merge_parts
+from helix_jax.kernels.mosaic_gpu.operands import restore_order
 from helix_jax.kernels.mosaic_gpu.work import make_schedule
 from helix_jax.kernels.page_format import PageFormat
 from helix_jax.quantisation import QuantisedPages
@@ -94,7 +95,10 @@ def _attend(
         grouped = choose_shape(B, Q, K, PageFormat(H, W, k_AKWH.dtype), count_processors(), scale)
         work, schedule = grouped.work, make_schedule(grouped.work, lo_BT, hi_BT)
         parts = _grouped.compute_parts(grouped, q_XQH, k_AKWH, v_AKWH, table, schedule)
-    return merge_parts(work, *parts, schedule)
+    o_BKQH, lse_BKQ = merge_parts(work, *parts, schedule)
+    if v_AKWH is None and isinstance(k_AKWH, QuantisedPages):
+        o_BKQH = restore_order(o_BKQH)
+    return o_BKQH, lse_BKQ
 
 
 @_attend.defjvp

@@ -126,7 +126,7 @@ def _compute(
             scales = (
                 softmax.clear_unseen_scales(scales, segment, first_slot, softmax.TILE.reduce(0)) if masked else scales
             )
-        p, alpha, m, l = softmax.weigh(s, m, l, shape.scale, scales)
+        p, alpha, m, l = softmax.weigh(s, m, l, shape.scale, None if scales is None else softmax.ValueScales.of(scales))
         accs = [acc * repeat_along_rows(alpha, shape.columns) for acc in accs]
         p = p.astype(shape.product_dtype)
 

@@ -35,7 +35,7 @@ def compute(shape: GroupedShape, stream: int, o, lse, shared: Shared, segment: S
         if shape.quantised:
             scales = shared.scales(stream, lax.rem(ring_step + 1, shape.scale_stages), FEW)
             scales = softmax.clear_unseen_scales(scales, segment, first_slot, FEW.reduce(0)) if masked else scales
-        p, alpha, m, l = softmax.weigh(s, m, l, shape.scale, scales)
+        p, alpha, m, l = softmax.weigh(s, m, l, shape.scale, None if scales is None else softmax.ValueScales.of(scales))
         few.weights[stream] = p.astype(shape.product_dtype)
         alpha = spread_over_product(few.per_query.at[stream], alpha)  # this synchronises the weights, too
         acc = acc * repeat_along_columns(alpha, shape.width)

@@ -1,12 +1,15 @@
 """Computes the parts of attention over quantised latents: float8 numbers in groups of 128 with a scale each.
 
 All heads share one latent per slot, whose quantised numbers are also the values. The queries are the columns of the
-matrix products, as in `grouped_few`. Each processor has one stream with three warpgroups. One computes the scores and
-weights of a tile. Meanwhile the two others, with half of the groups each, multiply the weights of the previous tile by
-its values, and copy and convert the next tile.
+matrix products, as in `grouped_few`. Each processor has one stream, with a warpgroup per group of numbers and one for
+the weights. The warpgroup of a group copies its numbers of a tile, and multiplies them by the queries. That of the
+weights adds these products, times the scales, and those of the numbers that are not quantised, and computes the
+weights. Then the warpgroup of a group adds its numbers times these weights, while that of the weights continues with
+the next tile.
 
-The products of a group are multiplied by its scales before they are added. The weights of its values contain them, too,
-relative to the largest scale of the slot.
+Quantised numbers are converted in registers, twice: with slots as rows, and with numbers as rows. In shared memory,
+converted numbers would take more time to store and load than this. The weights of a group contain the scales of its
+values, too, relative to the largest scale of the slot.
 """
 
 from dataclasses import dataclass
@@ -18,24 +21,17 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 
 from helix_jax.attention import PageTable
-from helix_jax.kernels.mosaic_gpu import memory, softmax
-from helix_jax.kernels.mosaic_gpu.conversion import clip_to_float16, convert
-from helix_jax.kernels.mosaic_gpu.few import FEW, PRODUCT, store_transposed, transpose_scores
-from helix_jax.kernels.mosaic_gpu.softmax import repeat_along_columns, repeat_along_rows
+from helix_jax.kernels.mosaic_gpu import memory, operands, softmax
+from helix_jax.kernels.mosaic_gpu.few import FEW, PRODUCT, store_transposed
+from helix_jax.kernels.mosaic_gpu.softmax import repeat_along_columns
 from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, loop_over_tiles, walk_segments
 from helix_jax.quantisation import FLOAT8, QuantisedPages
 
-_GROUP = 128  # numbers that share a scale
-_HALVES = 2
-_MOST_QUERIES = 32  # those of a stream, which fill the shared memory
-_STAGES = 2  # converted tiles: the one whose values are added, and the next one
-
-# 64 slots by their four scales: a thread has one scale of two slots, and a sum over the scales is laid out like the
-# rows of a product.
-_SCALES = plgpu.Layout.TILED(Tiling(((64, 4), (16, 4), (8, 1))), (-6,), (-2, -3), -1)
+_GROUP = operands.NUMBERS  # numbers that share a scale
+_MOST_QUERIES = 32  # of a stream, which fill the shared memory
+_EXACT_TILES = 2  # whose scales and exact numbers are in shared memory at once
 
 
 @dataclass(frozen=True)
@@ -57,68 +53,53 @@ class QuantisedLatentShape:
     scale: float
 
     @property
-    def _few_queries(self) -> bool:
-        return self.work.member_queries <= _MOST_QUERIES // 2
-
-    @property
-    def pieces_ahead(self) -> int:
-        """The pieces, of 64 slots by one group, that each half copies at once. More queries leave less memory."""
-        return 3 if self._few_queries else 2
-
-    @property
     def copied_tiles(self) -> int:
-        """The tiles whose scales and exact numbers are copied at once."""
-        return 2 if self._few_queries else 1
+        """The tiles whose numbers are in shared memory at once."""
+        return 3 if self.many_queries else 4
 
     @property
-    def groups_per_half(self) -> int:
-        """The groups that one warpgroup copies, converts and multiplies by the weights."""
-        return self.groups // _HALVES
-
-    def groups_of(self, half: int) -> range:
-        """Return these groups."""
-        return range(half, self.groups, _HALVES)
+    def many_queries(self) -> bool:
+        """Whether there are so many queries that less memory is left, and one operand at a time fits in registers."""
+        return self.work.member_queries > _MOST_QUERIES // 2
 
 
 class Shared(NamedTuple):
-    """The shared memory and the barriers of one processor. "Half" stands for a warpgroup that computes values.
+    """The shared memory and the barriers of one processor.
 
     Attributes:
-        numbers: The copied pieces of each half.
-        scales: The scales of a tile, for each half.
-        exact: The numbers of a tile that are not quantised.
-        converted: The pieces of two tiles as float16, which represents float8 exactly.
-        scales_by_group: The scales of these tiles, transposed.
+        numbers: The copied tiles of each group.
+        scales: The copied scales.
+        exact: The copied numbers that are not quantised.
         spans: The slots that each query sees.
-        scores_weights: The scores of a tile, by query, and its weights for the values of each group, which overwrite
-            them.
+        products: The products of the numbers of each group and the queries, by query, and last, those of the exact
+            numbers. After the last tile of a segment: the results of an operand of each group.
+        weights: The weights for the values of each group.
         per_query: The factor on earlier weights. After the last tile, 1 / sum and the log-sum-exp.
-        numbers_filled: The copies of a piece arrive here.
-        scales_filled: The copies of scales arrive here.
-        exact_filled: The copies of exact numbers arrive here.
-        converted_filled: A half arrives here when it has converted a piece.
+        numbers_filled: The copies of a tile of a group arrive here.
+        exact_filled: The copies of scales and exact numbers arrive here.
         q_filled: The copies of queries and spans arrive here.
-        weights_ready: The warpgroup of the scores arrives here when the weights of a tile are written.
-        values_used: Both halves arrive here when they have used the weights and values of a tile.
-        segment_finished: The warpgroup of the scores arrives here after the last tile of a segment.
-        results_stored: Both halves arrive here when their results, which overwrite the queries, are copied out.
+        products_ready: The warpgroup of each group arrives here when it has stored its products of a tile.
+        products_used: The warpgroup of the weights arrives here when it has read them.
+        weights_ready: It arrives here when the weights of a tile are written.
+        weights_used: The warpgroup of each group arrives here when it has used them.
+        segment_finished: The warpgroup of the weights arrives here after the last tile of a segment.
+        results_stored: The warpgroup of each group arrives here when its results are copied out.
     """
 
     numbers: Any
     scales: Any
     exact: Any
-    converted: Any
-    scales_by_group: Any
     spans: Any
-    scores_weights: Any
+    products: Any
+    weights: Any
     per_query: Any
     numbers_filled: Any
-    scales_filled: Any
     exact_filled: Any
-    converted_filled: Any
     q_filled: Any
+    products_ready: Any
+    products_used: Any
     weights_ready: Any
-    values_used: Any
+    weights_used: Any
     segment_finished: Any
     results_stored: Any
 
@@ -136,16 +117,17 @@ def choose_shape(
 def compute_parts(
     shape: QuantisedLatentShape, q_BQH: Array, k_AKWH: QuantisedPages, table: PageTable, schedule: Schedule
 ) -> tuple[Array, Array]:
-    """Compute the outputs [parts, queries, values] and log-sum-exps [parts, queries] of all parts."""
+    """Compute the outputs [parts, queries, values] and log-sum-exps [parts, queries] of all parts.
+
+    The numbers of an output are in the order that `operands.restore_order` expects.
+    """
     work, values = shape.work, shape.groups * _GROUP
-    queries = clip_to_float16(q_BQH[..., :values]), q_BQH[..., values:].astype(jnp.bfloat16)
-    q = memory.allocate_tiled((work.member_queries, values), jnp.float16)
+    queries = operands.split_queries(q_BQH[..., :values]), q_BQH[..., values:].astype(jnp.bfloat16)
+    q = memory.allocate_tiled((values // ROWS, work.member_queries, ROWS), jnp.float16)
     q_exact = memory.allocate_tiled((work.member_queries, shape.exact), jnp.bfloat16)
-    o = [plgpu.SMEM((work.member_queries, _GROUP), jnp.float32) for _ in range(_HALVES)]
 
     def body(*refs: Any) -> None:
-        scratch = plgpu.RefUnion(q, o), q_exact, _describe_shared(shape)
-        pl.run_scoped(partial(_body, shape, *refs), *scratch, collective_axes="warpgroup")
+        pl.run_scoped(partial(_body, shape, *refs), (q, q_exact), _describe_shared(shape), collective_axes="warpgroup")
 
     return plgpu.kernel(
         body,
@@ -155,36 +137,32 @@ def compute_parts(
         ),
         grid=(work.streams,),
         grid_names=("stream",),
-        num_threads=_HALVES + 1,
+        num_threads=shape.groups + 1,
         thread_name="warpgroup",
         compiler_params=memory.COMPILER,
     )(queries, [x.reshape(-1, x.shape[-1]) for x in k_AKWH if x is not None], *table, *schedule)
 
 
 def _describe_shared(shape: QuantisedLatentShape) -> Shared:
-    tile, queries, piece = shape.work.tile, shape.work.member_queries, (shape.work.tile, _GROUP)
+    groups, tile, queries = shape.groups, shape.work.tile, shape.work.member_queries
     copies = memory.copies_per_tile(tile, shape.page)
     return Shared(
-        numbers=memory.allocate_tiled((_HALVES, shape.pieces_ahead, *piece), FLOAT8),
-        scales=plgpu.SMEM((_HALVES, shape.copied_tiles, tile, shape.groups), jnp.float32),
-        exact=memory.allocate_tiled((shape.copied_tiles, tile, shape.exact), jnp.bfloat16),
-        converted=memory.allocate_tiled((_STAGES, shape.groups, *piece), jnp.float16),
-        scales_by_group=plgpu.SMEM((_STAGES, shape.groups, tile), jnp.float32),
+        numbers=memory.allocate_tiled((groups, shape.copied_tiles, tile, _GROUP), FLOAT8),
+        scales=plgpu.SMEM((_EXACT_TILES, tile, groups), jnp.float32),
+        exact=memory.allocate_tiled((_EXACT_TILES, tile, shape.exact), jnp.bfloat16),
         spans=memory.allocate_per_query((2, queries), jnp.int32),
-        scores_weights=plgpu.RefUnion(
-            plgpu.SMEM((queries, tile), jnp.float32),
-            memory.allocate_tiled((shape.groups, queries, tile), jnp.float16),
-        ),
+        products=plgpu.SMEM((groups + 1, queries, tile), jnp.float32),
+        weights=memory.allocate_tiled((groups, queries, tile), jnp.float16),
         per_query=memory.allocate_per_query((2, queries), jnp.float32),
-        numbers_filled=plgpu.Barrier(num_arrivals=copies, num_barriers=(_HALVES, shape.pieces_ahead)),
-        scales_filled=plgpu.Barrier(num_arrivals=copies, num_barriers=(_HALVES, shape.copied_tiles)),
-        exact_filled=plgpu.Barrier(num_arrivals=copies, num_barriers=shape.copied_tiles),
-        converted_filled=plgpu.Barrier(num_barriers=(_STAGES, shape.groups)),
+        numbers_filled=plgpu.Barrier(num_arrivals=copies, num_barriers=(groups, shape.copied_tiles)),
+        exact_filled=plgpu.Barrier(num_arrivals=2 * copies, num_barriers=_EXACT_TILES),
         q_filled=plgpu.Barrier(num_arrivals=memory.QUERY_COPIES + 1),
+        products_ready=plgpu.Barrier(num_arrivals=groups),
+        products_used=plgpu.Barrier(),
         weights_ready=plgpu.Barrier(),
-        values_used=plgpu.Barrier(num_arrivals=_HALVES),
+        weights_used=plgpu.Barrier(num_arrivals=groups),
         segment_finished=plgpu.Barrier(),
-        results_stored=plgpu.Barrier(num_arrivals=_HALVES),
+        results_stored=plgpu.Barrier(num_arrivals=groups),
     )
 
 
@@ -199,56 +177,106 @@ def _body(
     spans,
     o,
     lse,
-    staged,
-    q_exact_staged,
+    q_staged,
     shared: Shared,
 ) -> None:
-    table, (q_staged, o_staged) = PageTable(entries, first), staged
+    table, warpgroup = PageTable(entries, first), lax.axis_index("warpgroup")
     walk = partial(walk_segments, shape.work, Schedule(starts, jobs, spans), lax.axis_index("stream"))
 
-    def scores() -> None:
-        walk(partial(_compute_weights, shape, q, spans, lse, (q_staged, q_exact_staged), shared))
+    def weights() -> None:
+        walk(partial(_compute_weights, shape, q, spans, lse, q_staged, pools, table, shared))
 
-    def values(half: int) -> None:
-        walk(partial(_add_values, shape, half, pools, table, o, o_staged[half], shared))
+    def values() -> None:
+        walk(partial(_add_values, shape, warpgroup - 1, q_staged[0], pools, table, o, shared))
 
-    lax.switch(lax.axis_index("warpgroup"), [scores, *(partial(values, half) for half in range(_HALVES))])
+    lax.cond(warpgroup == 0, weights, values)
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """The copies of a part of the tiles of a segment. After the last tile, `fetch` does nothing.
+
+    Attributes:
+        shape: The static shape of the kernel.
+        pools: The numbers, scales and exact numbers.
+        table: Their pages.
+        segment: The segment.
+        stages: The tiles that are in shared memory at once.
+    """
+
+    shape: QuantisedLatentShape
+    pools: Any
+    table: PageTable
+    segment: Segment
+    stages: int
+
+    def locate(self, index: Array) -> list[Array]:
+        """Return the first row of each page of a tile in the pools."""
+        shape = self.shape
+        return memory.locate_tile(shape.work, shape.page, self.pools[0], self.table, self.segment, index)
+
+    def stage(self, tiles: Array) -> Array:
+        """Return the place of a tile, which is the `tiles`-th of the stream."""
+        return lax.rem(tiles, self.stages)
+
+    def fetch(self, index: Array, starts: list[Array], pool: Any, target: Any, arrived: Any, columns: Any) -> None:
+        """Start the copy of a tile, if it is in the segment."""
+        copy = partial(memory.fetch, pool, starts, target, arrived, columns=columns)
+        pl.when(index < self.segment.end)(copy)
 
 
 def _compute_weights(
-    shape: QuantisedLatentShape, q, spans, lse, q_staged, shared: Shared, segment: Segment, tiles: Array
+    shape: QuantisedLatentShape,
+    q,
+    spans,
+    lse,
+    q_staged,
+    pools,
+    table: PageTable,
+    shared: Shared,
+    segment: Segment,
+    tiles: Array,
 ) -> Array:
     """Compute the weights of the tiles of a segment. Return the number of tiles used so far."""
-    work, queries, groups = shape.work, pl.ds(0, shape.work.member_queries), range(shape.groups)
-    scores, weights = shared.scores_weights
+    work, queries, ahead = shape.work, pl.ds(0, shape.work.member_queries), _EXACT_TILES
+    copies = _Copies(shape, pools, table, segment, ahead)
+
+    def fetch(index: Array, tiles: Array, starts: list[Array]) -> None:
+        place = copies.stage(tiles)
+        for pool, target in zip(pools[1:], (shared.scales, shared.exact), strict=True):
+            copies.fetch(index, starts, pool, target.at[place], shared.exact_filled.at[place], None)
+
+    starts = [copies.locate(segment.begin + nth) for nth in range(ahead + 1)]
+    for nth in range(ahead):
+        fetch(segment.begin + nth, tiles + nth, starts[nth])
     pl.when(segment.nth > 0)(lambda: plgpu.barrier_wait(shared.results_stored))
     memory.fetch_queries(work, segment, 0, q[0], spans, q_staged[0], shared.spans, shared.q_filled)
     memory.fetch_query_numbers(work, segment, 0, q[1], q_staged[1], shared.q_filled)
     plgpu.barrier_wait(shared.q_filled)
 
     def tile(masked: bool, index: Array, carry):
-        m, l, tiles = carry
-        s = _score(shape, q_staged, shared, tiles)
-        pl.when(index > segment.begin)(lambda: plgpu.barrier_wait(shared.values_used))
-        s = transpose_scores(scores, s)
+        m, l, starts, tiles = carry
+        later = copies.locate(index + ahead + 1)
+        s, scales = _add_products(shape, shared, q_staged[1], copies.stage(tiles))
         if masked:
-            s = softmax.mask_unseen(s, shared.spans, index * work.tile, FEW)
-        stage = lax.rem(tiles, _STAGES)
-        scales = [plgpu.layout_cast(shared.scales_by_group[stage, group], FEW.reduce(0)) for group in groups]
-        largest = reduce(jnp.maximum, scales)
+            first, layout = index * work.tile, FEW.reduce(0)
+            s = softmax.mask_unseen(s, shared.spans, first, FEW)
+            scales = [softmax.clear_unseen_scales(scale, segment, first, layout) for scale in scales]
+        largest = softmax.ValueScales.of(reduce(jnp.maximum, scales))
         p, alpha, m, l = softmax.weigh(s, m, l, shape.scale, largest)
-        inverse = 1 / jnp.where(largest > 0, largest, 1.0)
-        for group, scale in enumerate(scales):
-            ratio = repeat_along_columns(scale * inverse, work.member_queries)
-            weights[group] = (p * ratio).astype(jnp.float16)
+        pl.when(index > segment.begin)(lambda: plgpu.barrier_wait(shared.weights_used))
+        ratios = [repeat_along_columns(scale * largest.inverse, work.member_queries) for scale in scales]
+        operands.store_weights(shared.weights, [(p * ratio).astype(jnp.float16) for ratio in ratios])
         shared.per_query[0, queries] = alpha
         plgpu.commit_smem()
         plgpu.barrier_arrive(shared.weights_ready)
-        return m, l, tiles + 1
+        fetch(index + ahead, tiles + ahead, starts)  # by now all threads have read the scales
+        return m, l, later, tiles + 1
 
-    m, l, tiles = loop_over_tiles(segment, tile, (*softmax.start(work.member_queries, FEW), tiles))
+    carry = (*softmax.start(work.member_queries, FEW), starts[ahead], tiles)
+    m, l, _, tiles = loop_over_tiles(segment, tile, carry)
     inverse, log = softmax.finish(m, l)
-    plgpu.barrier_wait(shared.values_used)
+    plgpu.barrier_wait(shared.weights_used)
     shared.per_query[0, queries] = inverse
     shared.per_query[1, queries] = log
     plgpu.commit_smem()
@@ -258,155 +286,120 @@ def _compute_weights(
     return tiles
 
 
-def _score(shape: QuantisedLatentShape, q_staged, shared: Shared, tiles: Array) -> Array:
-    """Return the scores [queries, slots] of a tile, without the factor on the logits."""
-    size, stage = (shape.work.tile, shape.work.member_queries), lax.rem(tiles, _STAGES)
-    copied = lax.rem(tiles, shape.copied_tiles)
+def _add_products(shape: QuantisedLatentShape, shared: Shared, q_exact: Any, stage: Array) -> tuple[Array, list[Array]]:
+    """Add the products of all groups of a tile, times their scales, and those of the exact numbers.
 
-    def multiply(accs):
-        *of_groups, of_exact = accs
-        for group, acc in enumerate(of_groups):
-            plgpu.barrier_wait(shared.converted_filled.at[stage, group])
-            q = q_staged[0].at[:, pl.ds(group * _GROUP, _GROUP)]
-            plgpu.wgmma(acc, shared.converted.at[stage, group], q.transpose((1, 0)))
-        plgpu.barrier_wait(shared.exact_filled.at[copied])
-        plgpu.wgmma(of_exact, shared.exact.at[copied], q_staged[1].transpose((1, 0)))
-        return [acc[...] for acc in accs]
-
-    *products, s = pl.run_scoped(multiply, [memory.Accumulator(size, jnp.float32) for _ in range(shape.groups + 1)])
-    for group, product in enumerate(products):
-        scale = plgpu.layout_cast(shared.scales_by_group[stage, group], PRODUCT.reduce(1))
-        s = s + product * repeat_along_rows(scale, size[1])
-    return s
-
-
-@dataclass(frozen=True)
-class _Copies:
-    """The copies of the pieces and scales of one half, and of the exact numbers, within a segment.
-
-    Each method that fetches takes the index of a tile, the number of tiles before it in the stream, and its first rows
-    in the pools. After the last tile of the segment, it does nothing.
+    Returns:
+        The scores [queries, slots], without the factor on the logits, and the scales of each group.
     """
+    plgpu.barrier_wait(shared.exact_filled.at[stage])
 
-    shape: QuantisedLatentShape
-    half: int
-    pools: Any
-    table: PageTable
-    shared: Shared
-    segment: Segment
+    def multiply(acc):
+        plgpu.wgmma(acc, shared.exact.at[stage], q_exact.transpose((1, 0)))
+        return operands.load_scales(shared.scales.at[stage]), acc[...]  # the first while the product is computed
 
-    def locate(self, index: Array) -> list[Array]:
-        """Return the first row of each part of a tile in the pools."""
-        shape = self.shape
-        return memory.locate_tile(shape.work, shape.page, self.pools[0], self.table, self.segment, index)
-
-    def piece(self, tiles: Array, nth: int) -> tuple[Any, Any]:
-        """Return the memory of a piece, and the barrier at which its copies arrive."""
-        place = self.half, lax.rem(tiles * self.shape.groups_per_half + nth, self.shape.pieces_ahead)
-        return self.shared.numbers.at[*place], self.shared.numbers_filled.at[*place]
-
-    def fetch_piece(self, index: Array, tiles: Array, starts: list[Array], nth: int) -> None:
-        """Start the copy of the `nth` piece of this half."""
-        columns = pl.ds(self.shape.groups_of(self.half)[nth] * _GROUP, _GROUP)
-        self._fetch(index, self.pools[0], starts, *self.piece(tiles, nth), columns=columns)
-
-    def fetch_scales(self, index: Array, tiles: Array, starts: list[Array]) -> None:
-        """Start the copy of the scales of a tile."""
-        place = self.half, lax.rem(tiles, self.shape.copied_tiles)
-        self._fetch(index, self.pools[1], starts, self.shared.scales.at[*place], self.shared.scales_filled.at[*place])
-
-    def fetch_exact(self, index: Array, tiles: Array, starts: list[Array]) -> None:
-        """Start the copy of the exact numbers of a tile."""
-        stage = lax.rem(tiles, self.shape.copied_tiles)
-        self._fetch(index, self.pools[2], starts, self.shared.exact.at[stage], self.shared.exact_filled.at[stage])
-
-    def _fetch(self, index: Array, pool: Any, starts: list[Array], target: Any, arrived: Any, **options: Any) -> None:
-        pl.when(index < self.segment.end)(partial(memory.fetch, pool, starts, target, arrived, **options))
+    size = shape.work.tile, shape.work.member_queries
+    scales, exact = pl.run_scoped(multiply, memory.Accumulator(size, jnp.float32))
+    store_transposed(shared.products.at[shape.groups], exact)
+    s = plgpu.layout_cast(shared.products[shape.groups], FEW)
+    plgpu.barrier_wait(shared.products_ready)
+    for group, scale in enumerate(scales):
+        s = s + plgpu.layout_cast(shared.products[group], FEW) * repeat_along_columns(scale, s.shape[0])
+    plgpu.barrier_arrive(shared.products_used)
+    return s, scales
 
 
 def _add_values(
-    shape: QuantisedLatentShape, half: int, pools, table, o, o_staged, shared: Shared, segment: Segment, tiles: Array
+    shape: QuantisedLatentShape,
+    group: Array,
+    q_staged,
+    pools,
+    table: PageTable,
+    o,
+    shared: Shared,
+    segment: Segment,
+    tiles: Array,
 ) -> Array:
-    """Copy and convert the groups of a half, and add their weighted values. Return the number of tiles used so far."""
-    copies = _Copies(shape, half, pools, table, shared, segment)
+    """Copy the numbers of a group, multiply them by the queries, and add its weighted values.
+
+    Returns:
+        The number of tiles used so far.
+    """
+    stages, columns = shape.copied_tiles, pl.ds(group * _GROUP, _GROUP)
+    copies = _Copies(shape, pools, table, segment, stages)
+
+    def fetch(index: Array, tiles: Array, starts: list[Array]) -> None:
+        place = group, copies.stage(tiles)
+        copies.fetch(index, starts, pools[0], shared.numbers.at[*place], shared.numbers_filled.at[*place], columns)
+
+    def multiply(index: Array, tiles: Array) -> None:
+        """Store the products of a tile and the queries."""
+        place = group, copies.stage(tiles)
+        plgpu.barrier_wait(shared.numbers_filled.at[*place])
+        operands.clear_unseen(shared.numbers.at[*place], segment, index)
+        product = _multiply(shape, group, shared.numbers.at[*place], q_staged)
+        pl.when(tiles > 0)(lambda: plgpu.barrier_wait(shared.products_used))
+        store_transposed(shared.products.at[group], product)
+        plgpu.barrier_arrive(shared.products_ready)
 
     def tile(index: Array, carry):
-        accs, starts, tiles = carry  # the starts are those of the next three tiles
-        later = copies.locate(index + 4)  # these loads overlap with the conversion
-        pl.when(index + 1 < segment.end)(lambda: _convert_tile(copies, index + 1, tiles + 1, starts[1:]))
-        plgpu.barrier_wait(shared.weights_ready)
-        if half == 0:  # the scores of this tile are computed, so its exact numbers are no longer needed
-            ahead = shape.copied_tiles
-            copies.fetch_exact(index + ahead, tiles + ahead, starts[ahead - 1])
-        accs = _multiply(shape, half, shared, tiles, accs)
-        plgpu.barrier_arrive(shared.values_used)
-        return accs, [*starts[1:], later], tiles + 1
+        accs, starts, tiles = carry
+        later = copies.locate(index + stages)
+        multiply(index + 1, tiles + 1)
+        fetch(index + stages - 1, tiles + stages - 1, starts)  # in the place of the previous tile, which is used
+        accs = _add_weighted(shape, group, shared, tiles, accs)
+        return accs, later, tiles + 1
 
-    starts = [copies.locate(segment.begin + tile) for tile in range(4)]
-    _fetch_first(copies, tiles, starts)
-    _convert_tile(copies, segment.begin, tiles, starts[1:3])
-    zero = plgpu.layout_cast(jnp.zeros((_GROUP, shape.work.member_queries), jnp.float32), PRODUCT)
-    carry = [zero for _ in shape.groups_of(half)], starts[1:], tiles
-    accs, _, tiles = lax.fori_loop(segment.begin, segment.end, tile, carry)
+    starts = [copies.locate(segment.begin + nth) for nth in range(stages)]
+    for nth in range(stages - 1):
+        fetch(segment.begin + nth, tiles + nth, starts[nth])
+    plgpu.barrier_wait(shared.q_filled)
+    multiply(segment.begin, tiles)
+    carry = [_make_zero(shape)] * operands.OPERANDS, starts[-1], tiles
+    accs, _, tiles = lax.fori_loop(segment.begin, segment.end - 1, tile, carry)
+    accs = _add_weighted(shape, group, shared, tiles, accs)
     plgpu.barrier_wait(shared.segment_finished)
-    _store(shape, half, o, o_staged, shared, segment, accs)
+    _store_results(shape, group, o, shared, segment, accs)
     plgpu.barrier_arrive(shared.results_stored)
-    return tiles
+    return tiles + 1
 
 
-def _fetch_first(copies: _Copies, tiles: Array, starts: list[list[Array]]) -> None:
-    """Start as many copies as there is memory for. The starts are those of the first tiles of a segment."""
-    shape, begin = copies.shape, copies.segment.begin
-    for tile in range(shape.copied_tiles):
-        copies.fetch_scales(begin + tile, tiles + tile, starts[tile])
-    for piece in range(shape.pieces_ahead):
-        tile, nth = divmod(piece, shape.groups_per_half)
-        copies.fetch_piece(begin + tile, tiles + tile, starts[tile], nth)
-    for tile in range(shape.copied_tiles if copies.half == 0 else 0):
-        copies.fetch_exact(begin + tile, tiles + tile, starts[tile])
+def _multiply(shape: QuantisedLatentShape, group: Array, numbers: Any, q_staged: Any) -> Any:
+    """Return the products [slots, queries] of the numbers of a group and the queries."""
+
+    def multiply(refs) -> None:
+        for i, operand in enumerate(operands.load_slots(numbers)):
+            _add_product(shape, refs[0], operand, q_staged.at[operands.OPERANDS * group + i])
+
+    [product] = pl.run_state(multiply)([memory.Accumulator.init(_make_zero(shape))])
+    return product
 
 
-def _convert_tile(copies: _Copies, index: Array, tiles: Array, starts: list[list[Array]]) -> None:
-    """Convert the pieces of a tile, and fetch later ones. The starts are those of the next two tiles."""
-    shape, shared, half, segment = copies.shape, copies.shared, copies.half, copies.segment
-    stage, first_slot = lax.rem(tiles, _STAGES), index * shape.work.tile
-    plgpu.barrier_wait(shared.scales_filled.at[half, lax.rem(tiles, shape.copied_tiles)])
-    scales = plgpu.layout_cast(shared.scales[half, lax.rem(tiles, shape.copied_tiles)], _SCALES)
-    number = plgpu.broadcasted_iota(jnp.int32, scales.shape, 1, layout=_SCALES)
-    for nth, group in enumerate(shape.groups_of(half)):
-        numbers, arrived = copies.piece(tiles, nth)
-        converted = shared.converted.at[stage, group]
-        plgpu.barrier_wait(arrived)
-        scale = jnp.where(number == group, scales, 0.0).sum(axis=1)
-        shared.scales_by_group[stage, group] = softmax.clear_unseen_scales(
-            scale, segment, first_slot, _SCALES.reduce(1)
-        )
-        convert(numbers, converted)
-
-        @pl.when((index < segment.whole_begin) | (index >= segment.whole_end))
-        def _(converted: Any = converted) -> None:
-            plgpu.commit_smem()
-            softmax.clear_unseen(converted, segment, first_slot, shape=(shape.work.tile, _GROUP))
-
-        plgpu.commit_smem()  # by now all threads have read the quantised piece, so its place is free
-        plgpu.barrier_arrive(shared.converted_filled.at[stage, group])
-        ahead, next_nth = divmod(nth + shape.pieces_ahead, shape.groups_per_half)
-        copies.fetch_piece(index + ahead, tiles + ahead, starts[ahead - 1], next_nth)
-    ahead = shape.copied_tiles
-    copies.fetch_scales(index + ahead, tiles + ahead, starts[ahead - 1])
+def _add_product(shape: QuantisedLatentShape, accumulator: Any, left: Array, right: Any) -> None:
+    plgpu.wgmma(accumulator, left, right.transpose((1, 0)))
+    if shape.many_queries:
+        plgpu.wgmma_wait(0)  # the registers of this operand are needed for the next one
 
 
-def _multiply(shape: QuantisedLatentShape, half: int, shared: Shared, tiles: Array, accs: list[Any]) -> list[Any]:
-    """Add the weighted values of a tile [numbers, queries] to the sums of each group of a half."""
-    _, weights = shared.scores_weights
-    stage, alpha = lax.rem(tiles, _STAGES), repeat_along_columns(_load_per_query(shape, shared), _GROUP)
+def _make_zero(shape: QuantisedLatentShape) -> Array:
+    return plgpu.layout_cast(jnp.zeros((ROWS, shape.work.member_queries), jnp.float32), PRODUCT)
+
+
+def _add_weighted(
+    shape: QuantisedLatentShape, group: Array, shared: Shared, tiles: Array, accs: list[Any]
+) -> list[Any]:
+    """Wait for the weights of a tile, and add its weighted values [numbers, queries] to the sums of a group."""
+    values = operands.load_numbers(shared.numbers.at[group, lax.rem(tiles, shape.copied_tiles)])
+    plgpu.barrier_wait(shared.weights_ready)
+    alpha = repeat_along_columns(_load_per_query(shape, shared), ROWS)
 
     def add(refs) -> None:
-        for group, ref in zip(shape.groups_of(half), refs, strict=True):
-            values = shared.converted.at[stage, group].transpose((1, 0))
-            plgpu.wgmma(ref, values, weights.at[group].transpose((1, 0)))
+        for ref, operand in zip(refs, values, strict=True):
+            _add_product(shape, ref, operand, shared.weights.at[group])
 
-    return pl.run_state(add)([memory.Accumulator.init(acc * alpha) for acc in accs])
+    accs = pl.run_state(add)([memory.Accumulator.init(acc * alpha) for acc in accs])
+    plgpu.barrier_arrive(shared.weights_used)
+    return accs
 
 
 def _load_per_query(shape: QuantisedLatentShape, shared: Shared) -> Array:
@@ -414,12 +407,14 @@ def _load_per_query(shape: QuantisedLatentShape, shared: Shared) -> Array:
     return plgpu.layout_cast(shared.per_query[0, pl.ds(0, shape.work.member_queries)], PRODUCT.reduce(0))
 
 
-def _store(shape: QuantisedLatentShape, half: int, o, o_staged, shared: Shared, segment: Segment, accs) -> None:
-    """Copy the results of a half to global memory, group by group."""
-    inverse = repeat_along_columns(_load_per_query(shape, shared), _GROUP)
-    for group, acc in zip(shape.groups_of(half), accs, strict=True):
-        store_transposed(o_staged, acc * inverse)
+def _store_results(
+    shape: QuantisedLatentShape, group: Array, o, shared: Shared, segment: Segment, accs: list[Array]
+) -> None:
+    """Copy the results of a group to global memory."""
+    staged, factor = shared.products.at[group], repeat_along_columns(_load_per_query(shape, shared), ROWS)
+    for i, acc in enumerate(accs):
+        store_transposed(staged, acc * factor)
         plgpu.commit_smem()
-        target = o.at[segment.part, pl.ds(0, shape.work.member_queries), pl.ds(group * _GROUP, _GROUP)]
-        plgpu.copy_smem_to_gmem(o_staged, target)
+        target = o.at[segment.part, pl.ds(0, shape.work.member_queries), pl.ds(group * _GROUP + i * ROWS, ROWS)]
+        plgpu.copy_smem_to_gmem(staged, target)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

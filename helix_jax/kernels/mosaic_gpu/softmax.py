@@ -5,7 +5,7 @@ that its maximum needs no shared memory.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -20,6 +20,24 @@ ROW = TILE.reduce(1)
 _LOG2E = math.log2(math.e)
 _PIECE = 64  # a warpgroup changes 64 rows and 64 columns at once
 _LEAST_SCALE = 1e-18  # its logarithm is finite, and numbers of this size do not matter beside others
+
+
+class ValueScales(NamedTuple):
+    """The scale of the value in each slot of a tile.
+
+    Attributes:
+        log: Its logarithm (base 2).
+        inverse: 1 / scale, computed from the logarithm, so that the errors of both cancel.
+    """
+
+    log: Array
+    inverse: Array
+
+    @classmethod
+    def of(cls, scales: Array) -> "ValueScales":
+        """Return these for scales. Those of values that do not matter beside others are larger than given."""
+        log = jnp.log(jnp.maximum(scales, _LEAST_SCALE)) * _LOG2E
+        return cls(log, jnp.exp2(-log))
 
 
 def repeat_along_rows(per_query: Array, columns: int) -> Array:
@@ -42,7 +60,7 @@ def mask_unseen(s: Array, spans_staged: Any, first_slot: Array, layout: Any = TI
 
 
 def weigh(
-    s: Array, m: Array, l: Array, scale: float, value_scales: Array | None = None
+    s: Array, m: Array, l: Array, scale: float, value_scales: ValueScales | None = None
 ) -> tuple[Array, Array, Array, Array]:
     """Compute the weights of a tile of scores.
 
@@ -51,7 +69,7 @@ def weigh(
         m: The running maximum (base 2) of each query.
         l: The running sum of its weights.
         scale: The factor on the logits.
-        value_scales: The scale of the value in each slot, which its weights are to contain. None: there is none.
+        value_scales: The scales of the values, which the weights are to contain. None: there are none.
 
     Returns:
         The weights relative to the new maximum, the factor on earlier weights, the new maximum and the new sum.
@@ -60,10 +78,9 @@ def weigh(
         p, alpha, m = _compute_weights(s, m, scale)
         return p, alpha, m, l * alpha + p.sum(axis=1)
     # With the scales in it, the maximum is that of the products, so that none exceeds 1.
-    value_scales = jnp.maximum(value_scales, _LEAST_SCALE)
-    s = s * (scale * _LOG2E) + repeat_along_columns(jnp.log(value_scales) * _LOG2E, s.shape[0])
+    s = s * (scale * _LOG2E) + repeat_along_columns(value_scales.log, s.shape[0])
     p, alpha, m = _compute_weights(s, m, 1 / _LOG2E)
-    unscaled = p * repeat_along_columns(1 / value_scales, s.shape[0])
+    unscaled = p * repeat_along_columns(value_scales.inverse, s.shape[0])
     return p, alpha, m, l * alpha + unscaled.sum(axis=1)
 
 
