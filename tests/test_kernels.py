@@ -253,6 +253,7 @@ LOWERED = {  # name: B, T, N, K, H, W, M
     "fp8, drafts": (2, 8, 8, 2, 128, 64, 6),
     "fp8, more than 64 queries, narrow heads": (2, 8, 32, 2, 64, 32, 12),
     "fp8, latent": (2, 1, 16, 1, 576, 64, 6),
+    "fp8, latent, drafts": (2, 2, 16, 1, 576, 64, 6),
 }
 
 

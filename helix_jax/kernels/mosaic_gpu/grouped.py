@@ -119,14 +119,15 @@ def _compute(
         if masked:
             s = softmax.mask_unseen(s, shared.spans.at[me, q_turn], first_slot)
 
-        stage, scales = lax.rem(ring_step + 1, shape.stages), None
+        stage, value_scales = lax.rem(ring_step + 1, shape.stages), None
         if shape.quantised:
             plgpu.barrier_wait(shared.filled.at[stream, stage])
             scales = shared.scales(stream, lax.rem(ring_step + 1, shape.scale_stages), softmax.TILE)
             scales = (
                 softmax.clear_unseen_scales(scales, segment, first_slot, softmax.TILE.reduce(0)) if masked else scales
             )
-        p, alpha, m, l = softmax.weigh(s, m, l, shape.scale, None if scales is None else softmax.ValueScales.of(scales))
+            value_scales = softmax.ValueScales.of(scales)
+        p, alpha, m, l = softmax.weigh(s, m, l, shape.scale, value_scales)
         accs = [acc * repeat_along_rows(alpha, shape.columns) for acc in accs]
         p = p.astype(shape.product_dtype)
 

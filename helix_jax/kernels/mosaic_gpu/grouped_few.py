@@ -31,11 +31,12 @@ def compute(shape: GroupedShape, stream: int, o, lse, shared: Shared, segment: S
         plgpu.barrier_wait(shared.filled.at[stream, stage])
         if masked:
             softmax.clear_unseen(shared.tile(stream, stage), segment, first_slot, shape=(work.tile, shape.width))
-        scales = None
+        value_scales = None
         if shape.quantised:
             scales = shared.scales(stream, lax.rem(ring_step + 1, shape.scale_stages), FEW)
             scales = softmax.clear_unseen_scales(scales, segment, first_slot, FEW.reduce(0)) if masked else scales
-        p, alpha, m, l = softmax.weigh(s, m, l, shape.scale, None if scales is None else softmax.ValueScales.of(scales))
+            value_scales = softmax.ValueScales.of(scales)
+        p, alpha, m, l = softmax.weigh(s, m, l, shape.scale, value_scales)
         few.weights[stream] = p.astype(shape.product_dtype)
         alpha = spread_over_product(few.per_query.at[stream], alpha)  # this synchronises the weights, too
         acc = acc * repeat_along_columns(alpha, shape.width)

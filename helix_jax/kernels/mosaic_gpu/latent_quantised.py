@@ -12,6 +12,7 @@ converted numbers would take more time to store and load than this. The weights 
 values, too, relative to the largest scale of the slot.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -219,10 +220,19 @@ class _Copies:
         """Return the place of a tile, which is the `tiles`-th of the stream."""
         return lax.rem(tiles, self.stages)
 
-    def fetch(self, index: Array, starts: list[Array], pool: Any, target: Any, arrived: Any, columns: Any) -> None:
-        """Start the copy of a tile, if it is in the segment."""
-        copy = partial(memory.fetch, pool, starts, target, arrived, columns=columns)
-        pl.when(index < self.segment.end)(copy)
+    def fetch(self, index: Array, *arguments: Any, columns: Any = None) -> None:
+        """Start the copy of a tile, if it is in the segment. The arguments are those of `memory.fetch`."""
+
+        @pl.when(index < self.segment.end)
+        def _() -> None:
+            memory.fetch(*arguments, columns=columns)
+
+    def fetch_first(self, tiles: Array, count: int, fetch: Callable[[Array, Array, list[Array]], None]) -> list[Array]:
+        """Call `fetch(index, tiles, starts)` for the first tiles. Return the first rows of the next one."""
+        *starts, next_starts = [self.locate(self.segment.begin + nth) for nth in range(count + 1)]
+        for nth in range(count):
+            fetch(self.segment.begin + nth, tiles + nth, starts[nth])
+        return next_starts
 
 
 def _compute_weights(
@@ -244,11 +254,9 @@ def _compute_weights(
     def fetch(index: Array, tiles: Array, starts: list[Array]) -> None:
         place = copies.stage(tiles)
         for pool, target in zip(pools[1:], (shared.scales, shared.exact), strict=True):
-            copies.fetch(index, starts, pool, target.at[place], shared.exact_filled.at[place], None)
+            copies.fetch(index, pool, starts, target.at[place], shared.exact_filled.at[place])
 
-    starts = [copies.locate(segment.begin + nth) for nth in range(ahead + 1)]
-    for nth in range(ahead):
-        fetch(segment.begin + nth, tiles + nth, starts[nth])
+    starts = copies.fetch_first(tiles, ahead, fetch)
     pl.when(segment.nth > 0)(lambda: plgpu.barrier_wait(shared.results_stored))
     memory.fetch_queries(work, segment, 0, q[0], spans, q_staged[0], shared.spans, shared.q_filled)
     memory.fetch_query_numbers(work, segment, 0, q[1], q_staged[1], shared.q_filled)
@@ -273,7 +281,7 @@ def _compute_weights(
         fetch(index + ahead, tiles + ahead, starts)  # by now all threads have read the scales
         return m, l, later, tiles + 1
 
-    carry = (*softmax.start(work.member_queries, FEW), starts[ahead], tiles)
+    carry = (*softmax.start(work.member_queries, FEW), starts, tiles)
     m, l, _, tiles = loop_over_tiles(segment, tile, carry)
     inverse, log = softmax.finish(m, l)
     plgpu.barrier_wait(shared.weights_used)
@@ -330,14 +338,16 @@ def _add_values(
 
     def fetch(index: Array, tiles: Array, starts: list[Array]) -> None:
         place = group, copies.stage(tiles)
-        copies.fetch(index, starts, pools[0], shared.numbers.at[*place], shared.numbers_filled.at[*place], columns)
+        numbers, filled = shared.numbers.at[*place], shared.numbers_filled.at[*place]
+        copies.fetch(index, pools[0], starts, numbers, filled, columns=columns)
 
     def multiply(index: Array, tiles: Array) -> None:
         """Store the products of a tile and the queries."""
         place = group, copies.stage(tiles)
+        numbers = shared.numbers.at[*place]
         plgpu.barrier_wait(shared.numbers_filled.at[*place])
-        operands.clear_unseen(shared.numbers.at[*place], segment, index)
-        product = _multiply(shape, group, shared.numbers.at[*place], q_staged)
+        operands.clear_unseen(numbers, segment, index)
+        product = _multiply(shape, group, numbers, q_staged)
         pl.when(tiles > 0)(lambda: plgpu.barrier_wait(shared.products_used))
         store_transposed(shared.products.at[group], product)
         plgpu.barrier_arrive(shared.products_ready)
@@ -346,18 +356,20 @@ def _add_values(
         accs, starts, tiles = carry
         later = copies.locate(index + stages)
         multiply(index + 1, tiles + 1)
-        fetch(index + stages - 1, tiles + stages - 1, starts)  # in the place of the previous tile, which is used
-        accs = _add_weighted(shape, group, shared, tiles, accs)
+        # In the place of the previous tile. All threads have read it: storing the products synchronised them.
+        fetch(index + stages - 1, tiles + stages - 1, starts)
+        accs = add_weighted(tiles, accs)
         return accs, later, tiles + 1
 
-    starts = [copies.locate(segment.begin + nth) for nth in range(stages)]
-    for nth in range(stages - 1):
-        fetch(segment.begin + nth, tiles + nth, starts[nth])
+    def add_weighted(tiles: Array, accs: list[Any]) -> list[Any]:
+        return _add_weighted(shape, group, shared, shared.numbers.at[group, copies.stage(tiles)], accs)
+
+    starts = copies.fetch_first(tiles, stages - 1, fetch)
     plgpu.barrier_wait(shared.q_filled)
     multiply(segment.begin, tiles)
-    carry = [_make_zero(shape)] * operands.OPERANDS, starts[-1], tiles
+    carry = [_make_zero(shape)] * operands.OPERANDS, starts, tiles
     accs, _, tiles = lax.fori_loop(segment.begin, segment.end - 1, tile, carry)
-    accs = _add_weighted(shape, group, shared, tiles, accs)
+    accs = add_weighted(tiles, accs)
     plgpu.barrier_wait(shared.segment_finished)
     _store_results(shape, group, o, shared, segment, accs)
     plgpu.barrier_arrive(shared.results_stored)
@@ -386,10 +398,10 @@ def _make_zero(shape: QuantisedLatentShape) -> Array:
 
 
 def _add_weighted(
-    shape: QuantisedLatentShape, group: Array, shared: Shared, tiles: Array, accs: list[Any]
+    shape: QuantisedLatentShape, group: Array, shared: Shared, numbers: Any, accs: list[Any]
 ) -> list[Any]:
     """Wait for the weights of a tile, and add its weighted values [numbers, queries] to the sums of a group."""
-    values = operands.load_numbers(shared.numbers.at[group, lax.rem(tiles, shape.copied_tiles)])
+    values = operands.load_numbers(numbers)
     plgpu.barrier_wait(shared.weights_ready)
     alpha = repeat_along_columns(_load_per_query(shape, shared), ROWS)
 

@@ -79,11 +79,10 @@ def fetch_queries(
 
 
 def fetch_query_numbers(work: Work, segment: Segment, member: Array | int, q: Any, q_staged: Any, arrived: Any) -> None:
-    """Start the copy of a member's queries, [rows * heads, queries, width] or [rows * heads, parts, queries, width]."""
+    """Start the copy of a member's queries, from [rows * heads, ..., queries, width]."""
     row, job = segment.job // work.jobs_per_row, lax.rem(segment.job, work.jobs_per_row)
     own = pl.ds(job * work.job_queries + member * work.member_queries, work.member_queries)
-    of_head = q.at[row * work.heads + segment.head]
-    plgpu.copy_gmem_to_smem(of_head.at[own] if len(q.shape) == 3 else of_head.at[:, own], q_staged, arrived)
+    plgpu.copy_gmem_to_smem(q.at[row * work.heads + segment.head, ..., own, :], q_staged, arrived)
 
 
 def fetch(pool: Any, starts: list[Array], target: Any, arrived: Any, columns: Any = None) -> None:

@@ -88,9 +88,8 @@ def store_weights(target: Any, weights: list[Array]) -> None:
 
 def _load(tile: Any, transposed: bool) -> list[Array]:
     types = [plgpu.ShapeDtypeStruct((ROWS, ROWS), jnp.float16, layout=_LAYOUT)] * OPERANDS
-    return plgpu.inline_mgpu(arg_types=(_TILE,), return_type=types)(lambda _, memory: _emit_load(memory, transposed))(
-        tile
-    )
+    load = plgpu.inline_mgpu(arg_types=(_TILE,), return_type=types)
+    return load(lambda _, memory: _emit_load(memory, transposed))(tile)
 
 
 def _clear(tile: Any, first: Array, end: Array) -> None:
