@@ -7,8 +7,9 @@
 NOTES.md records the versions that were tried and their measurements.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,10 @@ from jaxtyping import Float, Int
 
 from helix_jax.attention import PageTable, Partial
 from helix_jax.kernels import check_arrays
-from helix_jax.kernels.mosaic_gpu import grouped as _grouped
-from helix_jax.kernels.mosaic_gpu import latent as _latent
-from helix_jax.kernels.mosaic_gpu import latent_quantised as _latent_quantised
-from helix_jax.kernels.mosaic_gpu.grouped_shape import choose_shape
+from helix_jax.kernels.mosaic_gpu import grouped, grouped_quantised, grouped_shape, latent, latent_quantised
 from helix_jax.kernels.mosaic_gpu.merging import merge_parts
 from helix_jax.kernels.mosaic_gpu.operands import restore_order
-from helix_jax.kernels.mosaic_gpu.work import make_schedule
+from helix_jax.kernels.mosaic_gpu.work import Work, make_schedule
 from helix_jax.kernels.page_format import PageFormat
 from helix_jax.quantisation import QuantisedPages
 
@@ -53,12 +51,11 @@ def attend(
         ValueError: The kernel cannot read the pages, keys and values have different shapes, the query heads are not a
             multiple of the key/value heads, or a derivative is taken.
     """
-    latent = v_AKWH is None
     check_arrays("mosaic_gpu", q_BTNH, k_AKWH, v_AKWH, v_width)
     (B, T, N, H), K = q_BTNH.shape, k_AKWH.shape[1]
     table, hi_BT = PageTable.of(table_BM, hi_BT, k_AKWH.shape[2])
     q_BKTGH = q_BTNH.astype(jnp.bfloat16).reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4)
-    run = partial(_attend, scale, v_width if latent else None)
+    run = partial(_attend, scale, v_width if v_AKWH is None else None)
     o_BKQH, lse_BKQ = run(q_BKTGH.reshape(B * K, -1, H), k_AKWH, v_AKWH, table, lo_BT, hi_BT)
     o_BTKGH = o_BKQH.reshape(B, K, T, N // K, -1).transpose(0, 2, 1, 3, 4)
     lse_BTKG = lse_BKQ.reshape(B, K, T, N // K).transpose(0, 2, 1, 3)
@@ -80,25 +77,49 @@ def _attend(
 
     X counts pairs of row and key/value head, and Q counts pairs of new token and query head of a group.
     """
-    (_, K, W, H), (B, _), (_, Q, _) = k_AKWH.shape, lo_BT.shape, q_XQH.shape
-    q_XQH = _pad_queries(q_XQH)
-    if v_AKWH is None:
-        if isinstance(k_AKWH, QuantisedPages):
-            latent = _latent_quantised.choose_shape(B, Q, k_AKWH, count_processors(), scale)
-            work, schedule = latent.work, make_schedule(latent.work, lo_BT, hi_BT)
-            parts = _latent_quantised.compute_parts(latent, q_XQH, k_AKWH, table, schedule)
-        else:
-            latent = _latent.choose_shape(B, Q, H, v_width or H, W, count_processors(), scale)
-            work, schedule = latent.work, make_schedule(latent.work, lo_BT, hi_BT)
-            parts = _latent.compute_parts(latent, q_XQH, k_AKWH.reshape(-1, H), table, schedule)
-    else:
-        grouped = choose_shape(B, Q, K, PageFormat(H, W, k_AKWH.dtype), count_processors(), scale)
-        work, schedule = grouped.work, make_schedule(grouped.work, lo_BT, hi_BT)
-        parts = _grouped.compute_parts(grouped, q_XQH, k_AKWH, v_AKWH, table, schedule)
-    o_BKQH, lse_BKQ = merge_parts(work, *parts, schedule)
+    kernel = _choose_kernel(scale, v_width, lo_BT.shape[0], q_XQH.shape[1], k_AKWH, v_AKWH)
+    schedule = make_schedule(kernel.work, lo_BT, hi_BT)
+    pages = [k_AKWH] if v_AKWH is None else [k_AKWH, v_AKWH]
+    parts = kernel.compute_parts(_pad_queries(q_XQH), *pages, table, schedule)
+    o_BKQH, lse_BKQ = merge_parts(kernel.work, *parts, schedule)
+    return restore_order(o_BKQH) if kernel.reorders else o_BKQH, lse_BKQ
+
+
+class _Kernel(NamedTuple):
+    """A kernel for some shapes of pages and queries.
+
+    Attributes:
+        work: The static shape of its work.
+        compute_parts: Computes the parts of the work, from queries, pages, their table and the schedule.
+        reorders: Whether the numbers of its outputs are in the order that `operands.restore_order` expects.
+    """
+
+    work: Work
+    compute_parts: Callable[..., tuple[Array, Array]]
+    reorders: bool = False
+
+
+def _choose_kernel(
+    scale: float,
+    v_width: int | None,
+    rows: int,
+    queries: int,
+    k_AKWH: Array | QuantisedPages,
+    v_AKWH: Array | QuantisedPages | None,
+) -> _Kernel:
+    """Choose the kernel and its shape for `queries` queries of a row and key/value head."""
+    (_, K, W, H), processors = k_AKWH.shape, count_processors()
     if v_AKWH is None and isinstance(k_AKWH, QuantisedPages):
-        o_BKQH = restore_order(o_BKQH)
-    return o_BKQH, lse_BKQ
+        shape = latent_quantised.choose_shape(rows, queries, k_AKWH, processors, scale)
+        return _Kernel(shape.work, partial(latent_quantised.compute_parts, shape), reorders=True)
+    if v_AKWH is None:
+        shape = latent.choose_shape(rows, queries, H, v_width or H, W, processors, scale)
+        return _Kernel(shape.work, partial(latent.compute_parts, shape))
+    if isinstance(k_AKWH, QuantisedPages) and grouped_quantised.supports(H, queries):
+        shape = grouped_quantised.choose_shape(rows, queries, K, W, processors, scale)
+        return _Kernel(shape.work, partial(grouped_quantised.compute_parts, shape), reorders=True)
+    shape = grouped_shape.choose_shape(rows, queries, K, PageFormat(H, W, k_AKWH.dtype), processors, scale)
+    return _Kernel(shape.work, partial(grouped.compute_parts, shape))
 
 
 @_attend.defjvp

@@ -97,7 +97,7 @@ class Shared(NamedTuple):
 
 
 def compute_parts(
-    shape: LatentShape, q_BQH: Array, k_XH: Array, table: PageTable, schedule: Schedule
+    shape: LatentShape, q_BQH: Array, k_AKWH: Array, table: PageTable, schedule: Schedule
 ) -> tuple[Array, Array]:
     """Compute the outputs [parts, queries, v_width] and log-sum-exps [parts, queries] of all parts."""
     work, tile = shape.work, shape.work.tile
@@ -135,7 +135,7 @@ def compute_parts(
         num_threads=_HALVES + 1,
         thread_name="warpgroup",
         compiler_params=memory.COMPILER,
-    )(q_BQH, k_XH, *table, *schedule)
+    )(q_BQH, k_AKWH.reshape(-1, shape.width), *table, *schedule)
 
 
 def _body(
