@@ -380,15 +380,6 @@ def test_a_device_is_recognised_by_its_kind(kind: str, name: str | None):
     assert known_hardware(device) == (name or "h200")
 
 
-def test_converting_an_fp8_cache_limits_only_devices_that_read_faster():
-    h200, h100 = HARDWARE["h200"], HARDWARE["h100"]
-    assert h200.cache_bandwidth("fp8") == h200.fp8_cache_bandwidth < h200.bandwidth == h200.cache_bandwidth("bfloat16")
-    assert h100.cache_bandwidth("fp8") == h100.bandwidth < h100.fp8_cache_bandwidth
-    assert HARDWARE["b200"].cache_bandwidth("fp8") == HARDWARE["b200"].bandwidth
-    with pytest.raises(ValueError, match="hardware fp8_cache_bandwidth is 0.0: give a positive number"):
-        replace(h200, fp8_cache_bandwidth=0.0)
-
-
 def test_no_point_is_both_fitted_and_judged():
     def key(point):
         return replace(point, fit=False, ms=0.0)

@@ -142,7 +142,7 @@ def make_job(options: argparse.Namespace) -> Job:
     workload = Workload(context=context, dtype=options.dtype, cache_dtype=options.cache_dtype, hop_b=options.hop_b)
     config = read_shape(options.config)
     hardware = measure_hardware(jax.devices()) if options.hardware == HERE else find_hardware(options.hardware)
-    hardware = replace(hardware, kernel_s=0.0, routing_s=0.0, fp8_cache_bandwidth=None) if options.ideal else hardware
+    hardware = replace(hardware, kernel_s=0.0, routing_s=0.0) if options.ideal else hardware
     return Job(options.config.stem, config, workload, hardware, options)
 
 

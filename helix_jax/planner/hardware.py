@@ -24,8 +24,6 @@ class Hardware:
         routing_s: Seconds that a layer with experts takes longer than it reads weights: to route and to sort tokens.
         speedups: How many times as fast as bfloat16 products of other types are. Missing ones: 0.5 for float32, 1 for
             the others.
-        fp8_cache_bandwidth: Bytes per second that attention reads of an fp8 cache, if converting its numbers takes
-            longer than reading them. None: it does not.
         source: Where the numbers come from.
 
     Raises:
@@ -41,7 +39,6 @@ class Hardware:
     kernel_s: float
     routing_s: float
     speedups: Mapping[str, float] = field(default_factory=dict)
-    fp8_cache_bandwidth: float | None = None
     source: str = DATA_SHEET
 
     def __post_init__(self) -> None:
@@ -49,14 +46,6 @@ class Hardware:
             value = getattr(self, each.name)
             if each.type is float and (not each.name.endswith("_s") or value != 0):
                 check_positive(f"hardware {each.name}", value)
-        if self.fp8_cache_bandwidth is not None:
-            check_positive("hardware fp8_cache_bandwidth", self.fp8_cache_bandwidth)
-
-    def cache_bandwidth(self, dtype: str) -> float:
-        """Return the bytes per second that attention reads of a cache of a type."""
-        if dtype != "fp8" or self.fp8_cache_bandwidth is None:
-            return self.bandwidth
-        return min(self.bandwidth, self.fp8_cache_bandwidth)
 
     def flops_of(self, dtype: str) -> float:
         """Return the floating-point operations per second of products of a type."""
@@ -65,9 +54,7 @@ class Hardware:
 
 # bandwidth: the time of a maximum over a large array. flops: the attention kernel over latents. kernel_s, collective_s:
 # `comparison.fit_overheads` of the points of the newest version in measured.json that are marked for it. routing_s: a
-# layer of 128 experts on two H200s took 212 us (64 tokens) and 313 us (8) longer than its reads. fp8_cache_bandwidth: 8
-# rows of 128K of Llama-3.1-8B on two H200s took 6.0 ms longer than 8 rows of 64K (two machines), for 17.7 GB more.
-# That is 2.95e12 per second, after attention's share of the rate (`costs.ATTENTION_EFFICIENCY`).
+# layer of 128 experts on two H200s took 212 us (64 tokens) and 313 us (8) longer than its reads.
 H200 = Hardware(
     bandwidth=4.54e12,
     memory_bytes=141e9,
@@ -77,10 +64,9 @@ H200 = Hardware(
     kernel_s=2.05e-6,
     routing_s=262e-6,
     speedups={"fp8": 2.0},
-    fp8_cache_bandwidth=3.04e12,
     source="measured, but for memory and links",
 )
-_OTHER = replace(H200, fp8_cache_bandwidth=None, source=DATA_SHEET)
+_OTHER = replace(H200, source=DATA_SHEET)
 _BLACKWELL = replace(_OTHER, bandwidth=8.0e12, link_bandwidth=900e9, speedups={"fp8": 2.0, "fp4": 4.0})
 _TPU = replace(_OTHER, speedups={})
 

@@ -41,8 +41,7 @@ def measure_hardware(devices: Sequence[Any]) -> Hardware:
         kernel_s=measure_kernel(device),
         routing_s=HARDWARE[known].routing_s,
         speedups={"float32": 1.0} if on_cpu else HARDWARE[known].speedups,
-        fp8_cache_bandwidth=None if on_cpu else HARDWARE[known].fp8_cache_bandwidth,
-        source=f"{source}; the times of routing to experts and of converting fp8 are those of {known}",
+        source=f"{source}; the time of routing to experts is that of {known}",
     )
 
 

@@ -107,9 +107,8 @@ def _time_layer(layer: Layer, workload: Workload, hardware: Hardware, rows: Numb
 
 
 def _time_part(part: Part, workload: Workload, hardware: Hardware, dtype: str | None = None) -> StepTime:
-    dtype = dtype or workload.dtype
-    weights, cache = part.weight_bytes / hardware.bandwidth, part.cache_bytes / hardware.cache_bandwidth(dtype)
-    operations = part.flops / hardware.flops_of(dtype)
+    weights, cache = part.weight_bytes / hardware.bandwidth, part.cache_bytes / hardware.bandwidth
+    operations = part.flops / hardware.flops_of(dtype or workload.dtype)
     return StepTime(
         weights=weights,
         cache=cache,
