@@ -404,6 +404,7 @@ INTERPRETED = {  # name: arguments of `case`, for a GPU of three processors
     "fp8, drafts": (8, 8, 2, 128, 64, [200, 7], None, FLOAT8),
     "fp8, latent, few queries and short pages": (1, 16, 1, 576, 32, [400, 0, 77], None, FLOAT8),
     "fp8, latent": (2, 10, 1, 576, 64, [400, 0, 77], None, FLOAT8),
+    "fp8, latent, drafts in two tiles": (4, 4, 1, 576, 64, [130, 66], None, FLOAT8),
 }
 
 
