@@ -285,15 +285,17 @@ def _accept(
     return state, output
 
 
-def decode_steps(plan: Plan, max_steps: int, *, drafts: bool) -> tuple[int, ...]:
-    """Return the values of `max_steps` for which an engine compiles `decode`, in ascending order.
+def decode_steps(plan: Plan, max_steps: int, *, rows: int, drafts: bool) -> tuple[int, ...]:
+    """Return the values of `max_steps` for which an engine of so many rows compiles `decode`, in ascending order.
 
     On several GPUs a call without drafts always takes all of its steps. A CUDA graph with collectives cannot contain
     the loop, so the host would read its condition in every step, and each call would return only after its last step:
     1.23 ms per token instead of 1.14 (two H200s, 8 layers of Llama-3.1-8B). There a second program decodes a single
-    token.
+    token, while the prompt of another row is prefilled. With one row, there is no other, and compiling the program
+    would take longer than it saves.
     """
-    return tuple(sorted({1, max_steps})) if _has_fixed_length(plan) and not drafts else (max_steps,)
+    single = {1} if _has_fixed_length(plan) and rows > 1 and not drafts else set()
+    return tuple(sorted({*single, max_steps}))
 
 
 def _has_fixed_length(plan: Plan) -> bool:

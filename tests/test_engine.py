@@ -23,6 +23,7 @@ from helix_jax import (
     transfer,
 )
 from helix_jax.cache import ring_pages
+from helix_jax.decoding import decode_steps
 from helix_jax.engine import engine as engine_module
 from helix_jax.engine import sampling_params
 from helix_jax.sampling import apply_repetition_penalty
@@ -147,6 +148,17 @@ def test_outputs_do_not_change_when_pages_run_out(model, make_engine, options, m
     assert engine.stats().preemptions >= 2
     check_greedy(model, results)
     assert [output.finish_reason for _, output in results.values()] == ["length"] * len(results)
+
+
+def test_an_engine_of_one_row_on_several_gpus_has_one_program_that_decodes(model, make_engine, monkeypatch):
+    """It decodes the last token of a request, too, which here is the only one of its call."""
+    monkeypatch.setattr(sys.modules["helix_jax.decoding"], "_has_fixed_length", lambda plan: True)
+    engine = make_engine(rows=1, steps_per_call=4)
+    assert [decode_steps(engine.plan, 4, rows=rows, drafts=False) for rows in (1, 2)] == [(4,), (1, 4)]
+    prompt = [1, 2, 3]
+    [output] = engine.generate([prompt], SamplingParams(max_new_tokens=1 + 4 + 1))
+    assert len(output.tokens) == 6
+    check_greedy(model, {0: (prompt, output)})
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def check_traces(model: Transformer, plan: Plan, monkeypatch: pytest.MonkeyPatch
         generate(sharded, prompts, plan, SamplingParams(max_new_tokens=41), **options)
     # A dp group with several rows also prefills two chunks of 4 in place of one of 8.
     prefills = 2 if plan.mesh.shape[DP] == 1 else 1
-    decodes = len(decode_steps(plan, DEFAULT_STEPS, drafts=False))
+    decodes = len(decode_steps(plan, DEFAULT_STEPS, rows=options["rows"], drafts=False))
     assert Counter(traced) == {"decode": decodes, "prefill": prefills}
     assert calls.count("decode") <= 2 * 4  # for 40 tokens per row: no program is launched per token
 

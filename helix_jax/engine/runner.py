@@ -107,7 +107,7 @@ class Runner:
         decoding: DecodeOptions,
     ):
         self.config, self.plan, self.rows = model.config, plan, rows
-        self._decode_steps = decode_steps(plan, decoding.max_steps, drafts=decoding.draft_tokens is not None)
+        self._decode_steps = decode_steps(plan, decoding.max_steps, rows=rows, drafts=decoding.draft_tokens is not None)
         self._decode_program = decode_program(plan)
         self.specs, self.page = cache_specs(model.config, plan.cache_dtype_for(model.dtype)), page
         self._weights = model.weights()
