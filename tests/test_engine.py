@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,9 @@ from helix_jax import (
     transfer,
 )
 from helix_jax.cache import ring_pages
-from helix_jax.decoding import decode_steps
+from helix_jax.decoding import decode, decode_steps
 from helix_jax.engine import engine as engine_module
-from helix_jax.engine import sampling_params
+from helix_jax.engine import runner, sampling_params
 from helix_jax.sampling import apply_repetition_penalty
 from helix_jax.text import ByteTokenizer
 from tests.conftest import GOLDEN
@@ -152,13 +153,20 @@ def test_outputs_do_not_change_when_pages_run_out(model, make_engine, options, m
 
 def test_an_engine_of_one_row_on_several_gpus_has_one_program_that_decodes(model, make_engine, monkeypatch):
     """It decodes the last token of a request, too, which here is the only one of its call."""
+    max_steps = []
+
+    def record(*arguments: Any) -> Any:
+        max_steps.append(arguments[5])
+        return decode(*arguments)
+
     monkeypatch.setattr(sys.modules["helix_jax.decoding"], "_has_fixed_length", lambda plan: True)
-    engine = make_engine(rows=1, steps_per_call=4)
-    assert [decode_steps(engine.plan, 4, rows=rows, drafts=False) for rows in (1, 2)] == [(4,), (1, 4)]
-    prompt = [1, 2, 3]
+    monkeypatch.setattr(runner, "decode_program", lambda plan: record)
+    engine, prompt = make_engine(rows=1, steps_per_call=4), [1, 2, 3]
     [output] = engine.generate([prompt], SamplingParams(max_new_tokens=1 + 4 + 1))
+    assert max_steps == [4, 4]
     assert len(output.tokens) == 6
     check_greedy(model, {0: (prompt, output)})
+    assert decode_steps(engine.plan, 4, rows=2, drafts=False) == (1, 4)
 
 
 @pytest.mark.parametrize(
