@@ -7,7 +7,8 @@ that are quantised are converted by the warpgroup that copies them, without thei
 on the scores, and those of the values on the weights.
 
 The matrix unit multiplies 64 rows. Many queries are the rows. A few queries are the columns, of which there may be
-eight, and the rows are slots and numbers of a value (`grouped_few`).
+eight, and the rows are slots and numbers of a value (`grouped_few`). Up to eight queries of quantised heads of width
+128 have a kernel of their own (`grouped_quantised`).
 """
 
 from collections.abc import Callable

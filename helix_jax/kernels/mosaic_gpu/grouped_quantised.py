@@ -24,7 +24,7 @@ from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, loo
 from helix_jax.quantisation import FLOAT8, QuantisedPages
 
 _WIDTH = operands.NUMBERS
-_QUERIES = 8  # of a stream. With more, their products leave memory and registers for fewer streams
+_QUERIES = 8  # of a stream. More were not measured. They leave shared memory for fewer streams
 _STREAMS = 4  # of a processor
 _PAIR = 2  # a tile of keys and one of values
 
@@ -47,6 +47,7 @@ class QuantisedGroupedShape:
     def pairs_ahead(self) -> int:
         """The pairs of tiles that are copied while one is used."""
         queries, tile = self.work.member_queries, self.work.tile
+        # Queries (float16), outputs (float32) and weights (float16); spans, factors and barriers fit in the rest.
         of_queries = queries * (2 * _WIDTH + 4 * _WIDTH + 2 * tile) + 2 * memory.ALIGNMENT
         left = memory.BYTES // _STREAMS - of_queries - tile * (_WIDTH + 4)
         return left // (_PAIR * tile * (_WIDTH + 4))
