@@ -102,7 +102,7 @@ def _compute(
     blocks = range(0, shape.width, shape.columns)
     plgpu.barrier_wait(shared.q_filled.at[me, q_turn])
 
-    def tile(masked: bool, index: Array, carry):
+    def tile(masked: Array, index: Array, carry):
         accs, m, l, ring_step = carry
         stage, first_slot = lax.rem(ring_step, shape.stages), index * work.tile
         plgpu.barrier_wait(shared.filled.at[stream, stage])
@@ -117,16 +117,13 @@ def _compute(
             scales = shared.scales(stream, lax.rem(ring_step, shape.scale_stages), softmax.TILE)
             s = s * repeat_along_columns(scales, ROWS)
         plgpu.barrier_arrive(shared.freed.at[stream, stage])
-        if masked:
-            s = softmax.mask_unseen(s, shared.spans.at[me, q_turn], first_slot)
+        s = softmax.mask_unseen(masked, s, shared.spans.at[me, q_turn], first_slot)
 
         stage, value_scales = lax.rem(ring_step + 1, shape.stages), None
         if shape.quantised:
             plgpu.barrier_wait(shared.filled.at[stream, stage])
             scales = shared.scales(stream, lax.rem(ring_step + 1, shape.scale_stages), softmax.TILE)
-            scales = (
-                softmax.clear_unseen_scales(scales, segment, first_slot, softmax.TILE.reduce(0)) if masked else scales
-            )
+            scales = softmax.clear_unseen_scales(masked, scales, segment, first_slot, softmax.TILE.reduce(0))
             value_scales = softmax.ValueScales.of(scales)
         p, alpha, m, l = softmax.weigh(s, m, l, shape.scale, value_scales)
         accs = [acc * repeat_along_rows(alpha, shape.columns) for acc in accs]
@@ -134,7 +131,9 @@ def _compute(
 
         if not shape.quantised:
             plgpu.barrier_wait(shared.filled.at[stream, stage])
-        if masked:
+
+        @pl.when(masked)
+        def _() -> None:
             values, size = shared.tile(stream, stage), (work.tile, shape.width)
             softmax.clear_unseen(values, segment, first_slot, shape=size, sharers=work.members, me=member)
             if work.members > 1:

@@ -21,20 +21,22 @@ def compute(shape: GroupedShape, stream: int, o, lse, shared: Shared, segment: S
     assert few is not None
     plgpu.barrier_wait(shared.q_filled.at[stream, q_turn])
 
-    def tile(masked: bool, index: Array, carry):
+    def tile(masked: Array, index: Array, carry):
         acc, m, l, ring_step = carry
         first_slot = index * work.tile
         s = _score(shape, stream, shared, q_turn, ring_step)
-        if masked:
-            s = softmax.mask_unseen(s, shared.spans.at[stream, q_turn], first_slot, FEW)
+        s = softmax.mask_unseen(masked, s, shared.spans.at[stream, q_turn], first_slot, FEW)
         stage = lax.rem(ring_step + 1, shape.stages)
         plgpu.barrier_wait(shared.filled.at[stream, stage])
-        if masked:
+
+        @pl.when(masked)
+        def _() -> None:
             softmax.clear_unseen(shared.tile(stream, stage), segment, first_slot, shape=(work.tile, shape.width))
+
         value_scales = None
         if shape.quantised:
             scales = shared.scales(stream, lax.rem(ring_step + 1, shape.scale_stages), FEW)
-            scales = softmax.clear_unseen_scales(scales, segment, first_slot, FEW.reduce(0)) if masked else scales
+            scales = softmax.clear_unseen_scales(masked, scales, segment, first_slot, FEW.reduce(0))
             value_scales = softmax.ValueScales.of(scales)
         p, alpha, m, l = softmax.weigh(s, m, l, shape.scale, value_scales)
         few.weights[stream] = p.astype(shape.product_dtype)

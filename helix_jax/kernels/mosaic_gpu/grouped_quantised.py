@@ -20,7 +20,7 @@ from helix_jax.attention import PageTable
 from helix_jax.kernels.mosaic_gpu import memory, operands, softmax
 from helix_jax.kernels.mosaic_gpu.few import FEW, PRODUCT, spread_over_product, store_transposed, transpose_scores
 from helix_jax.kernels.mosaic_gpu.softmax import repeat_along_columns
-from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, loop_over_tiles, walk_segments
+from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, loop_by_mask, walk_segments
 from helix_jax.quantisation import FLOAT8, QuantisedPages
 
 _WIDTH = operands.NUMBERS
@@ -183,10 +183,9 @@ def _compute(
         fetch(index + ahead, ring_step + _PAIR * ahead)  # in the places of these keys and of the previous values
         plgpu.barrier_wait(shared.filled.at[*stages[1]])
         operands.clear_unseen(shared.ring.at[*stages[1]], segment, index)
-        scales = _load_scales(shared, stages[1])
-        if masked:
-            s = softmax.mask_unseen(s, shared.spans.at[mine], index * work.tile, FEW)
-            scales = softmax.clear_unseen_scales(scales, segment, index * work.tile, FEW.reduce(0))
+        first, scales = index * work.tile, _load_scales(shared, stages[1])
+        s = softmax.mask_unseen(masked, s, shared.spans.at[mine], first, FEW)
+        scales = softmax.clear_unseen_scales(masked, scales, segment, first, FEW.reduce(0))
         p, alpha, m, l = softmax.weigh(s, m, l, shape.scale, softmax.ValueScales.of(scales))
         shared.weights[mine] = p.astype(jnp.float16)
         alpha = spread_over_product(shared.per_query.at[mine, 0, pl.ds(0, queries)], alpha)  # and the weights
@@ -201,7 +200,7 @@ def _compute(
         return accs, m, l, ring_step + _PAIR
 
     carry = ([_make_zero(shape)] * operands.OPERANDS, *softmax.start(queries, FEW), ring_step)
-    accs, m, l, ring_step = loop_over_tiles(segment, tile, carry)
+    accs, m, l, ring_step = loop_by_mask(segment, tile, carry)
     _store(shape, mine, o, lse, shared, segment, accs, *softmax.finish(m, l))
     return ring_step
 

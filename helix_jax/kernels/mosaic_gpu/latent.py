@@ -19,7 +19,7 @@ from jax import Array, lax
 from helix_jax.attention import PageTable
 from helix_jax.kernels.mosaic_gpu import memory, softmax
 from helix_jax.kernels.mosaic_gpu.softmax import repeat_along_rows
-from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, loop_over_tiles, walk_segments
+from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, loop_by_mask, walk_segments
 
 _COLUMNS = 128  # columns of a result that are staged in shared memory at once
 _HALVES = 2
@@ -175,8 +175,8 @@ def _scores(
             return acc[...]
 
         s = pl.run_scoped(scores, memory.Accumulator((ROWS, work.tile), jnp.float32))
+        s = softmax.mask_unseen(masked, s, spans_staged, index * work.tile)
         if masked:
-            s = softmax.mask_unseen(s, spans_staged, index * work.tile)
             values = shared.ring.at[stage, :, pl.ds(0, shape.v_width)]
             softmax.clear_unseen(values, segment, index * work.tile, shape=(work.tile, shape.v_width))
         p, alpha, m, l = softmax.weigh(s, m, l, shape.scale)
@@ -187,7 +187,7 @@ def _scores(
         plgpu.barrier_arrive(shared.weights_ready)
         return m, l, ring_step + 1
 
-    m, l, ring_step = loop_over_tiles(segment, tile, (*softmax.start(), ring_step))
+    m, l, ring_step = loop_by_mask(segment, tile, (*softmax.start(), ring_step))
     inverse, log = softmax.finish(m, l)
     plgpu.barrier_wait(shared.values_used)
     shared.per_query[0] = inverse

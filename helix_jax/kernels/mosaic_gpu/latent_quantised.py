@@ -27,7 +27,7 @@ from helix_jax.attention import PageTable
 from helix_jax.kernels.mosaic_gpu import memory, operands, softmax
 from helix_jax.kernels.mosaic_gpu.few import FEW, PRODUCT, store_transposed
 from helix_jax.kernels.mosaic_gpu.softmax import repeat_along_columns
-from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, loop_over_tiles, walk_segments
+from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, loop_by_mask, walk_segments
 from helix_jax.quantisation import FLOAT8, QuantisedPages
 
 _GROUP = operands.NUMBERS  # numbers that share a scale
@@ -266,10 +266,9 @@ def _compute_weights(
         m, l, starts, tiles = carry
         later = copies.locate(index + ahead + 1)
         s, scales = _add_products(shape, shared, q_staged[1], copies.stage(tiles))
-        if masked:
-            first, layout = index * work.tile, FEW.reduce(0)
-            s = softmax.mask_unseen(s, shared.spans, first, FEW)
-            scales = [softmax.clear_unseen_scales(scale, segment, first, layout) for scale in scales]
+        first, layout = index * work.tile, FEW.reduce(0)
+        s = softmax.mask_unseen(masked, s, shared.spans, first, FEW)
+        scales = [softmax.clear_unseen_scales(masked, scale, segment, first, layout) for scale in scales]
         largest = softmax.ValueScales.of(reduce(jnp.maximum, scales))
         p, alpha, m, l = softmax.weigh(s, m, l, shape.scale, largest)
         pl.when(index > segment.begin)(lambda: plgpu.barrier_wait(shared.weights_used))
@@ -282,7 +281,7 @@ def _compute_weights(
         return m, l, later, tiles + 1
 
     carry = (*softmax.start(work.member_queries, FEW), starts, tiles)
-    m, l, _, tiles = loop_over_tiles(segment, tile, carry)
+    m, l, _, tiles = loop_by_mask(segment, tile, carry)
     inverse, log = softmax.finish(m, l)
     plgpu.barrier_wait(shared.weights_used)
     shared.per_query[0, queries] = inverse

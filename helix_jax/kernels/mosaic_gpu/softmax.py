@@ -5,6 +5,7 @@ that its maximum needs no shared memory.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
@@ -50,13 +51,16 @@ def repeat_along_columns(per_slot: Array, rows: int) -> Array:
     return lax.broadcast_in_dim(per_slot, (rows, per_slot.shape[0]), [1])
 
 
-def mask_unseen(s: Array, spans_staged: Any, first_slot: Array, layout: Any = TILE) -> Array:
-    """Return the scores with -inf, also in place of NaN, for slots that a query does not see."""
-    lo, hi = (plgpu.layout_cast(spans_staged[i, pl.ds(0, s.shape[0])], layout.reduce(1)) for i in range(2))
-    slot = first_slot + plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=layout)
-    return jnp.where(
-        (repeat_along_rows(lo, s.shape[1]) <= slot) & (slot < repeat_along_rows(hi, s.shape[1])), s, -jnp.inf
-    )
+def mask_unseen(masked: bool | Array, s: Array, spans_staged: Any, first_slot: Array, layout: Any = TILE) -> Array:
+    """Return the scores with -inf, also in place of NaN, for slots that a query does not see, if the tile has any."""
+
+    def mask(s: Array) -> Array:
+        lo, hi = (plgpu.layout_cast(spans_staged[i, pl.ds(0, s.shape[0])], layout.reduce(1)) for i in range(2))
+        slot = first_slot + plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=layout)
+        seen = (repeat_along_rows(lo, s.shape[1]) <= slot) & (slot < repeat_along_rows(hi, s.shape[1]))
+        return jnp.where(seen, s, -jnp.inf)
+
+    return _change_if(masked, mask, s)
 
 
 def weigh(
@@ -104,10 +108,20 @@ def finish(m: Array, l: Array) -> tuple[Array, Array]:
     return jnp.where(seen, 1 / l, 0.0), jnp.where(seen, m / _LOG2E + jnp.log(l), -jnp.inf)
 
 
-def clear_unseen_scales(scales: Array, segment: Segment, first_slot: Array, layout: Any) -> Array:
+def clear_unseen_scales(masked: bool | Array, scales: Array, segment: Segment, first_slot: Array, layout: Any) -> Array:
     """Return the scales of a tile, with 0 for values that no query sees, because a weight of 0 times NaN is NaN."""
-    slot = first_slot + plgpu.broadcasted_iota(jnp.int32, scales.shape, 0, layout=layout)
-    return jnp.where((segment.lo <= slot) & (slot < segment.hi), scales, jnp.zeros_like(scales))
+
+    def clear(scales: Array) -> Array:
+        slot = first_slot + plgpu.broadcasted_iota(jnp.int32, scales.shape, 0, layout=layout)
+        return jnp.where((segment.lo <= slot) & (slot < segment.hi), scales, jnp.zeros_like(scales))
+
+    return _change_if(masked, clear, scales)
+
+
+def _change_if(condition: bool | Array, change: Callable[[Array], Array], x: Array) -> Array:
+    if isinstance(condition, bool):
+        return change(x) if condition else x
+    return lax.cond(condition, change, lambda x: x, x)
 
 
 def clear_unseen(

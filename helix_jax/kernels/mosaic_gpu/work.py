@@ -219,8 +219,20 @@ def walk_segments(work: Work, schedule: Schedule, stream: Array, body: Callable[
     lax.while_loop(lambda carry: carry[1] < stop, visit, (jnp.int32(0), start, job, current, jnp.int32(0)))
 
 
-def loop_over_tiles(segment: Segment, body: Callable[[bool, Array, Any], Any], carry: Any) -> Any:
+def loop_over_tiles(segment: Segment, body: Callable[[Array, Array, Any], Any], carry: Any) -> Any:
     """Run `carry = body(masked, tile, carry)` in a kernel for each tile of a segment in order. Return the carry."""
+
+    def run(tile: Array, carry: Any) -> Any:
+        return body((tile < segment.whole_begin) | (tile >= segment.whole_end), tile, carry)
+
+    return lax.fori_loop(segment.begin, segment.end, run, carry)
+
+
+def loop_by_mask(segment: Segment, body: Callable[[bool, Array, Any], Any], carry: Any) -> Any:
+    """Do the same with three loops, so that `masked` is static.
+
+    That takes longer to compile. Kernels whose time the computation limits, not the memory, run faster.
+    """
     bounds = (segment.begin, segment.whole_begin, segment.whole_end, segment.end)
     for masked, (begin, end) in zip((True, False, True), pairwise(bounds), strict=True):
         carry = lax.fori_loop(begin, end, partial(body, masked), carry)
