@@ -68,34 +68,34 @@ def _as_rows(pages: Array | QuantisedPages) -> list[Array]:
 
 
 def _body(shape: GroupedShape, q, pools, entries, first, starts, jobs, spans, o, lse, shared: Shared) -> None:
-    table, schedule = PageTable(entries, first), Schedule(starts, jobs, spans)
+    table, schedule, warpgroup = PageTable(entries, first), Schedule(starts, jobs, spans), lax.axis_index("warpgroup")
     copy_registers = 88 if shape.quantised else 56
     compute_registers = 256 - copy_registers if shape.streams_per_processor == 2 else 200
 
-    def walk(stream: int, body: Callable[[Segment, Array], Array]) -> None:
+    def walk(stream: Array, body: Callable[[Segment, Array], Array]) -> None:
         walk_segments(shape.work, schedule, lax.axis_index("processor") * shape.streams_per_processor + stream, body)
 
-    def compute(me: int) -> None:
+    def compute() -> None:
         plgpu.set_max_registers(compute_registers, action="increase")
-        stream, member = divmod(me, shape.work.members)
+        stream, member = warpgroup // shape.work.members, lax.rem(warpgroup, shape.work.members)
         if shape.few:
             walk(stream, partial(grouped_few.compute, shape, stream, o, lse, shared))
         else:
             walk(stream, partial(_compute, shape, stream, member, o, lse, shared))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def copy_tiles(stream: int) -> None:
+    def copy_tiles() -> None:
         plgpu.set_max_registers(copy_registers, action="decrease")
+        stream = warpgroup - shape.computing_warpgroups
         copy_segment = copy_and_convert if shape.quantised else copy
         walk(stream, partial(copy_segment, shape, stream, q, spans, pools, table, shared))
 
-    roles = [partial(compute, me) for me in range(shape.computing_warpgroups)]
-    roles += [partial(copy_tiles, stream) for stream in range(shape.streams_per_processor)]
-    lax.switch(lax.axis_index("warpgroup"), roles)
+    # The index of the warpgroup is not static, so that one program per role is compiled.
+    lax.cond(warpgroup < shape.computing_warpgroups, compute, copy_tiles)
 
 
 def _compute(
-    shape: GroupedShape, stream: int, member: int, o, lse, shared: Shared, segment: Segment, ring_step: Array
+    shape: GroupedShape, stream: Array, member: Array, o, lse, shared: Shared, segment: Segment, ring_step: Array
 ) -> Array:
     work = shape.work
     me, q_turn = stream * work.members + member, lax.rem(segment.nth, shape.q_stages)
@@ -158,7 +158,7 @@ def _compute(
 
 
 def _store(
-    shape: GroupedShape, member: int, o, lse, shared: Shared, segment: Segment, me: int, accs, inverse, log
+    shape: GroupedShape, member: Array, o, lse, shared: Shared, segment: Segment, me: Array, accs, inverse, log
 ) -> None:
     """Copy the results of a segment to global memory."""
     queries = min(ROWS, shape.work.part_queries)

@@ -13,7 +13,7 @@ from helix_jax.kernels.mosaic_gpu.work import Segment
 
 
 def copy(
-    shape: GroupedShape, stream: int, q, spans, pools, table, shared: Shared, segment: Segment, ring_step: Array
+    shape: GroupedShape, stream: Array, q, spans, pools, table, shared: Shared, segment: Segment, ring_step: Array
 ) -> Array:
     """Copy the queries and the tiles of a segment. `ring_step` counts the tiles of the stream."""
     _copy_queries(shape, stream, q, spans, shared, segment)
@@ -36,7 +36,7 @@ def copy(
 
 
 def copy_and_convert(
-    shape: GroupedShape, stream: int, q, spans, pools, table, shared: Shared, segment: Segment, ring_step: Array
+    shape: GroupedShape, stream: Array, q, spans, pools, table, shared: Shared, segment: Segment, ring_step: Array
 ) -> Array:
     """Copy like `copy`, some tiles ahead, and convert each tile to float16."""
     _copy_queries(shape, stream, q, spans, shared, segment)
@@ -77,7 +77,7 @@ def copy_and_convert(
     return ring_step
 
 
-def _copy_queries(shape: GroupedShape, stream: int, q, spans, shared: Shared, segment: Segment) -> None:
+def _copy_queries(shape: GroupedShape, stream: Array, q, spans, shared: Shared, segment: Segment) -> None:
     turn = lax.rem(segment.nth, shape.q_stages)
     pl.when(segment.nth >= shape.q_stages)(partial(plgpu.barrier_wait, shared.q_freed.at[stream, turn]))
     for member in range(shape.work.members):

@@ -14,7 +14,7 @@ from helix_jax.kernels.mosaic_gpu.softmax import repeat_along_columns
 from helix_jax.kernels.mosaic_gpu.work import Segment, loop_over_tiles
 
 
-def compute(shape: GroupedShape, stream: int, o, lse, shared: Shared, segment: Segment, ring_step: Array) -> Array:
+def compute(shape: GroupedShape, stream: Array, o, lse, shared: Shared, segment: Segment, ring_step: Array) -> Array:
     """Compute the tiles of a segment. A stream has one computing warpgroup. Return the number of tiles used so far."""
     work, few, q_turn = shape.work, shared.few, lax.rem(segment.nth, shape.q_stages)
     queries = work.member_queries
@@ -59,7 +59,7 @@ def compute(shape: GroupedShape, stream: int, o, lse, shared: Shared, segment: S
     return ring_step
 
 
-def _score(shape: GroupedShape, stream: int, shared: Shared, q_turn: Array, ring_step: Array) -> Array:
+def _score(shape: GroupedShape, stream: Array, shared: Shared, q_turn: Array, ring_step: Array) -> Array:
     """Return the scores [queries, slots] of a tile of keys, without the factor on the logits."""
     few, size, stage = shared.few, (shape.work.tile, shape.work.member_queries), lax.rem(ring_step, shape.stages)
     assert few is not None
@@ -79,7 +79,7 @@ def _score(shape: GroupedShape, stream: int, shared: Shared, q_turn: Array, ring
 
 
 def _store(
-    shape: GroupedShape, stream: int, o, lse, shared: Shared, segment: Segment, acc: Any, inverse: Array, log: Array
+    shape: GroupedShape, stream: Array, o, lse, shared: Shared, segment: Segment, acc: Any, inverse: Array, log: Array
 ) -> None:
     """Copy the results of a segment to global memory."""
     few, queries = shared.few, pl.ds(0, shape.work.member_queries)

@@ -189,11 +189,11 @@ class Shared(NamedTuple):
     quantised: Quantised | None
     few: Few | None
 
-    def tile(self, stream: int, stage: Array | int) -> Any:
+    def tile(self, stream: Array, stage: Array | int) -> Any:
         """Return a tile of keys or values that is ready to be multiplied."""
         return (self.quantised.converted if self.quantised else self.ring).at[stream, stage]
 
-    def scales(self, stream: int, stage: Array, layout: Any) -> Array:
+    def scales(self, stream: Array, stage: Array, layout: Any) -> Array:
         """Return the scales of the slots of a tile, for scores in a layout."""
         assert self.quantised is not None
         return plgpu.layout_cast(self.quantised.scales[stream, stage], layout.reduce(0))

@@ -125,7 +125,7 @@ def _change_if(condition: bool | Array, change: Callable[[Array], Array], x: Arr
 
 
 def clear_unseen(
-    values: Any, segment: Segment, first_slot: Array, *, shape: tuple[int, int], sharers: int = 1, me: int = 0
+    values: Any, segment: Segment, first_slot: Array, *, shape: tuple[int, int], sharers: int = 1, me: Array | int = 0
 ) -> None:
     """Set values that no query sees to 0, because a weight of 0 times NaN is NaN.
 
@@ -135,10 +135,11 @@ def clear_unseen(
         first_slot: The first slot of the tile.
         shape: The shape of the tile.
         sharers: The number of warpgroups that share this work. The caller synchronises them afterwards.
-        me: The index of this warpgroup among them.
+        me: The index of this warpgroup among them. Their number divides that of the pieces of 64 by 64.
     """
-    corners = [(row, column) for row in range(0, shape[0], _PIECE) for column in range(0, shape[1], _PIECE)]
-    for row, column in corners[me::sharers]:
+    rows, columns = (size // _PIECE for size in shape)
+    for first in range(0, rows * columns, sharers):
+        row, column = (x * _PIECE for x in divmod(first + me, columns))
         piece = values.at[pl.ds(row, _PIECE), pl.ds(column, _PIECE)]
         slot = first_slot + row + plgpu.broadcasted_iota(jnp.int32, (_PIECE, _PIECE), 0, layout=TILE)
         value = piece[...]
