@@ -1,6 +1,7 @@
 """The attention kernels: scheduling, which kernel is chosen, lowering without the device, and results on it."""
 
 import re
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -28,7 +29,7 @@ from helix_jax.kernels import (
     tpu,
 )
 from helix_jax.kernels.mosaic_gpu.grouped_shape import choose_shape
-from helix_jax.kernels.mosaic_gpu.work import Work, find_parts, make_schedule, walk_segments
+from helix_jax.kernels.mosaic_gpu.work import Work, align_streams, find_parts, make_schedule, walk_segments
 from helix_jax.mesh import NEW_KEYS_BTKH, POOL_XKWH, QUERIES_BTNH, ROWS_B, TABLE_RBM, sharding
 from helix_jax.plan import Plan
 from helix_jax.quantisation import FLOAT8, QuantisedPages, dequantise, quantise
@@ -110,6 +111,22 @@ def test_every_tile_is_visited_once_by_streams_of_equal_length(data):
     assert max(numbers, default=0) < work.parts
     lengths = [sum(s.end - s.begin for s in segments) for segments in streams]
     assert max(lengths) == -(-sum(map(len, expected.values())) // work.streams)  # an equal share
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "streams", "per_processor", "aligned"),
+    [(32, 1, 132, 1, 128), (1, 1, 132, 1, 132), (64, 8, 528, 4, 512), (9, 1, 132, 1, 126), (48, 1, 132, 1, None)],
+)
+def test_a_few_processors_less_are_used_if_that_aligns_streams(rows, heads, streams, per_processor, aligned):
+    """48 rows would leave a quarter of the processors unused, so all of them are used."""
+    work = Work(rows, heads, queries=4, members=1, tile=8, streams=streams)
+    assert align_streams(work, per_processor) == replace(work, streams=aligned or streams)
+
+
+def test_aligned_streams_have_one_segment_if_lengths_are_equal():
+    work = align_streams(Work(rows=3, heads=2, queries=4, members=1, tile=8, streams=44), per_processor=2)
+    streams, _ = simulate_streams(work, np.zeros((3, 1)), np.full((3, 1), 8 * 14))
+    assert [[s.end - s.begin for s in segments] for segments in streams] == [[2]] * 42
 
 
 @pytest.mark.parametrize("rows", [1, 9, 80, 600])

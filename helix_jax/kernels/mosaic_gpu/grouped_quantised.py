@@ -20,7 +20,7 @@ from helix_jax.attention import PageTable
 from helix_jax.kernels.mosaic_gpu import memory, operands, softmax
 from helix_jax.kernels.mosaic_gpu.few import FEW, PRODUCT, spread_over_product, store_transposed, transpose_scores
 from helix_jax.kernels.mosaic_gpu.softmax import repeat_along_columns
-from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, loop_by_mask, walk_segments
+from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, align_streams, loop_by_mask, walk_segments
 from helix_jax.quantisation import FLOAT8, QuantisedPages
 
 _WIDTH = operands.NUMBERS
@@ -94,7 +94,7 @@ def choose_shape(
 ) -> QuantisedGroupedShape:
     """Choose the shape of the kernel for `queries` queries of a row and key/value head."""
     work = Work(rows, heads, queries, 1, ROWS, _STREAMS * processors, _QUERIES)
-    return QuantisedGroupedShape(work, page, scale)
+    return QuantisedGroupedShape(align_streams(work, _STREAMS), page, scale)
 
 
 def compute_parts(
@@ -182,7 +182,8 @@ def _compute(
         s = s * repeat_along_columns(_load_scales(shared, stages[0]), queries)
         fetch(index + ahead, ring_step + _PAIR * ahead)  # in the places of these keys and of the previous values
         plgpu.barrier_wait(shared.filled.at[*stages[1]])
-        operands.clear_unseen(shared.ring.at[*stages[1]], segment, index)
+        if masked:
+            operands.clear_unseen(shared.ring.at[*stages[1]], segment, index)
         first, scales = index * work.tile, _load_scales(shared, stages[1])
         s = softmax.mask_unseen(masked, s, shared.spans.at[mine], first, FEW)
         scales = softmax.clear_unseen_scales(masked, scales, segment, first, FEW.reduce(0))

@@ -19,7 +19,7 @@ from jax import Array, lax
 from helix_jax.attention import PageTable
 from helix_jax.kernels.mosaic_gpu import memory, softmax
 from helix_jax.kernels.mosaic_gpu.softmax import repeat_along_rows
-from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, loop_by_mask, walk_segments
+from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, align_streams, loop_by_mask, walk_segments
 
 _COLUMNS = 128  # columns of a result that are staged in shared memory at once
 _HALVES = 2
@@ -65,7 +65,8 @@ def choose_shape(
         scale: The factor on the logits.
     """
     members = 1 if queries <= ROWS else 2
-    return LatentShape(Work(rows, 1, queries, members, ROWS, processors // members), width, v_width, page, scale)
+    work = align_streams(Work(rows, 1, queries, members, ROWS, processors // members))
+    return LatentShape(work, width, v_width, page, scale)
 
 
 class Shared(NamedTuple):

@@ -27,7 +27,7 @@ from helix_jax.attention import PageTable
 from helix_jax.kernels.mosaic_gpu import memory, operands, softmax
 from helix_jax.kernels.mosaic_gpu.few import FEW, PRODUCT, store_transposed
 from helix_jax.kernels.mosaic_gpu.softmax import repeat_along_columns
-from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, loop_by_mask, walk_segments
+from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, align_streams, loop_by_mask, walk_segments
 from helix_jax.quantisation import FLOAT8, QuantisedPages
 
 _GROUP = operands.NUMBERS  # numbers that share a scale
@@ -112,7 +112,7 @@ def choose_shape(
     member_queries = min(-(-queries // 8) * 8, _MOST_QUERIES)
     work = Work(rows, 1, queries, 1, ROWS, processors, member_queries)
     _, _, page, groups = latents.scales_AKWX.shape
-    return QuantisedLatentShape(work, groups, latents.exact_width, page, scale)
+    return QuantisedLatentShape(align_streams(work), groups, latents.exact_width, page, scale)
 
 
 def compute_parts(

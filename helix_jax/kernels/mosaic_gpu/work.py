@@ -13,7 +13,7 @@ at the same places, so streams of different lanes read the same pages at the sam
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ ROWS = 64  # the rows of a warpgroup's matrix product
 _JOB_SIZE, _END, _TILES = 8, 0, 2  # the numbers of a job in Schedule.jobs_P8, and the columns of two of them
 _FEW_JOBS = 512
 _FAR = 2**30  # larger than any slot
+_LEAST_USED = 0.95  # of the processors, if fewer are used so that streams are aligned
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,25 @@ class Segment(NamedTuple):
     whole_end: Array
     lo: Array
     hi: Array
+
+
+def align_streams(work: Work, per_processor: int = 1) -> Work:
+    """Use a few processors less, if then no stream begins inside a segment and ends in another, for equal lengths.
+
+    A segment costs time in addition to that of its tiles, and all streams wait for those that have two.
+
+    Args:
+        work: The work on all processors.
+        per_processor: The streams of a processor.
+
+    Returns:
+        The work with the largest number of streams for which this holds, or all of them, if it holds for none.
+    """
+    for streams in range(work.streams, math.ceil(_LEAST_USED * work.streams) - 1, -per_processor):
+        aligned = replace(work, streams=streams)
+        if aligned.streams_in_lane % (aligned.jobs * aligned.heads_in_lane) == 0:
+            return aligned
+    return work
 
 
 def make_schedule(work: Work, lo_BT: Array, hi_BT: Array) -> Schedule:
