@@ -239,6 +239,11 @@ class Runner:
         if jax.process_count() > 1:
             return False
         calls: list[tuple[Any, tuple[Any, ...]]] = []
+        # Those that take longest to compile are lowered first.
+        for is_greedy in [True] * greedy + [False] * sampling:
+            calls += [
+                (self._decode_program, self._decode_arguments({}, is_greedy, steps)) for steps in self._decode_steps
+            ]
         for shape in self._shapes:
             arguments = self._prefill_arguments(shape, {})
             calls.append((programs.prefill, arguments))
@@ -249,10 +254,6 @@ class Runner:
                 where = sharding(self.plan.mesh, ROWS_B)
                 logits_XV = jax.ShapeDtypeStruct(logits_shape, jnp.float32, sharding=where)
                 calls.append((programs.choose_first, (self.plan, self.state, arguments[-1], logits_XV)))
-        for is_greedy in [True] * greedy + [False] * sampling:
-            calls += [
-                (self._decode_program, self._decode_arguments({}, is_greedy, steps)) for steps in self._decode_steps
-            ]
         with ThreadPoolExecutor(len(calls)) as pool:
             for compiling in [pool.submit(program.lower(*arguments).compile) for program, arguments in calls]:
                 compiling.result()
