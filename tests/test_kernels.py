@@ -117,7 +117,7 @@ def test_every_tile_is_visited_once_by_streams_of_equal_length(data):
     ("rows", "heads", "streams", "per_processor", "aligned"),
     [(32, 1, 132, 1, 128), (1, 1, 132, 1, 132), (64, 8, 528, 4, 512), (9, 1, 132, 1, 126), (48, 1, 132, 1, None)],
 )
-def test_a_few_processors_less_are_used_if_that_aligns_streams(rows, heads, streams, per_processor, aligned):
+def test_slightly_fewer_processors_are_used_if_that_aligns_streams(rows, heads, streams, per_processor, aligned):
     """48 rows would leave a quarter of the processors unused, so all of them are used."""
     work = Work(rows, heads, queries=4, members=1, tile=8, streams=streams)
     assert align_streams(work, per_processor) == replace(work, streams=aligned or streams)

@@ -25,7 +25,7 @@ ROWS = 64  # the rows of a warpgroup's matrix product
 _JOB_SIZE, _END, _TILES = 8, 0, 2  # the numbers of a job in Schedule.jobs_P8, and the columns of two of them
 _FEW_JOBS = 512
 _FAR = 2**30  # larger than any slot
-_LEAST_USED = 0.95  # of the processors, if fewer are used so that streams are aligned
+_LEAST_USED = 0.95  # the least fraction of the processors that aligned streams use
 
 
 @dataclass(frozen=True)
@@ -141,16 +141,17 @@ class Segment(NamedTuple):
 
 
 def align_streams(work: Work, per_processor: int = 1) -> Work:
-    """Use a few processors less, if then no stream begins inside a segment and ends in another, for equal lengths.
+    """Use slightly fewer processors, if that aligns the streams with the segments when all rows have equal lengths.
 
-    A segment costs time in addition to that of its tiles, and all streams wait for those that have two.
+    Then each segment is divided into whole streams. Otherwise some streams compute the end of one segment and the
+    beginning of another, which takes longer, and all others wait for them.
 
     Args:
         work: The work on all processors.
         per_processor: The streams of a processor.
 
     Returns:
-        The work with the largest number of streams for which this holds, or all of them, if it holds for none.
+        The work with the largest number of streams that are aligned, or all streams if too few would be left.
     """
     for streams in range(work.streams, math.ceil(_LEAST_USED * work.streams) - 1, -per_processor):
         aligned = replace(work, streams=streams)
