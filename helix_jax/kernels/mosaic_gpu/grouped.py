@@ -68,7 +68,8 @@ def _as_rows(pages: Array | QuantisedPages) -> list[Array]:
 
 
 def _body(shape: GroupedShape, q, pools, entries, first, starts, jobs, spans, o, lse, shared: Shared) -> None:
-    table, schedule, warpgroup = PageTable(entries, first), Schedule(starts, jobs, spans), lax.axis_index("warpgroup")
+    arrays, warpgroup = memory.Arrays(q, pools, PageTable(entries, first), spans, o, lse), lax.axis_index("warpgroup")
+    schedule = Schedule(starts, jobs, spans)
     copy_registers = 88 if shape.quantised else 56
     compute_registers = 256 - copy_registers if shape.streams_per_processor == 2 else 200
 
@@ -79,23 +80,29 @@ def _body(shape: GroupedShape, q, pools, entries, first, starts, jobs, spans, o,
         plgpu.set_max_registers(compute_registers, action="increase")
         stream, member = warpgroup // shape.work.members, lax.rem(warpgroup, shape.work.members)
         if shape.few:
-            walk(stream, partial(grouped_few.compute, shape, stream, o, lse, shared))
+            walk(stream, partial(grouped_few.compute, shape, stream, arrays, shared))
         else:
-            walk(stream, partial(_compute, shape, stream, member, o, lse, shared))
+            walk(stream, partial(_compute, shape, stream, member, arrays, shared))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def copy_tiles() -> None:
         plgpu.set_max_registers(copy_registers, action="decrease")
         stream = warpgroup - shape.computing_warpgroups
         copy_segment = copy_and_convert if shape.quantised else copy
-        walk(stream, partial(copy_segment, shape, stream, q, spans, pools, table, shared))
+        walk(stream, partial(copy_segment, shape, stream, arrays, shared))
 
     # The index of the warpgroup is not static, so that one program per role is compiled.
     lax.cond(warpgroup < shape.computing_warpgroups, compute, copy_tiles)
 
 
 def _compute(
-    shape: GroupedShape, stream: Array, member: Array, o, lse, shared: Shared, segment: Segment, ring_step: Array
+    shape: GroupedShape,
+    stream: Array,
+    member: Array,
+    arrays: memory.Arrays,
+    shared: Shared,
+    segment: Segment,
+    ring_step: Array,
 ) -> Array:
     work = shape.work
     me, q_turn = stream * work.members + member, lax.rem(segment.nth, shape.q_stages)
@@ -153,12 +160,20 @@ def _compute(
     carry = ([zero for _ in blocks], *softmax.start(), ring_step)
     accs, m, l, ring_step = loop_over_tiles(segment, tile, carry)
     plgpu.barrier_arrive(shared.q_freed.at[stream, q_turn])
-    _store(shape, member, o, lse, shared, segment, me, accs, *softmax.finish(m, l))
+    _store(shape, member, arrays, shared, segment, me, accs, *softmax.finish(m, l))
     return ring_step
 
 
 def _store(
-    shape: GroupedShape, member: Array, o, lse, shared: Shared, segment: Segment, me: Array, accs, inverse, log
+    shape: GroupedShape,
+    member: Array,
+    arrays: memory.Arrays,
+    shared: Shared,
+    segment: Segment,
+    me: Array,
+    accs,
+    inverse,
+    log,
 ) -> None:
     """Copy the results of a segment to global memory."""
     queries = min(ROWS, shape.work.part_queries)
@@ -169,7 +184,7 @@ def _store(
         if column == 0:
             shared.lse[me] = log
         plgpu.commit_smem()
-        target = o.at[segment.part, pl.ds(member * ROWS, queries), pl.ds(column, STAGED_COLUMNS)]
+        target = arrays.o.at[segment.part, pl.ds(member * ROWS, queries), pl.ds(column, STAGED_COLUMNS)]
         plgpu.copy_smem_to_gmem(shared.o.at[me, pl.ds(0, queries)], target)
         if column == 0:
-            plgpu.copy_smem_to_gmem(shared.lse.at[me], lse.at[segment.part, pl.ds(member * ROWS, ROWS)])
+            plgpu.copy_smem_to_gmem(shared.lse.at[me], arrays.lse.at[segment.part, pl.ds(member * ROWS, ROWS)])

@@ -13,11 +13,11 @@ from helix_jax.kernels.mosaic_gpu.work import Segment
 
 
 def copy(
-    shape: GroupedShape, stream: Array, q, spans, pools, table, shared: Shared, segment: Segment, ring_step: Array
+    shape: GroupedShape, stream: Array, arrays: memory.Arrays, shared: Shared, segment: Segment, ring_step: Array
 ) -> Array:
     """Copy the queries and the tiles of a segment. `ring_step` counts the tiles of the stream."""
-    _copy_queries(shape, stream, q, spans, shared, segment)
-    [[k], [v]] = pools
+    _copy_queries(shape, stream, arrays, shared, segment)
+    [[k], [v]], table = arrays.pools, arrays.table
     locate = partial(memory.locate_tile, shape.work, shape.page, k, table, segment)
 
     def copy_pair(index: Array, carry: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
@@ -36,10 +36,11 @@ def copy(
 
 
 def copy_and_convert(
-    shape: GroupedShape, stream: Array, q, spans, pools, table, shared: Shared, segment: Segment, ring_step: Array
+    shape: GroupedShape, stream: Array, arrays: memory.Arrays, shared: Shared, segment: Segment, ring_step: Array
 ) -> Array:
     """Copy like `copy`, some tiles ahead, and convert each tile to float16."""
-    _copy_queries(shape, stream, q, spans, shared, segment)
+    _copy_queries(shape, stream, arrays, shared, segment)
+    pools, table = arrays.pools, arrays.table
     quantised, ahead = shared.quantised, shape.copied_tiles // 2  # in pairs
     assert quantised is not None
     locate = partial(memory.locate_tile, shape.work, shape.page, pools[0][0], table, segment)
@@ -77,13 +78,13 @@ def copy_and_convert(
     return ring_step
 
 
-def _copy_queries(shape: GroupedShape, stream: Array, q, spans, shared: Shared, segment: Segment) -> None:
+def _copy_queries(shape: GroupedShape, stream: Array, arrays: memory.Arrays, shared: Shared, segment: Segment) -> None:
     turn = lax.rem(segment.nth, shape.q_stages)
     pl.when(segment.nth >= shape.q_stages)(partial(plgpu.barrier_wait, shared.q_freed.at[stream, turn]))
     for member in range(shape.work.members):
         place = stream * shape.work.members + member, turn
         targets = shared.q.at[*place], shared.spans.at[*place], shared.q_filled.at[*place]
-        memory.fetch_queries(shape.work, segment, member, q, spans, *targets)
+        memory.fetch_queries(shape.work, segment, member, arrays.q, arrays.spans, *targets)
 
 
 def _starts_of(shape: GroupedShape, table, part: int, starts: list[Array]) -> list[Array]:

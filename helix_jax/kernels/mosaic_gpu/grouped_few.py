@@ -14,7 +14,9 @@ from helix_jax.kernels.mosaic_gpu.softmax import repeat_along_columns
 from helix_jax.kernels.mosaic_gpu.work import Segment, loop_over_tiles
 
 
-def compute(shape: GroupedShape, stream: Array, o, lse, shared: Shared, segment: Segment, ring_step: Array) -> Array:
+def compute(
+    shape: GroupedShape, stream: Array, arrays: memory.Arrays, shared: Shared, segment: Segment, ring_step: Array
+) -> Array:
     """Compute the tiles of a segment. A stream has one computing warpgroup. Return the number of tiles used so far."""
     work, few, q_turn = shape.work, shared.few, lax.rem(segment.nth, shape.q_stages)
     queries = work.member_queries
@@ -55,7 +57,7 @@ def compute(shape: GroupedShape, stream: Array, o, lse, shared: Shared, segment:
     carry = (zero, *softmax.start(queries, FEW), ring_step)
     acc, m, l, ring_step = loop_over_tiles(segment, tile, carry)
     plgpu.barrier_arrive(shared.q_freed.at[stream, q_turn])
-    _store(shape, stream, o, lse, shared, segment, acc, *softmax.finish(m, l))
+    _store(shape, stream, arrays, shared, segment, acc, *softmax.finish(m, l))
     return ring_step
 
 
@@ -79,7 +81,14 @@ def _score(shape: GroupedShape, stream: Array, shared: Shared, q_turn: Array, ri
 
 
 def _store(
-    shape: GroupedShape, stream: Array, o, lse, shared: Shared, segment: Segment, acc: Any, inverse: Array, log: Array
+    shape: GroupedShape,
+    stream: Array,
+    arrays: memory.Arrays,
+    shared: Shared,
+    segment: Segment,
+    acc: Any,
+    inverse: Array,
+    log: Array,
 ) -> None:
     """Copy the results of a segment to global memory."""
     few, queries = shared.few, pl.ds(0, shape.work.member_queries)
@@ -89,5 +98,5 @@ def _store(
     store_transposed(shared.o.at[stream], acc * repeat_along_columns(inverse, shape.width))
     shared.lse[stream, queries] = log
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(shared.o.at[stream], o.at[segment.part, queries])
-    plgpu.copy_smem_to_gmem(shared.lse.at[stream, queries], lse.at[segment.part])
+    plgpu.copy_smem_to_gmem(shared.o.at[stream], arrays.o.at[segment.part, queries])
+    plgpu.copy_smem_to_gmem(shared.lse.at[stream, queries], arrays.lse.at[segment.part])

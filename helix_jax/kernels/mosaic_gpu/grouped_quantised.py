@@ -148,29 +148,25 @@ def _describe_shared(shape: QuantisedGroupedShape) -> Shared:
 def _body(shape: QuantisedGroupedShape, q, pools, entries, first, starts, jobs, spans, o, lse, shared: Shared) -> None:
     mine = lax.axis_index("warpgroup")
     stream = lax.axis_index("processor") * _STREAMS + mine
-    compute = partial(_compute, shape, mine, q, pools, spans, o, lse, PageTable(entries, first), shared)
-    walk_segments(shape.work, Schedule(starts, jobs, spans), stream, compute)
+    arrays = memory.Arrays(q, pools, PageTable(entries, first), spans, o, lse)
+    walk_segments(shape.work, Schedule(starts, jobs, spans), stream, partial(_compute, shape, mine, arrays, shared))
 
 
 def _compute(
     shape: QuantisedGroupedShape,
     mine: Array,
-    q,
-    pools,
-    spans,
-    o,
-    lse,
-    table: PageTable,
+    arrays: memory.Arrays,
     shared: Shared,
     segment: Segment,
     ring_step: Array,
 ) -> Array:
     """Compute the tiles of a segment. Return the number of tiles used so far."""
     work, queries, ahead = shape.work, shape.work.member_queries, shape.pairs_ahead
-    fetch = _make_fetch(shape, mine, pools, table, shared, segment)
+    fetch = _make_fetch(shape, mine, arrays, shared, segment)
     for nth in range(ahead):
         fetch(segment.begin + nth, ring_step + _PAIR * nth)
-    memory.fetch_queries(work, segment, 0, q, spans, shared.q.at[mine], shared.spans.at[mine], shared.q_filled.at[mine])
+    targets = shared.q.at[mine], shared.spans.at[mine], shared.q_filled.at[mine]
+    memory.fetch_queries(work, segment, 0, arrays.q, arrays.spans, *targets)
     plgpu.barrier_wait(shared.q_filled.at[mine])
 
     def tile(masked: bool, index: Array, carry):
@@ -202,14 +198,15 @@ def _compute(
 
     carry = ([_make_zero(shape)] * operands.OPERANDS, *softmax.start(queries, FEW), ring_step)
     accs, m, l, ring_step = loop_by_mask(segment, tile, carry)
-    _store(shape, mine, o, lse, shared, segment, accs, *softmax.finish(m, l))
+    _store(shape, mine, arrays, shared, segment, accs, *softmax.finish(m, l))
     return ring_step
 
 
 def _make_fetch(
-    shape: QuantisedGroupedShape, mine: Array, pools, table: PageTable, shared: Shared, segment: Segment
+    shape: QuantisedGroupedShape, mine: Array, arrays: memory.Arrays, shared: Shared, segment: Segment
 ) -> Callable[[Array, Array], None]:
     """Return a function that starts the copies of a pair of tiles, if they are in the segment."""
+    pools, table = arrays.pools, arrays.table
     rows_to_values = (table.first_C[1] - table.first_C[0]) * shape.work.heads * shape.page
 
     def fetch(index: Array, ring_step: Array) -> None:
@@ -245,7 +242,14 @@ def _make_zero(shape: QuantisedGroupedShape) -> Array:
 
 
 def _store(
-    shape: QuantisedGroupedShape, mine: Array, o, lse, shared: Shared, segment: Segment, accs, inverse, log
+    shape: QuantisedGroupedShape,
+    mine: Array,
+    arrays: memory.Arrays,
+    shared: Shared,
+    segment: Segment,
+    accs,
+    inverse,
+    log,
 ) -> None:
     """Copy the results of a segment to global memory."""
     queries = pl.ds(0, shape.work.member_queries)
@@ -255,7 +259,7 @@ def _store(
     shared.per_query[mine, 1, queries] = log
     plgpu.commit_smem()
     for i in range(operands.OPERANDS):
-        target = o.at[segment.part, queries, pl.ds(i * ROWS, ROWS)]
+        target = arrays.o.at[segment.part, queries, pl.ds(i * ROWS, ROWS)]
         plgpu.copy_smem_to_gmem(shared.scores_outputs.at[mine, i], target)
-    plgpu.copy_smem_to_gmem(shared.per_query.at[mine, 1, queries], lse.at[segment.part])
+    plgpu.copy_smem_to_gmem(shared.per_query.at[mine, 1, queries], arrays.lse.at[segment.part])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

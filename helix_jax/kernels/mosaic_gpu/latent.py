@@ -142,28 +142,34 @@ def compute_parts(
 def _body(
     shape: LatentShape, q, k, entries, first, starts, jobs, spans, o, lse, staged, spans_staged, shared: Shared
 ) -> None:
-    table, (q_staged, o_staged) = PageTable(entries, first), staged
+    arrays, (q_staged, o_staged) = memory.Arrays(q, k, PageTable(entries, first), spans, o, lse), staged
     walk = partial(walk_segments, shape.work, Schedule(starts, jobs, spans), lax.axis_index("stream"))
 
     def values(half: int) -> None:
         plgpu.set_max_registers(200, action="increase")
-        walk(partial(_values, shape, half, k, table, o, o_staged[half], shared))
+        walk(partial(_values, shape, half, arrays, o_staged[half], shared))
 
     def scores() -> None:
         plgpu.set_max_registers(104, action="decrease")
-        walk(partial(_scores, shape, q, spans, lse, q_staged, spans_staged, shared))
+        walk(partial(_scores, shape, arrays, q_staged, spans_staged, shared))
 
     lax.switch(lax.axis_index("warpgroup"), [partial(values, half) for half in range(_HALVES)] + [scores])
 
 
 def _scores(
-    shape: LatentShape, q, spans, lse, q_staged, spans_staged, shared: Shared, segment: Segment, ring_step: Array
+    shape: LatentShape,
+    arrays: memory.Arrays,
+    q_staged,
+    spans_staged,
+    shared: Shared,
+    segment: Segment,
+    ring_step: Array,
 ) -> Array:
     work = shape.work
     member = lax.axis_index("member")
     rows = pl.ds(member * ROWS, ROWS)
     pl.when(ring_step > 0)(lambda: plgpu.barrier_wait(shared.results_stored))
-    memory.fetch_queries(work, segment, member, q, spans, q_staged, spans_staged, shared.q_filled)
+    memory.fetch_queries(work, segment, member, arrays.q, arrays.spans, q_staged, spans_staged, shared.q_filled)
     plgpu.barrier_wait(shared.q_filled)
 
     def tile(masked: bool, index: Array, carry):
@@ -195,24 +201,24 @@ def _scores(
     shared.per_query[1] = log
     plgpu.commit_smem()
     plgpu.barrier_arrive(shared.segment_finished)
-    plgpu.copy_smem_to_gmem(shared.per_query.at[1], lse.at[segment.part, rows])
+    plgpu.copy_smem_to_gmem(shared.per_query.at[1], arrays.lse.at[segment.part, rows])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     return ring_step
 
 
 def _values(
-    shape: LatentShape, half: int, k, table, o, o_staged, shared: Shared, segment: Segment, ring_step: Array
+    shape: LatentShape, half: int, arrays: memory.Arrays, o_staged, shared: Shared, segment: Segment, ring_step: Array
 ) -> Array:
     work = shape.work
     columns = pl.ds(half * shape.half, shape.half)
 
-    locate = partial(memory.locate_tile, work, shape.page, k, table, segment)
+    locate = partial(memory.locate_tile, work, shape.page, arrays.pools, arrays.table, segment)
 
     def fetch(index: Array, ring_step: Array, starts: list[Array]) -> None:
         @pl.when(index < segment.end)
         def _():
             stage = lax.rem(ring_step, _STAGES)
-            memory.fetch(k, starts, shared.ring.at[stage], shared.filled.at[stage])
+            memory.fetch(arrays.pools, starts, shared.ring.at[stage], shared.filled.at[stage])
 
     def tile(index: Array, carry):
         acc, ring_step = carry
@@ -242,7 +248,7 @@ def _values(
         o_staged[...] = acc[:, column : column + _COLUMNS]
         plgpu.commit_smem()
         rows = pl.ds(lax.axis_index("member") * ROWS, queries)
-        target = o.at[segment.part, rows, pl.ds(half * shape.half + column, _COLUMNS)]
+        target = arrays.o.at[segment.part, rows, pl.ds(half * shape.half + column, _COLUMNS)]
         plgpu.copy_smem_to_gmem(o_staged.at[pl.ds(0, queries)], target)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     plgpu.barrier_arrive(shared.results_stored)

@@ -168,27 +168,16 @@ def _describe_shared(shape: QuantisedLatentShape) -> Shared:
 
 
 def _body(
-    shape: QuantisedLatentShape,
-    q,
-    pools,
-    entries,
-    first,
-    starts,
-    jobs,
-    spans,
-    o,
-    lse,
-    q_staged,
-    shared: Shared,
+    shape: QuantisedLatentShape, q, pools, entries, first, starts, jobs, spans, o, lse, q_staged, shared: Shared
 ) -> None:
-    table, warpgroup = PageTable(entries, first), lax.axis_index("warpgroup")
+    arrays, warpgroup = memory.Arrays(q, pools, PageTable(entries, first), spans, o, lse), lax.axis_index("warpgroup")
     walk = partial(walk_segments, shape.work, Schedule(starts, jobs, spans), lax.axis_index("stream"))
 
     def weights() -> None:
-        walk(partial(_compute_weights, shape, q, spans, lse, q_staged, pools, table, shared))
+        walk(partial(_compute_weights, shape, arrays, q_staged, shared))
 
     def values() -> None:
-        walk(partial(_add_values, shape, warpgroup - 1, q_staged[0], pools, table, o, shared))
+        walk(partial(_add_values, shape, warpgroup - 1, arrays, q_staged[0], shared))
 
     lax.cond(warpgroup == 0, weights, values)
 
@@ -199,22 +188,20 @@ class _Copies:
 
     Attributes:
         shape: The static shape of the kernel.
-        pools: The numbers, scales and exact numbers.
-        table: Their pages.
+        arrays: The arrays of the kernel. Its pools are the numbers, the scales and the exact numbers.
         segment: The segment.
         stages: The tiles that are in shared memory at once.
     """
 
     shape: QuantisedLatentShape
-    pools: Any
-    table: PageTable
+    arrays: memory.Arrays
     segment: Segment
     stages: int
 
     def locate(self, index: Array) -> list[Array]:
         """Return the first row of each page of a tile in the pools."""
-        shape = self.shape
-        return memory.locate_tile(shape.work, shape.page, self.pools[0], self.table, self.segment, index)
+        shape, arrays = self.shape, self.arrays
+        return memory.locate_tile(shape.work, shape.page, arrays.pools[0], arrays.table, self.segment, index)
 
     def stage(self, tiles: Array) -> Array:
         """Return the place of a tile, which is the `tiles`-th of the stream."""
@@ -236,36 +223,28 @@ class _Copies:
 
 
 def _compute_weights(
-    shape: QuantisedLatentShape,
-    q,
-    spans,
-    lse,
-    q_staged,
-    pools,
-    table: PageTable,
-    shared: Shared,
-    segment: Segment,
-    tiles: Array,
+    shape: QuantisedLatentShape, arrays: memory.Arrays, q_staged, shared: Shared, segment: Segment, tiles: Array
 ) -> Array:
     """Compute the weights of the tiles of a segment. Return the number of tiles used so far."""
     work, queries, ahead = shape.work, pl.ds(0, shape.work.member_queries), _EXACT_TILES
-    copies = _Copies(shape, pools, table, segment, ahead)
+    copies = _Copies(shape, arrays, segment, ahead)
 
     def fetch(index: Array, tiles: Array, starts: list[Array]) -> None:
         place = copies.stage(tiles)
-        for pool, target in zip(pools[1:], (shared.scales, shared.exact), strict=True):
+        for pool, target in zip(arrays.pools[1:], (shared.scales, shared.exact), strict=True):
             copies.fetch(index, pool, starts, target.at[place], shared.exact_filled.at[place])
 
     starts = copies.fetch_first(tiles, ahead, fetch)
     pl.when(segment.nth > 0)(lambda: plgpu.barrier_wait(shared.results_stored))
-    memory.fetch_queries(work, segment, 0, q[0], spans, q_staged[0], shared.spans, shared.q_filled)
-    memory.fetch_query_numbers(work, segment, 0, q[1], q_staged[1], shared.q_filled)
+    (q, q_exact), (q_staged, q_exact_staged) = arrays.q, q_staged
+    memory.fetch_queries(work, segment, 0, q, arrays.spans, q_staged, shared.spans, shared.q_filled)
+    memory.fetch_query_numbers(work, segment, 0, q_exact, q_exact_staged, shared.q_filled)
     plgpu.barrier_wait(shared.q_filled)
 
     def tile(masked: bool, index: Array, carry):
         m, l, starts, tiles = carry
         later = copies.locate(index + ahead + 1)
-        s, scales = _add_products(shape, shared, q_staged[1], copies.stage(tiles))
+        s, scales = _add_products(shape, shared, q_exact_staged, copies.stage(tiles))
         first, layout = index * work.tile, FEW.reduce(0)
         s = softmax.mask_unseen(masked, s, shared.spans, first, FEW)
         scales = [softmax.clear_unseen_scales(masked, scale, segment, first, layout) for scale in scales]
@@ -288,7 +267,7 @@ def _compute_weights(
     shared.per_query[1, queries] = log
     plgpu.commit_smem()
     plgpu.barrier_arrive(shared.segment_finished)
-    plgpu.copy_smem_to_gmem(shared.per_query.at[1, queries], lse.at[segment.part])
+    plgpu.copy_smem_to_gmem(shared.per_query.at[1, queries], arrays.lse.at[segment.part])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     return tiles
 
@@ -319,10 +298,8 @@ def _add_products(shape: QuantisedLatentShape, shared: Shared, q_exact: Any, sta
 def _add_values(
     shape: QuantisedLatentShape,
     group: Array,
+    arrays: memory.Arrays,
     q_staged,
-    pools,
-    table: PageTable,
-    o,
     shared: Shared,
     segment: Segment,
     tiles: Array,
@@ -333,12 +310,12 @@ def _add_values(
         The number of tiles used so far.
     """
     stages, columns = shape.copied_tiles, pl.ds(group * _GROUP, _GROUP)
-    copies = _Copies(shape, pools, table, segment, stages)
+    copies = _Copies(shape, arrays, segment, stages)
 
     def fetch(index: Array, tiles: Array, starts: list[Array]) -> None:
         place = group, copies.stage(tiles)
         numbers, filled = shared.numbers.at[*place], shared.numbers_filled.at[*place]
-        copies.fetch(index, pools[0], starts, numbers, filled, columns=columns)
+        copies.fetch(index, arrays.pools[0], starts, numbers, filled, columns=columns)
 
     def multiply(index: Array, tiles: Array) -> None:
         """Store the products of a tile and the queries."""
@@ -370,7 +347,7 @@ def _add_values(
     accs, _, tiles = lax.fori_loop(segment.begin, segment.end - 1, tile, carry)
     accs = add_weighted(tiles, accs)
     plgpu.barrier_wait(shared.segment_finished)
-    _store_results(shape, group, o, shared, segment, accs)
+    _store_results(shape, group, arrays.o, shared, segment, accs)
     plgpu.barrier_arrive(shared.results_stored)
     return tiles + 1
 

@@ -1,6 +1,6 @@
 """Shared memory: the layout of tiles, and the copies of pages into them."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -21,6 +21,27 @@ COMPILER = plgpu.CompilerParams(
     approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
 )
 _SWIZZLE = 128
+
+
+class Arrays(NamedTuple):
+    """What a kernel reads and writes in the memory of the GPU.
+
+    Attributes:
+        q: The queries. Those of quantised latents are a pair: of the quantised numbers, and of the exact ones.
+        pools: The pages, viewed as rows: lists of the arrays of keys and of values; or the array of latents; or the
+            arrays of quantised latents.
+        table: The pages of each row.
+        spans: The slots that each query sees.
+        o: The outputs of the parts.
+        lse: The log-sum-exps of the parts.
+    """
+
+    q: Any
+    pools: Any
+    table: PageTable
+    spans: Any
+    o: Any
+    lse: Any
 
 
 def allocate_tiled(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
