@@ -6,6 +6,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax import Array, lax
 
+from helix_jax.attention import PageTable
 from helix_jax.kernels.mosaic_gpu import memory
 from helix_jax.kernels.mosaic_gpu.conversion import convert
 from helix_jax.kernels.mosaic_gpu.grouped_shape import GroupedShape, Shared
@@ -27,7 +28,12 @@ def copy(
             stage = lax.rem(ring_step, shape.stages)
             freed, filled = shared.freed.at[stream, stage], shared.filled.at[stream, stage]
             pl.when(ring_step >= shape.stages)(partial(plgpu.barrier_wait, freed))  # the ring starts empty
-            memory.fetch(pool, _starts_of(shape, table, part, starts), shared.tile(stream, stage), filled)
+            memory.fetch(
+                pool,
+                _starts_of(shape, table, part, starts),
+                shared.tile(stream, stage),
+                filled,
+            )
             ring_step = ring_step + 1
         return next_starts, ring_step
 
@@ -49,7 +55,12 @@ def copy_and_convert(
         place = stream, lax.rem(ring_step, shape.copied_tiles)
         targets = quantised.ring.at[*place], quantised.scales.at[stream, lax.rem(ring_step, shape.scale_stages)]
         for array, target in zip(pools[part], targets, strict=True):
-            memory.fetch(array, _starts_of(shape, table, part, starts), target, quantised.filled.at[*place])
+            memory.fetch(
+                array,
+                _starts_of(shape, table, part, starts),
+                target,
+                quantised.filled.at[*place],
+            )
 
     def convert_pair(index: Array, carry: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
         starts, ring_step = carry
@@ -87,7 +98,7 @@ def _copy_queries(shape: GroupedShape, stream: Array, arrays: memory.Arrays, sha
         memory.fetch_queries(shape.work, segment, member, arrays.q, arrays.spans, *targets)
 
 
-def _starts_of(shape: GroupedShape, table, part: int, starts: list[Array]) -> list[Array]:
+def _starts_of(shape: GroupedShape, table: PageTable, part: int, starts: list[Array]) -> list[Array]:
     """Return the first rows of the pieces of a tile of keys (0) or values (1), given those of the keys."""
-    rows_to_values = (table.first_C[1] - table.first_C[0]) * shape.work.heads * shape.page
-    return [start + rows_to_values for start in starts] if part else starts
+    to_values = memory.rows_to_values(shape.work, shape.page, table)
+    return [start + to_values for start in starts] if part else starts

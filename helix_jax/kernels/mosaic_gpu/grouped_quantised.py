@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from helix_jax.attention import PageTable
 from helix_jax.kernels.mosaic_gpu import memory, operands, softmax
-from helix_jax.kernels.mosaic_gpu.few import FEW, PRODUCT, spread_over_product, store_transposed, transpose_scores
+from helix_jax.kernels.mosaic_gpu.few import FEW, spread_over_product, store_transposed, transpose_scores
 from helix_jax.kernels.mosaic_gpu.softmax import repeat_along_columns
 from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, align_streams, loop_by_mask, walk_segments
 from helix_jax.quantisation import FLOAT8, QuantisedPages
@@ -173,7 +173,7 @@ def _compute(
         accs, m, l, ring_step = carry
         stages = [(mine, lax.rem(ring_step + part, shape.stages)) for part in range(_PAIR)]
         plgpu.barrier_wait(shared.filled.at[*stages[0]])
-        s = _multiply(shape, shared.ring.at[*stages[0]], shared.q.at[mine])
+        s = operands.multiply_slots(shared.ring.at[*stages[0]], shared.q.at[mine])
         s = transpose_scores(shared.scores_outputs.at[mine, 0], s)
         s = s * repeat_along_columns(_load_scales(shared, stages[0]), queries)
         fetch(index + ahead, ring_step + _PAIR * ahead)  # in the places of these keys and of the previous values
@@ -188,15 +188,11 @@ def _compute(
         alpha = spread_over_product(shared.per_query.at[mine, 0, pl.ds(0, queries)], alpha)  # and the weights
         values = operands.load_numbers(shared.ring.at[*stages[1]])
 
-        def add(refs) -> None:
-            for ref, operand in zip(refs, values, strict=True):
-                plgpu.wgmma(ref, operand, shared.weights.at[mine].transpose((1, 0)))
-
         accs = [acc * repeat_along_columns(alpha, ROWS) for acc in accs]
-        accs = pl.run_state(add)([memory.Accumulator.init(acc) for acc in accs])
+        accs = operands.add_weighted(accs, values, shared.weights.at[mine])
         return accs, m, l, ring_step + _PAIR
 
-    carry = ([_make_zero(shape)] * operands.OPERANDS, *softmax.start(queries, FEW), ring_step)
+    carry = ([operands.make_zeros(queries)] * operands.OPERANDS, *softmax.start(queries, FEW), ring_step)
     accs, m, l, ring_step = loop_by_mask(segment, tile, carry)
     _store(shape, mine, arrays, shared, segment, accs, *softmax.finish(m, l))
     return ring_step
@@ -206,16 +202,16 @@ def _make_fetch(
     shape: QuantisedGroupedShape, mine: Array, arrays: memory.Arrays, shared: Shared, segment: Segment
 ) -> Callable[[Array, Array], None]:
     """Return a function that starts the copies of a pair of tiles, if they are in the segment."""
-    pools, table = arrays.pools, arrays.table
-    rows_to_values = (table.first_C[1] - table.first_C[0]) * shape.work.heads * shape.page
+    work, page, pools, table = shape.work, shape.page, arrays.pools, arrays.table
+    to_values = memory.rows_to_values(work, page, table)
 
     def fetch(index: Array, ring_step: Array) -> None:
         @pl.when(index < segment.end)
         def _() -> None:
-            starts = memory.locate_tile(shape.work, shape.page, pools[0][0], table, segment, index)
+            starts = memory.locate_tile(work, page, pools[0][0], table, segment, index)
             for part, (numbers, scales) in enumerate(pools):
                 place = mine, lax.rem(ring_step + part, shape.stages)
-                rows = [start + rows_to_values for start in starts] if part else starts
+                rows = [start + to_values for start in starts] if part else starts
                 memory.fetch(numbers, rows, shared.ring.at[*place], shared.filled.at[*place])
                 memory.fetch(scales, rows, shared.scales.at[*place], shared.filled.at[*place])
 
@@ -224,21 +220,6 @@ def _make_fetch(
 
 def _load_scales(shared: Shared, place: tuple[Array, Array]) -> Array:
     return plgpu.layout_cast(shared.scales[*place], FEW.reduce(0))
-
-
-def _multiply(shape: QuantisedGroupedShape, keys: Any, q_staged: Any) -> Any:
-    """Return the products [slots, queries] of a tile of keys and the queries."""
-
-    def multiply(refs) -> None:
-        for i, operand in enumerate(operands.load_slots(keys)):
-            plgpu.wgmma(refs[0], operand, q_staged.at[i].transpose((1, 0)))
-
-    [product] = pl.run_state(multiply)([memory.Accumulator.init(_make_zero(shape))])
-    return product
-
-
-def _make_zero(shape: QuantisedGroupedShape) -> Array:
-    return plgpu.layout_cast(jnp.zeros((ROWS, shape.work.member_queries), jnp.float32), PRODUCT)
 
 
 def _store(

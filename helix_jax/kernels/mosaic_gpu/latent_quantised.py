@@ -323,7 +323,7 @@ def _add_values(
         numbers = shared.numbers.at[*place]
         plgpu.barrier_wait(shared.numbers_filled.at[*place])
         operands.clear_unseen(numbers, segment, index)
-        product = _multiply(shape, group, numbers, q_staged)
+        product = operands.multiply_slots(numbers, q_staged, group, one_at_a_time=shape.many_queries)
         pl.when(tiles > 0)(lambda: plgpu.barrier_wait(shared.products_used))
         store_transposed(shared.products.at[group], product)
         plgpu.barrier_arrive(shared.products_ready)
@@ -343,34 +343,13 @@ def _add_values(
     starts = copies.fetch_first(tiles, stages - 1, fetch)
     plgpu.barrier_wait(shared.q_filled)
     multiply(segment.begin, tiles)
-    carry = [_make_zero(shape)] * operands.OPERANDS, starts, tiles
+    carry = [operands.make_zeros(shape.work.member_queries)] * operands.OPERANDS, starts, tiles
     accs, _, tiles = lax.fori_loop(segment.begin, segment.end - 1, tile, carry)
     accs = add_weighted(tiles, accs)
     plgpu.barrier_wait(shared.segment_finished)
     _store_results(shape, group, arrays.o, shared, segment, accs)
     plgpu.barrier_arrive(shared.results_stored)
     return tiles + 1
-
-
-def _multiply(shape: QuantisedLatentShape, group: Array, numbers: Any, q_staged: Any) -> Any:
-    """Return the products [slots, queries] of the numbers of a group and the queries."""
-
-    def multiply(refs) -> None:
-        for i, operand in enumerate(operands.load_slots(numbers)):
-            _add_product(shape, refs[0], operand, q_staged.at[operands.OPERANDS * group + i])
-
-    [product] = pl.run_state(multiply)([memory.Accumulator.init(_make_zero(shape))])
-    return product
-
-
-def _add_product(shape: QuantisedLatentShape, accumulator: Any, left: Array, right: Any) -> None:
-    plgpu.wgmma(accumulator, left, right.transpose((1, 0)))
-    if shape.many_queries:
-        plgpu.wgmma_wait(0)  # the registers of this operand are needed for the next one
-
-
-def _make_zero(shape: QuantisedLatentShape) -> Array:
-    return plgpu.layout_cast(jnp.zeros((ROWS, shape.work.member_queries), jnp.float32), PRODUCT)
 
 
 def _add_weighted(
@@ -381,11 +360,8 @@ def _add_weighted(
     plgpu.barrier_wait(shared.weights_ready)
     alpha = repeat_along_columns(_load_per_query(shape, shared), ROWS)
 
-    def add(refs) -> None:
-        for ref, operand in zip(refs, values, strict=True):
-            _add_product(shape, ref, operand, shared.weights.at[group])
-
-    accs = pl.run_state(add)([memory.Accumulator.init(acc * alpha) for acc in accs])
+    accs = [acc * alpha for acc in accs]
+    accs = operands.add_weighted(accs, values, shared.weights.at[group], one_at_a_time=shape.many_queries)
     plgpu.barrier_arrive(shared.weights_used)
     return accs
 

@@ -81,6 +81,11 @@ def locate_tile(work: Work, page: int, pool_XH: Any, table: PageTable, segment: 
     return starts
 
 
+def rows_to_values(work: Work, page: int, table: PageTable) -> Array:
+    """Return the rows from the keys of a page to its values, in pools viewed as rows."""
+    return (table.first_C[1] - table.first_C[0]) * work.heads * page
+
+
 def fetch_queries(
     work: Work,
     segment: Segment,

@@ -18,8 +18,9 @@ from jax.experimental.mosaic.gpu import FragmentedArray, thread_idx, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from helix_jax.kernels.mosaic_gpu import memory
 from helix_jax.kernels.mosaic_gpu.conversion import clip_to_float16
-from helix_jax.kernels.mosaic_gpu.few import FEW
+from helix_jax.kernels.mosaic_gpu.few import FEW, PRODUCT
 from helix_jax.kernels.mosaic_gpu.work import ROWS, Segment
 
 NUMBERS = 128  # of a slot in a tile
@@ -59,6 +60,46 @@ def load_numbers(tile: Any) -> list[Array]:
     return _load(tile, transposed=True)
 
 
+def make_zeros(queries: int) -> Array:
+    """Return zeros [64, queries], to which products are added."""
+    return plgpu.layout_cast(jnp.zeros((ROWS, queries), jnp.float32), PRODUCT)
+
+
+def multiply_slots(tile: Any, queries: Any, group: Array | int = 0, *, one_at_a_time: bool = False) -> Array:
+    """Return the products [64 slots, queries] of the numbers of a tile and queries.
+
+    Args:
+        tile: The tile [64 slots, 128 numbers].
+        queries: Right operands [operands, queries, 64] of `split_queries`, in shared memory.
+        group: Which 128 numbers of the queries belong to this tile.
+        one_at_a_time: Whether the registers have space for one left operand only.
+    """
+
+    def multiply(refs) -> None:
+        for i, operand in enumerate(load_slots(tile)):
+            _add_product(refs[0], operand, queries.at[OPERANDS * group + i], one_at_a_time)
+
+    products: Any = pl.run_state(multiply)([memory.Accumulator.init(make_zeros(queries.shape[-2]))])
+    return products[0]
+
+
+def add_weighted(sums: list[Array], values: list[Array], weights: Any, *, one_at_a_time: bool = False) -> list[Any]:
+    """Add the weighted values [64 numbers, queries] of a tile to sums, one for each operand.
+
+    Args:
+        sums: The sums.
+        values: The operands of `load_numbers`.
+        weights: The weights [queries, 64 slots], in shared memory.
+        one_at_a_time: Whether the registers have space for one left operand only.
+    """
+
+    def add(refs) -> None:
+        for ref, operand in zip(refs, values, strict=True):
+            _add_product(ref, operand, weights, one_at_a_time)
+
+    return pl.run_state(add)([memory.Accumulator.init(x) for x in sums])
+
+
 def load_scales(scales: Any) -> list[Array]:
     """Load scales [64 slots, 4] as four arrays of the slots, laid out like columns of scores."""
     types = [plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, layout=_SCALE_LAYOUT)] * _SCALES
@@ -70,7 +111,7 @@ def load_scales(scales: Any) -> list[Array]:
 def clear_unseen(tile: Any, segment: Segment, index: Array) -> None:
     """Set slots of a tile that no query sees to 0, because a weight of 0 times NaN is NaN."""
 
-    @pl.when((index < segment.whole_begin) | (index >= segment.whole_end))
+    @pl.when(segment.needs_mask(index))
     def _() -> None:
         _clear(tile, segment.lo - index * ROWS, segment.hi - index * ROWS)
         plgpu.commit_smem()
@@ -84,6 +125,12 @@ def store_weights(target: Any, weights: list[Array]) -> None:
     plgpu.inline_mgpu(arg_types=(_WEIGHTS, [FEW] * len(weights)))(
         lambda _, memory, arrays: _emit_store(memory, arrays)
     )(target, weights)
+
+
+def _add_product(accumulator: Any, left: Array, right: Any, one_at_a_time: bool) -> None:
+    plgpu.wgmma(accumulator, left, right.transpose((1, 0)))
+    if one_at_a_time:
+        plgpu.wgmma_wait(0)  # the registers of this operand are needed for the next one
 
 
 def _load(tile: Any, transposed: bool) -> list[Array]:

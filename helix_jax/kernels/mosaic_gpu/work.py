@@ -139,6 +139,10 @@ class Segment(NamedTuple):
     lo: Array
     hi: Array
 
+    def needs_mask(self, tile: Array) -> Array:
+        """Return whether a tile has slots that some query does not see."""
+        return (tile < self.whole_begin) | (tile >= self.whole_end)
+
 
 def align_streams(work: Work, per_processor: int = 1) -> Work:
     """Use slightly fewer processors, if that aligns the streams with the segments when all rows have equal lengths.
@@ -244,7 +248,7 @@ def loop_over_tiles(segment: Segment, body: Callable[[Array, Array, Any], Any], 
     """Run `carry = body(masked, tile, carry)` in a kernel for each tile of a segment in order. Return the carry."""
 
     def run(tile: Array, carry: Any) -> Any:
-        return body((tile < segment.whole_begin) | (tile >= segment.whole_end), tile, carry)
+        return body(segment.needs_mask(tile), tile, carry)
 
     return lax.fori_loop(segment.begin, segment.end, run, carry)
 
@@ -252,7 +256,7 @@ def loop_over_tiles(segment: Segment, body: Callable[[Array, Array, Any], Any], 
 def loop_by_mask(segment: Segment, body: Callable[[bool, Array, Any], Any], carry: Any) -> Any:
     """Do the same with three loops, so that `masked` is static.
 
-    That takes longer to compile. Kernels whose time the computation limits, not the memory, run faster.
+    That takes longer to compile. Kernels that are limited by computation, not by memory, run faster.
     """
     bounds = (segment.begin, segment.whole_begin, segment.whole_end, segment.end)
     for masked, (begin, end) in zip((True, False, True), pairwise(bounds), strict=True):
