@@ -112,17 +112,7 @@ def _compute(
     def tile(masked: Array, index: Array, carry):
         accs, m, l, ring_step = carry
         stage, first_slot = lax.rem(ring_step, shape.stages), index * work.tile
-        plgpu.barrier_wait(shared.filled.at[stream, stage])
-        keys = shared.tile(stream, stage)
-
-        def scores(acc):
-            plgpu.wgmma(acc, shared.q.at[me, q_turn], keys.transpose((1, 0)))
-            return acc[...]
-
-        s = pl.run_scoped(scores, memory.Accumulator((ROWS, work.tile), jnp.float32))
-        if shape.quantised:
-            scales = shared.scales(stream, lax.rem(ring_step, shape.scale_stages), softmax.TILE)
-            s = s * repeat_along_columns(scales, ROWS)
+        s = _score(shape, stream, shared, shared.q.at[me, q_turn], ring_step)
         plgpu.barrier_arrive(shared.freed.at[stream, stage])
         s = softmax.mask_unseen(masked, s, shared.spans.at[me, q_turn], first_slot)
 
@@ -162,6 +152,23 @@ def _compute(
     plgpu.barrier_arrive(shared.q_freed.at[stream, q_turn])
     _store(shape, member, arrays, shared, segment, me, accs, *softmax.finish(m, l))
     return ring_step
+
+
+def _score(shape: GroupedShape, stream: Array, shared: Shared, q: Any, ring_step: Array) -> Array:
+    """Wait for a tile of keys. Return the scores [queries, slots], without the factor on the logits."""
+    stage = lax.rem(ring_step, shape.stages)
+    plgpu.barrier_wait(shared.filled.at[stream, stage])
+    keys = shared.tile(stream, stage)
+
+    def scores(acc):
+        plgpu.wgmma(acc, q, keys.transpose((1, 0)))
+        return acc[...]
+
+    s = pl.run_scoped(scores, memory.Accumulator((ROWS, shape.work.tile), jnp.float32))
+    if not shape.quantised:
+        return s
+    scales = shared.scales(stream, lax.rem(ring_step, shape.scale_stages), softmax.TILE)
+    return s * repeat_along_columns(scales, ROWS)
 
 
 def _store(

@@ -1,6 +1,7 @@
 """Merges the parts of each job and head into one partial, in one small kernel with a block of threads per query."""
 
-from functools import reduce
+from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -37,14 +38,7 @@ def merge_parts(work: Work, o_XQH: Array, lse_XQ: Array, schedule: Schedule) -> 
         live = [spans[0, job, query + i] < spans[1, job, query + i] for i in range(queries)]
         first, count = find_parts(work, Schedule(starts, jobs, spans), job, head)
 
-        def repeat(values: list[Array]) -> Array:
-            """Repeat the number of each query along its width."""
-            spread = jnp.full((width,), values[-1])
-            if queries > 1:
-                number = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=layout)
-                for i in reversed(range(queries - 1)):
-                    spread = jnp.where(number < (i + 1) * H, jnp.full((width,), values[i]), spread)
-            return spread
+        repeat = partial(_repeat, width, layout)
 
         def merge_chunk(chunk: Array, carry):
             tops, sums, acc = carry
@@ -88,3 +82,13 @@ def merge_parts(work: Work, o_XQH: Array, lse_XQ: Array, schedule: Schedule) -> 
     )(o_XQH.reshape(X, Q * H), lse_XQ, *schedule)
     o = o.reshape(work.rows, work.heads, blocks * queries, H)[:, :, : work.queries]
     return o, lse.reshape(work.rows, work.heads, blocks * queries)[:, :, : work.queries]
+
+
+def _repeat(width: int, layout: Any, values: list[Array]) -> Array:
+    """Repeat the number of each query along its share of the width."""
+    share, repeated = width // len(values), jnp.full((width,), values[-1])
+    if len(values) > 1:
+        number = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=layout)
+        for i in reversed(range(len(values) - 1)):
+            repeated = jnp.where(number < (i + 1) * share, jnp.full((width,), values[i]), repeated)
+    return repeated
