@@ -256,7 +256,7 @@ def loop_over_tiles(segment: Segment, body: Callable[[Array, Array, Any], Any], 
 def loop_by_mask(segment: Segment, body: Callable[[bool, Array, Any], Any], carry: Any) -> Any:
     """Do the same with three loops, so that `masked` is static.
 
-    That takes longer to compile. Kernels that are limited by computation, not by memory, run faster.
+    That takes longer to compile. Attention to latents runs faster, because it is not limited by memory.
     """
     bounds = (segment.begin, segment.whole_begin, segment.whole_end, segment.end)
     for masked, (begin, end) in zip((True, False, True), pairwise(bounds), strict=True):
