@@ -1,5 +1,6 @@
 """Shared memory: the layout of tiles, and the copies of pages into them."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
@@ -66,19 +67,56 @@ def copies_per_tile(tile: int, page: int) -> int:
     return max(1, tile // page)
 
 
-def locate_tile(work: Work, page: int, pool_XH: Any, table: PageTable, segment: Segment, tile: Array) -> list[Array]:
-    """Return the first row of each piece of a tile of keys, in a pool viewed as rows [pages * heads * page, width].
+@dataclass(frozen=True)
+class Locator:
+    """Locates the tiles of a segment in a pool viewed as rows [pages * heads * page, width].
 
-    Table entries past the slots in use may contain anything. They are clamped here, and their scores are masked later.
+    Attributes:
+        work: The static shape of the work.
+        page: Tokens per page.
+        entries: The entries of the page table [rows, pages]. Those past the slots in use may contain anything.
+        segment: The segment.
+        first: The first page in the pool that an entry can name.
+        last: The last entry that names a page.
     """
-    pages, piece = pool_XH.shape[0] // (work.heads * page), min(work.tile, page)
-    row, starts, entries = segment.job // work.jobs_per_row, [], table.entries_BM
-    first, last = table.first_C[0], pages - 1 - table.first_C[table.first_C.shape[0] - 1]
-    for i in range(copies_per_tile(work.tile, page)):
-        slot = tile * work.tile + i * piece
-        entry = jnp.clip(entries[row, lax.rem(slot // page, entries.shape[1])], 0, last)
-        starts.append(((first + entry) * work.heads + segment.head) * page + lax.rem(slot, page))
-    return starts
+
+    work: Work
+    page: int
+    entries: Any
+    segment: Segment
+    first: Array
+    last: Array
+
+    @classmethod
+    def of(cls, work: Work, page: int, pool_XH: Any, table: PageTable, segment: Segment) -> "Locator":
+        """Return the locator for a pool and its page table."""
+        pages = pool_XH.shape[0] // (work.heads * page)
+        first, last = table.first_C[0], pages - 1 - table.first_C[table.first_C.shape[0] - 1]
+        return cls(work, page, table.entries_BM, segment, first, last)
+
+    def load(self, tile: Array) -> list[Array]:
+        """Return the entries of the pieces of a tile: one per page."""
+        row, pages = self.segment.job // self.work.jobs_per_row, self.entries.shape[1]
+        return [self.entries[row, lax.rem(slot // self.page, pages)] for slot in self._slots(tile)]
+
+    def locate(self, tile: Array, entries: list[Array]) -> list[Array]:
+        """Return the first row of each piece of a tile of keys, whose entries have been loaded."""
+        # Entries that are out of range belong to slots whose scores are masked later.
+        pages = [self.first + jnp.clip(entry, 0, self.last) for entry in entries]
+        return [
+            (page * self.work.heads + self.segment.head) * self.page + lax.rem(slot, self.page)
+            for page, slot in zip(pages, self._slots(tile), strict=True)
+        ]
+
+    def _slots(self, tile: Array) -> list[Array]:
+        size, piece = self.work.tile, min(self.work.tile, self.page)
+        return [tile * size + first for first in range(0, size, piece)]
+
+
+def locate_tile(work: Work, page: int, pool_XH: Any, table: PageTable, segment: Segment, tile: Array) -> list[Array]:
+    """Return the first row of each piece of a tile of keys, in a pool viewed as rows."""
+    locator = Locator.of(work, page, pool_XH, table, segment)
+    return locator.locate(tile, locator.load(tile))
 
 
 def rows_to_values(work: Work, page: int, table: PageTable) -> Array:

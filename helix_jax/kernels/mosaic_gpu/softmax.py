@@ -71,7 +71,7 @@ def weigh(
     Args:
         s: The scores.
         m: The running maximum (base 2) of each query.
-        l: The running sum of its weights.
+        l: The running sum of its weights, or the sum for each slot of a tile, as `start` returned it.
         scale: The factor on the logits.
         value_scales: The scales of the values, which the weights are to contain. None: there are none.
 
@@ -80,12 +80,18 @@ def weigh(
     """
     if value_scales is None:
         p, alpha, m = _compute_weights(s, m, scale)
-        return p, alpha, m, l * alpha + p.sum(axis=1)
+        return p, alpha, m, _add_to_sums(l, alpha, p)
     # With the scales in it, the maximum is that of the products, so that none exceeds 1.
     s = s * (scale * _LOG2E) + repeat_along_columns(value_scales.log, s.shape[0])
     p, alpha, m = _compute_weights(s, m, 1 / _LOG2E)
     unscaled = p * repeat_along_columns(value_scales.inverse, s.shape[0])
-    return p, alpha, m, l * alpha + unscaled.sum(axis=1)
+    return p, alpha, m, _add_to_sums(l, alpha, unscaled)
+
+
+def _add_to_sums(l: Array, alpha: Array, weights: Array) -> Array:
+    if l.ndim == 1:
+        return l * alpha + weights.sum(axis=1)
+    return l * repeat_along_rows(alpha, l.shape[1]) + weights
 
 
 def _compute_weights(s: Array, m: Array, scale: float) -> tuple[Array, Array, Array]:
@@ -95,14 +101,18 @@ def _compute_weights(s: Array, m: Array, scale: float) -> tuple[Array, Array, Ar
     return jnp.exp2(s * (scale * _LOG2E) - repeat_along_rows(shift, s.shape[1])), jnp.exp2(m - shift), m_new
 
 
-def start(queries: int = ROWS, layout: Any = TILE) -> tuple[Array, Array]:
-    """Return the running maximum and sum before the first tile."""
-    values = (jnp.full((queries,), value, jnp.float32) for value in (-jnp.inf, 0.0))
-    return tuple(plgpu.layout_cast(value, layout.reduce(1)) for value in values)
+def start(queries: int = ROWS, layout: Any = TILE, slots: int | None = None) -> tuple[Array, Array]:
+    """Return the running maximum and sum before the first tile.
+
+    If the slots of a tile are given, there is a sum for each of them, so that threads add theirs only at the end.
+    """
+    m, l = jnp.full((queries,), -jnp.inf, jnp.float32), jnp.zeros((queries,) if slots is None else (queries, slots))
+    return plgpu.layout_cast(m, layout.reduce(1)), plgpu.layout_cast(l, layout if slots else layout.reduce(1))
 
 
 def finish(m: Array, l: Array) -> tuple[Array, Array]:
     """Return 1 / sum and the log-sum-exp (base e), or 0 and -inf for a query that sees nothing."""
+    l = l if l.ndim == 1 else l.sum(axis=1)
     seen = l > 0
     l = jnp.where(seen, l, 1.0)
     return jnp.where(seen, 1 / l, 0.0), jnp.where(seen, m / _LOG2E + jnp.log(l), -jnp.inf)
