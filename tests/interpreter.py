@@ -1,7 +1,7 @@
 """Runs the Mosaic kernels on a CPU in JAX's interpreters, which simulate threads, cores and barriers and find races.
 
 The GPU interpreter lacks some features, which are emulated here: a matrix product whose left operand is in registers,
-an accumulator with an initial value, and the instructions of `operands`.
+an accumulator with an initial value, and the functions of `instructions`.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as tpu_interpreter
 
 from helix_jax.kernels import mosaic_gpu, tpu
-from helix_jax.kernels.mosaic_gpu import memory, operands
+from helix_jax.kernels.mosaic_gpu import instructions, memory
 from helix_jax.kernels.tpu import work
 
 AVAILABLE = jax.__version_info__ >= (0, 12)  # the GPU interpreter of earlier versions is absent or incomplete
@@ -59,23 +59,38 @@ class _Accumulator(plgpu.WGMMAAccumulatorRef):
     init = staticmethod(lambda value: value)
 
 
-def _load_operands(tile: Any, transposed: bool) -> list[jax.Array]:
+def _load_numbers(tile: Any, group: Any, *, transposed: bool, few_registers: bool = False) -> list[jax.Array]:
     plgpu.commit_smem()  # as above
-    x = tile[...].astype(jnp.float16)
+    x = tile[:, _columns(group, instructions.NUMBERS)].astype(jnp.float16)
     if transposed:
         return [x[:, 0::2].T, x[:, 1::2].T]
     pairs = x.reshape(x.shape[0], -1, 2, 2)
     return [pairs[:, :, i].reshape(x.shape[0], -1) for i in range(2)]
 
 
-def _clear_operand(tile: Any, first: jax.Array, end: jax.Array) -> None:
-    slot, x = jnp.arange(tile.shape[0])[:, None], tile[...]
-    tile[...] = jnp.where((first <= slot) & (slot < end), x, jnp.zeros_like(x))
+def _load_exact(tile: Any, group: Any) -> jax.Array:
+    plgpu.commit_smem()  # as above
+    return tile[:, _columns(group, instructions.EXACT)]
 
 
-def _store_weights(target: Any, weights: list[jax.Array]) -> None:
+def _store_scales(target: Any, scales: jax.Array) -> None:
+    target[...] = scales
+
+
+def _store_weights(target: Any, weights: list[jax.Array], factors_target: Any, factors: jax.Array) -> None:
     for i, each in enumerate(weights):
         target[i] = each
+    factors_target[...] = factors
+
+
+def _clear(tile: Any, group: Any, first: jax.Array, end: jax.Array) -> None:
+    columns = _columns(group, instructions.NUMBERS)
+    slot, x = jnp.arange(tile.shape[0])[:, None], tile[:, columns]
+    tile[:, columns] = jnp.where((first <= slot) & (slot < end), x, jnp.zeros_like(x))
+
+
+def _columns(group: Any, width: int) -> Any:
+    return pl.ds(group * width, width)
 
 
 _REAL_WGMMA = plgpu.wgmma
@@ -88,10 +103,12 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, processors: int) -> Iterator[No
         patch.setattr(plgpu, "wgmma", _wgmma)
         patch.setattr(pl, "run_state", _run_state)
         patch.setattr(memory, "Accumulator", _Accumulator)
-        patch.setattr(operands, "_load", _load_operands)
-        patch.setattr(operands, "_clear", _clear_operand)
-        patch.setattr(operands, "load_scales", lambda scales: list(scales[...].T))
-        patch.setattr(operands, "store_weights", _store_weights)
+        patch.setattr(instructions, "load_numbers", _load_numbers)
+        patch.setattr(instructions, "load_exact", _load_exact)
+        patch.setattr(instructions, "load_scales", lambda scales, group: scales[:, group])
+        patch.setattr(instructions, "store_scales", _store_scales)
+        patch.setattr(instructions, "clear", _clear)
+        patch.setattr(instructions, "store_weights", _store_weights)
         patch.setattr(plgpu, "wgmma_wait", lambda _: None)
         patch.setattr(mosaic_gpu, "count_processors", lambda: processors)
         mosaic_gpu.attend.clear_cache()

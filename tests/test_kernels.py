@@ -534,6 +534,7 @@ CASES = {  # name: arguments of `case`
     "fp8, wide heads and a window": (5, 8, 2, 256, 64, [2500, 1, 130], 70, FLOAT8),
     "fp8, drafts": (8, 8, 2, 128, 64, [1900, 65, 3], None, FLOAT8),
     "fp8, latent": (1, 16, 1, 576, 64, [1900, 0, 165], None, FLOAT8),
+    "fp8, latent, eight heads": (1, 8, 1, 576, 64, [1900, 3], None, FLOAT8),
     "fp8, latent, all heads of DeepSeek and short pages": (1, 128, 1, 576, 32, [1900, 0, 165], None, FLOAT8),
     "fp8, latent, many rows and a window": (2, 10, 1, 576, 128, list(range(0, 900, 20)), 150, FLOAT8),
     "fp8, more than 64 queries": (8, 32, 2, 128, 64, [1900, 65, 3], None, FLOAT8),

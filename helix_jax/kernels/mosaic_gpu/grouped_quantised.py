@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from helix_jax.attention import PageTable
-from helix_jax.kernels.mosaic_gpu import memory, operands, softmax
+from helix_jax.kernels.mosaic_gpu import instructions, memory, operands, softmax
 from helix_jax.kernels.mosaic_gpu.few import FEW, spread_over_product, store_transposed, transpose_scores
 from helix_jax.kernels.mosaic_gpu.softmax import repeat_along_columns
 from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, align_streams, loop_by_mask, walk_segments
 from helix_jax.quantisation import FLOAT8, QuantisedPages
 
-_WIDTH = operands.NUMBERS
+_WIDTH = instructions.NUMBERS
 _QUERIES = 8  # of a stream. More were not measured. They leave shared memory for fewer streams
 _STREAMS = 4  # of a processor
 _PAIR = 2  # a tile of keys and one of values
@@ -135,9 +135,9 @@ def _describe_shared(shape: QuantisedGroupedShape) -> Shared:
     return Shared(
         ring=memory.allocate_tiled((*stages, tile, _WIDTH), FLOAT8),
         scales=plgpu.SMEM((*stages, tile), jnp.float32),
-        q=memory.allocate_tiled((streams, operands.OPERANDS, queries, ROWS), jnp.float16),
+        q=memory.allocate_tiled((streams, instructions.OPERANDS, queries, ROWS), jnp.float16),
         spans=memory.allocate_per_query((streams, 2, queries), jnp.int32),
-        scores_outputs=plgpu.SMEM((streams, operands.OPERANDS, queries, ROWS), jnp.float32),
+        scores_outputs=plgpu.SMEM((streams, instructions.OPERANDS, queries, ROWS), jnp.float32),
         weights=memory.allocate_tiled((streams, queries, tile), jnp.float16),
         per_query=memory.allocate_per_query((streams, 2, queries), jnp.float32),
         filled=plgpu.Barrier(num_arrivals=2 * copies, num_barriers=stages),
@@ -186,13 +186,13 @@ def _compute(
         p, alpha, m, l = softmax.weigh(s, m, l, shape.scale, softmax.ValueScales.of(scales))
         shared.weights[mine] = p.astype(jnp.float16)
         alpha = spread_over_product(shared.per_query.at[mine, 0, pl.ds(0, queries)], alpha)  # and the weights
-        values = operands.load_numbers(shared.ring.at[*stages[1]])
+        values = operands.load_values(shared.ring.at[*stages[1]])
 
         accs = [acc * repeat_along_columns(alpha, ROWS) for acc in accs]
         accs = operands.add_weighted(accs, values, shared.weights.at[mine])
         return accs, m, l, ring_step + _PAIR
 
-    carry = ([operands.make_zeros(queries)] * operands.OPERANDS, *softmax.start(queries, FEW), ring_step)
+    carry = ([operands.make_zeros(queries)] * instructions.OPERANDS, *softmax.start(queries, FEW), ring_step)
     accs, m, l, ring_step = loop_by_mask(segment, tile, carry)
     _store(shape, mine, arrays, shared, segment, accs, *softmax.finish(m, l))
     return ring_step
@@ -239,7 +239,7 @@ def _store(
         store_transposed(shared.scores_outputs.at[mine, i], acc * inverse)
     shared.per_query[mine, 1, queries] = log
     plgpu.commit_smem()
-    for i in range(operands.OPERANDS):
+    for i in range(instructions.OPERANDS):
         target = arrays.o.at[segment.part, queries, pl.ds(i * ROWS, ROWS)]
         plgpu.copy_smem_to_gmem(shared.scores_outputs.at[mine, i], target)
     plgpu.copy_smem_to_gmem(shared.per_query.at[mine, 1, queries], arrays.lse.at[segment.part])

@@ -2,8 +2,8 @@
 
 All heads share one latent per slot, whose quantised numbers are also the values. The queries are the columns of the
 matrix products, as in `grouped_few`. Each processor has one stream, with a warpgroup per group of numbers and one for
-the weights. The warpgroup of a group copies its numbers of a tile, and multiplies them by the queries. That of the
-weights adds these products, times the scales, and those of the numbers that are not quantised, and computes the
+the weights. The warpgroup of a group multiplies its numbers and its share of those that are not quantised by the
+queries, which gives its share of the scores. That of the weights copies whole tiles, adds these scores and computes the
 weights. Then the warpgroup of a group adds its numbers times these weights, while that of the weights continues with
 the next tile.
 
@@ -12,7 +12,6 @@ converted numbers would take more time to store and load than this. The weights 
 values, too, relative to the largest scale of the slot.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -24,15 +23,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from helix_jax.attention import PageTable
-from helix_jax.kernels.mosaic_gpu import memory, operands, softmax
+from helix_jax.kernels.mosaic_gpu import instructions, memory, operands, softmax
 from helix_jax.kernels.mosaic_gpu.few import FEW, PRODUCT, store_transposed
 from helix_jax.kernels.mosaic_gpu.softmax import repeat_along_columns
 from helix_jax.kernels.mosaic_gpu.work import ROWS, Schedule, Segment, Work, align_streams, loop_by_mask, walk_segments
 from helix_jax.quantisation import FLOAT8, QuantisedPages
 
-_GROUP = operands.NUMBERS  # numbers that share a scale
+_GROUP = instructions.NUMBERS  # numbers that share a scale
+_POOLS = 3  # of numbers, of scales and of exact numbers
 _MOST_QUERIES = 32  # of a stream, which fill the shared memory
-_EXACT_TILES = 2  # whose scales and exact numbers are in shared memory at once
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,12 @@ class QuantisedLatentShape:
 
     @property
     def copied_tiles(self) -> int:
-        """The tiles whose numbers are in shared memory at once."""
+        """The tiles that are in shared memory at once."""
         return 3 if self.many_queries else 4
 
     @property
     def many_queries(self) -> bool:
-        """Whether there are so many queries that less memory is left, and one operand at a time fits in registers."""
+        """Whether there are so many queries that less memory and fewer registers are left."""
         return self.work.member_queries > _MOST_QUERIES // 2
 
 
@@ -68,21 +67,21 @@ class Shared(NamedTuple):
     """The shared memory and the barriers of one processor.
 
     Attributes:
-        numbers: The copied tiles of each group.
-        scales: The copied scales.
-        exact: The copied numbers that are not quantised.
+        numbers: The quantised numbers of the copied tiles.
+        scales: Their scales.
+        exact: The numbers that are not quantised.
         spans: The slots that each query sees.
-        products: The products of the numbers of each group and the queries, by query, and last, those of the exact
-            numbers. After the last tile of a segment: the results of an operand of each group.
+        scores: The share of each group in the scores of a tile, by query. After the last tile of a segment: the results
+            of an operand of each group.
+        group_scales: The scales of each group in that tile.
         weights: The weights for the values of each group.
         per_query: The factor on earlier weights. After the last tile, 1 / sum and the log-sum-exp.
-        numbers_filled: The copies of a tile of a group arrive here.
-        exact_filled: The copies of scales and exact numbers arrive here.
+        filled: The copies of a tile arrive here.
         q_filled: The copies of queries and spans arrive here.
-        products_ready: The warpgroup of each group arrives here when it has stored its products of a tile.
-        products_used: The warpgroup of the weights arrives here when it has read them.
+        scores_ready: The warpgroup of each group arrives here when it has stored its share of the scores of a tile.
+        scores_used: The warpgroup of the weights arrives here when it has read them.
         weights_ready: It arrives here when the weights of a tile are written.
-        weights_used: The warpgroup of each group arrives here when it has used them.
+        weights_used: The warpgroup of each group arrives here when it has used them, and so the tile.
         segment_finished: The warpgroup of the weights arrives here after the last tile of a segment.
         results_stored: The warpgroup of each group arrives here when its results are copied out.
     """
@@ -91,14 +90,14 @@ class Shared(NamedTuple):
     scales: Any
     exact: Any
     spans: Any
-    products: Any
+    scores: Any
+    group_scales: Any
     weights: Any
     per_query: Any
-    numbers_filled: Any
-    exact_filled: Any
+    filled: Any
     q_filled: Any
-    products_ready: Any
-    products_used: Any
+    scores_ready: Any
+    scores_used: Any
     weights_ready: Any
     weights_used: Any
     segment_finished: Any
@@ -123,9 +122,10 @@ def compute_parts(
     The numbers of an output are in the order that `operands.restore_order` expects.
     """
     work, values = shape.work, shape.groups * _GROUP
-    queries = operands.split_queries(q_BQH[..., :values]), q_BQH[..., values:].astype(jnp.bfloat16)
+    exact = operands.split_exact_queries(q_BQH[..., values:].astype(jnp.bfloat16))
+    queries = operands.split_queries(q_BQH[..., :values]), exact
     q = memory.allocate_tiled((values // ROWS, work.member_queries, ROWS), jnp.float16)
-    q_exact = memory.allocate_tiled((work.member_queries, shape.exact), jnp.bfloat16)
+    q_exact = memory.allocate_tiled((shape.groups, work.member_queries, instructions.EXACT), jnp.bfloat16)
 
     def body(*refs: Any) -> None:
         pl.run_scoped(partial(_body, shape, *refs), (q, q_exact), _describe_shared(shape), collective_axes="warpgroup")
@@ -148,18 +148,18 @@ def _describe_shared(shape: QuantisedLatentShape) -> Shared:
     groups, tile, queries = shape.groups, shape.work.tile, shape.work.member_queries
     copies = memory.copies_per_tile(tile, shape.page)
     return Shared(
-        numbers=memory.allocate_tiled((groups, shape.copied_tiles, tile, _GROUP), FLOAT8),
-        scales=plgpu.SMEM((_EXACT_TILES, tile, groups), jnp.float32),
-        exact=memory.allocate_tiled((_EXACT_TILES, tile, shape.exact), jnp.bfloat16),
+        numbers=memory.allocate_tiled((shape.copied_tiles, tile, groups * _GROUP), FLOAT8),
+        scales=plgpu.SMEM((shape.copied_tiles, tile, groups), jnp.float32),
+        exact=memory.allocate_tiled((shape.copied_tiles, tile, shape.exact), jnp.bfloat16),
         spans=memory.allocate_per_query((2, queries), jnp.int32),
-        products=plgpu.SMEM((groups + 1, queries, tile), jnp.float32),
+        scores=plgpu.SMEM((groups, queries, tile), jnp.float32),
+        group_scales=plgpu.SMEM((groups, tile), jnp.float32),
         weights=memory.allocate_tiled((groups, queries, tile), jnp.float16),
         per_query=memory.allocate_per_query((2, queries), jnp.float32),
-        numbers_filled=plgpu.Barrier(num_arrivals=copies, num_barriers=(groups, shape.copied_tiles)),
-        exact_filled=plgpu.Barrier(num_arrivals=2 * copies, num_barriers=_EXACT_TILES),
+        filled=plgpu.Barrier(num_arrivals=_POOLS * copies, num_barriers=shape.copied_tiles),
         q_filled=plgpu.Barrier(num_arrivals=memory.QUERY_COPIES + 1),
-        products_ready=plgpu.Barrier(num_arrivals=groups),
-        products_used=plgpu.Barrier(),
+        scores_ready=plgpu.Barrier(num_arrivals=groups),
+        scores_used=plgpu.Barrier(),
         weights_ready=plgpu.Barrier(),
         weights_used=plgpu.Barrier(num_arrivals=groups),
         segment_finished=plgpu.Barrier(),
@@ -177,64 +177,31 @@ def _body(
         walk(partial(_compute_weights, shape, arrays, q_staged, shared))
 
     def values() -> None:
-        walk(partial(_add_values, shape, warpgroup - 1, arrays, q_staged[0], shared))
+        walk(partial(_add_values, shape, warpgroup - 1, arrays, q_staged, shared))
 
     lax.cond(warpgroup == 0, weights, values)
-
-
-@dataclass(frozen=True)
-class _Copies:
-    """The copies of a part of the tiles of a segment. After the last tile, `fetch` does nothing.
-
-    Attributes:
-        shape: The static shape of the kernel.
-        arrays: The arrays of the kernel. Its pools are the numbers, the scales and the exact numbers.
-        segment: The segment.
-        stages: The tiles that are in shared memory at once.
-    """
-
-    shape: QuantisedLatentShape
-    arrays: memory.Arrays
-    segment: Segment
-    stages: int
-
-    def locate(self, index: Array) -> list[Array]:
-        """Return the first row of each page of a tile in the pools."""
-        shape, arrays = self.shape, self.arrays
-        return memory.locate_tile(shape.work, shape.page, arrays.pools[0], arrays.table, self.segment, index)
-
-    def stage(self, tiles: Array) -> Array:
-        """Return the place of a tile, which is the `tiles`-th of the stream."""
-        return lax.rem(tiles, self.stages)
-
-    def fetch(self, index: Array, *arguments: Any, columns: Any = None) -> None:
-        """Start the copy of a tile, if it is in the segment. The arguments are those of `memory.fetch`."""
-
-        @pl.when(index < self.segment.end)
-        def _() -> None:
-            memory.fetch(*arguments, columns=columns)
-
-    def fetch_first(self, tiles: Array, count: int, fetch: Callable[[Array, Array, list[Array]], None]) -> list[Array]:
-        """Call `fetch(index, tiles, starts)` for the first tiles. Return the first rows of the next one."""
-        *starts, next_starts = [self.locate(self.segment.begin + nth) for nth in range(count + 1)]
-        for nth in range(count):
-            fetch(self.segment.begin + nth, tiles + nth, starts[nth])
-        return next_starts
 
 
 def _compute_weights(
     shape: QuantisedLatentShape, arrays: memory.Arrays, q_staged, shared: Shared, segment: Segment, tiles: Array
 ) -> Array:
-    """Compute the weights of the tiles of a segment. Return the number of tiles used so far."""
-    work, queries, ahead = shape.work, pl.ds(0, shape.work.member_queries), _EXACT_TILES
-    copies = _Copies(shape, arrays, segment, ahead)
+    """Copy the tiles of a segment, and compute their weights. Return the number of tiles used so far."""
+    work, queries, ahead = shape.work, pl.ds(0, shape.work.member_queries), shape.copied_tiles - 1
+    locator = memory.Locator.of(work, shape.page, arrays.pools[0], arrays.table, segment)
 
-    def fetch(index: Array, tiles: Array, starts: list[Array]) -> None:
-        place = copies.stage(tiles)
-        for pool, target in zip(arrays.pools[1:], (shared.scales, shared.exact), strict=True):
-            copies.fetch(index, pool, starts, target.at[place], shared.exact_filled.at[place])
+    def fetch(index: Array, tiles: Array, entries: list[Array]) -> None:
+        """Start the copies of a tile, if it is in the segment."""
+        place = lax.rem(tiles, shape.copied_tiles)
 
-    starts = copies.fetch_first(tiles, ahead, fetch)
+        @pl.when(index < segment.end)
+        def _() -> None:
+            rows = locator.locate(index, entries)
+            for pool, target in zip(arrays.pools, (shared.numbers, shared.scales, shared.exact), strict=True):
+                memory.fetch(pool, rows, target.at[place], shared.filled.at[place])
+
+    *first_entries, entries = [locator.load(segment.begin + nth) for nth in range(ahead + 1)]
+    for nth, tile_entries in enumerate(first_entries):
+        fetch(segment.begin + nth, tiles + nth, tile_entries)
     pl.when(segment.nth > 0)(lambda: plgpu.barrier_wait(shared.results_stored))
     (q, q_exact), (q_staged, q_exact_staged) = arrays.q, q_staged
     memory.fetch_queries(work, segment, 0, q, arrays.spans, q_staged, shared.spans, shared.q_filled)
@@ -242,24 +209,24 @@ def _compute_weights(
     plgpu.barrier_wait(shared.q_filled)
 
     def tile(masked: bool, index: Array, carry):
-        m, l, starts, tiles = carry
-        later = copies.locate(index + ahead + 1)
-        s, scales = _add_products(shape, shared, q_exact_staged, copies.stage(tiles))
+        m, l, entries, tiles = carry
+        later = locator.load(index + ahead + 1)  # a tile before their use, because it takes long
+        s, scales = _add_scores(shape, shared)
         first, layout = index * work.tile, FEW.reduce(0)
         s = softmax.mask_unseen(masked, s, shared.spans, first, FEW)
         scales = [softmax.clear_unseen_scales(masked, scale, segment, first, layout) for scale in scales]
         largest = softmax.ValueScales.of(reduce(jnp.maximum, scales))
         p, alpha, m, l = softmax.weigh(s, m, l, shape.scale, largest)
         pl.when(index > segment.begin)(lambda: plgpu.barrier_wait(shared.weights_used))
+        fetch(index + ahead, tiles + ahead, entries)  # in the place of the previous tile
         ratios = [repeat_along_columns(scale * largest.inverse, work.member_queries) for scale in scales]
-        operands.store_weights(shared.weights, [(p * ratio).astype(jnp.float16) for ratio in ratios])
-        shared.per_query[0, queries] = alpha
+        weights = [(p * ratio).astype(jnp.float16) for ratio in ratios]
+        instructions.store_weights(shared.weights, weights, shared.per_query.at[0, queries], alpha)
         plgpu.commit_smem()
         plgpu.barrier_arrive(shared.weights_ready)
-        fetch(index + ahead, tiles + ahead, starts)  # by now all threads have read the scales
         return m, l, later, tiles + 1
 
-    carry = (*softmax.start(work.member_queries, FEW), starts, tiles)
+    carry = (*softmax.start(work.member_queries, FEW, slots=work.tile), entries, tiles)
     m, l, _, tiles = loop_by_mask(segment, tile, carry)
     inverse, log = softmax.finish(m, l)
     plgpu.barrier_wait(shared.weights_used)
@@ -272,27 +239,14 @@ def _compute_weights(
     return tiles
 
 
-def _add_products(shape: QuantisedLatentShape, shared: Shared, q_exact: Any, stage: Array) -> tuple[Array, list[Array]]:
-    """Add the products of all groups of a tile, times their scales, and those of the exact numbers.
-
-    Returns:
-        The scores [queries, slots], without the factor on the logits, and the scales of each group.
-    """
-    plgpu.barrier_wait(shared.exact_filled.at[stage])
-
-    def multiply(acc):
-        plgpu.wgmma(acc, shared.exact.at[stage], q_exact.transpose((1, 0)))
-        return operands.load_scales(shared.scales.at[stage]), acc[...]  # the first while the product is computed
-
-    size = shape.work.tile, shape.work.member_queries
-    scales, exact = pl.run_scoped(multiply, memory.Accumulator(size, jnp.float32))
-    store_transposed(shared.products.at[shape.groups], exact)
-    s = plgpu.layout_cast(shared.products[shape.groups], FEW)
-    plgpu.barrier_wait(shared.products_ready)
-    for group, scale in enumerate(scales):
-        s = s + plgpu.layout_cast(shared.products[group], FEW) * repeat_along_columns(scale, s.shape[0])
-    plgpu.barrier_arrive(shared.products_used)
-    return s, scales
+def _add_scores(shape: QuantisedLatentShape, shared: Shared) -> tuple[Array, list[Array]]:
+    """Add the scores [queries, slots] of all groups, without the factor on the logits. Return the scales, too."""
+    groups = range(shape.groups)
+    plgpu.barrier_wait(shared.scores_ready)
+    scales = [plgpu.layout_cast(shared.group_scales[group], FEW.reduce(0)) for group in groups]
+    scores = [plgpu.layout_cast(shared.scores[group], FEW) for group in groups]
+    plgpu.barrier_arrive(shared.scores_used)
+    return reduce(jnp.add, scores), scales
 
 
 def _add_values(
@@ -304,47 +258,35 @@ def _add_values(
     segment: Segment,
     tiles: Array,
 ) -> Array:
-    """Copy the numbers of a group, multiply them by the queries, and add its weighted values.
+    """Compute the share of a group in the scores, and add its weighted values.
 
     Returns:
         The number of tiles used so far.
     """
-    stages, columns = shape.copied_tiles, pl.ds(group * _GROUP, _GROUP)
-    copies = _Copies(shape, arrays, segment, stages)
-
-    def fetch(index: Array, tiles: Array, starts: list[Array]) -> None:
-        place = group, copies.stage(tiles)
-        numbers, filled = shared.numbers.at[*place], shared.numbers_filled.at[*place]
-        copies.fetch(index, arrays.pools[0], starts, numbers, filled, columns=columns)
 
     def multiply(index: Array, tiles: Array) -> None:
-        """Store the products of a tile and the queries."""
-        place = group, copies.stage(tiles)
-        numbers = shared.numbers.at[*place]
-        plgpu.barrier_wait(shared.numbers_filled.at[*place])
-        operands.clear_unseen(numbers, segment, index)
-        product = operands.multiply_slots(numbers, q_staged, group, one_at_a_time=shape.many_queries)
-        pl.when(tiles > 0)(lambda: plgpu.barrier_wait(shared.products_used))
-        store_transposed(shared.products.at[group], product)
-        plgpu.barrier_arrive(shared.products_ready)
-
-    def tile(index: Array, carry):
-        accs, starts, tiles = carry
-        later = copies.locate(index + stages)
-        multiply(index + 1, tiles + 1)
-        # In the place of the previous tile. All threads have read it: storing the products synchronised them.
-        fetch(index + stages - 1, tiles + stages - 1, starts)
-        accs = add_weighted(tiles, accs)
-        return accs, later, tiles + 1
+        """Store the scores of a tile."""
+        place = lax.rem(tiles, shape.copied_tiles)
+        plgpu.barrier_wait(shared.filled.at[place])
+        operands.clear_unseen(shared.numbers.at[place], segment, index, group)
+        scores, scales = _multiply_group(shape, group, q_staged, shared, place)
+        pl.when(tiles > 0)(lambda: plgpu.barrier_wait(shared.scores_used))
+        instructions.store_scales(shared.group_scales.at[group], scales)
+        store_transposed(shared.scores.at[group], scores)
+        plgpu.barrier_arrive(shared.scores_ready)
 
     def add_weighted(tiles: Array, accs: list[Any]) -> list[Any]:
-        return _add_weighted(shape, group, shared, shared.numbers.at[group, copies.stage(tiles)], accs)
+        return _add_weighted(shape, group, shared, shared.numbers.at[lax.rem(tiles, shape.copied_tiles)], accs)
 
-    starts = copies.fetch_first(tiles, stages - 1, fetch)
+    def tile(index: Array, carry):
+        accs, tiles = carry
+        multiply(index + 1, tiles + 1)
+        return add_weighted(tiles, accs), tiles + 1
+
     plgpu.barrier_wait(shared.q_filled)
     multiply(segment.begin, tiles)
-    carry = [operands.make_zeros(shape.work.member_queries)] * operands.OPERANDS, starts, tiles
-    accs, _, tiles = lax.fori_loop(segment.begin, segment.end - 1, tile, carry)
+    carry = [operands.make_zeros(shape.work.member_queries)] * instructions.OPERANDS, tiles
+    accs, tiles = lax.fori_loop(segment.begin, segment.end - 1, tile, carry)
     accs = add_weighted(tiles, accs)
     plgpu.barrier_wait(shared.segment_finished)
     _store_results(shape, group, arrays.o, shared, segment, accs)
@@ -352,16 +294,26 @@ def _add_values(
     return tiles + 1
 
 
+def _multiply_group(
+    shape: QuantisedLatentShape, group: Array, q_staged, shared: Shared, place: Array
+) -> tuple[Array, Array]:
+    """Return the share of a group in the scores [slots, queries] of a tile, and its scales."""
+    q, q_exact = q_staged
+    products = operands.multiply_slots(shared.numbers.at[place], q, group, few_registers=shape.many_queries)
+    scales = instructions.load_scales(shared.scales.at[place], group)
+    return operands.add_exact(products, scales, shared.exact.at[place], q_exact, group), scales
+
+
 def _add_weighted(
     shape: QuantisedLatentShape, group: Array, shared: Shared, numbers: Any, accs: list[Any]
 ) -> list[Any]:
     """Wait for the weights of a tile, and add its weighted values [numbers, queries] to the sums of a group."""
-    values = operands.load_numbers(numbers)
+    values = operands.load_values(numbers, group, few_registers=shape.many_queries)
     plgpu.barrier_wait(shared.weights_ready)
     alpha = repeat_along_columns(_load_per_query(shape, shared), ROWS)
 
     accs = [acc * alpha for acc in accs]
-    accs = operands.add_weighted(accs, values, shared.weights.at[group], one_at_a_time=shape.many_queries)
+    accs = operands.add_weighted(accs, values, shared.weights.at[group], few_registers=shape.many_queries)
     plgpu.barrier_arrive(shared.weights_used)
     return accs
 
@@ -375,7 +327,7 @@ def _store_results(
     shape: QuantisedLatentShape, group: Array, o, shared: Shared, segment: Segment, accs: list[Array]
 ) -> None:
     """Copy the results of a group to global memory."""
-    staged, factor = shared.products.at[group], repeat_along_columns(_load_per_query(shape, shared), ROWS)
+    staged, factor = shared.scores.at[group], repeat_along_columns(_load_per_query(shape, shared), ROWS)
     for i, acc in enumerate(accs):
         store_transposed(staged, acc * factor)
         plgpu.commit_smem()
