@@ -70,7 +70,7 @@ def _load_numbers(tile: Any, group: Any, *, transposed: bool, few_registers: boo
 
 def _load_exact(tile: Any, group: Any) -> jax.Array:
     plgpu.commit_smem()  # as above
-    return tile[:, _columns(group, instructions.EXACT)]
+    return tile[:, _columns(group, instructions.EXACT_NUMBERS)]
 
 
 def _store_scales(target: Any, scales: jax.Array) -> None:

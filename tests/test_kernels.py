@@ -232,6 +232,31 @@ def test_inconsistent_arrays_are_rejected(change, message: str):
             jax.eval_shape(partial(check_shapes, v_width=None), q, k, v)
 
 
+@pytest.mark.parametrize(
+    ("width", "scales", "exact", "message"),
+    [
+        (
+            128,
+            2,
+            0,
+            "kernel mosaic_gpu reads fp8 pages with 1 scales and 0 exact numbers per vector, not 2 scales and 0",
+        ),
+        (576, 2, 64, "4 scales and 64 exact numbers per vector, not 2 scales and 64 exact numbers: quantise them so"),
+        (576, 4, 0, "not 4 scales and 0 exact numbers: quantise them so, or kernel auto or xla"),
+    ],
+)
+def test_pages_quantised_otherwise_are_rejected(width: int, scales: int, exact: int, message: str):
+    """The kernel would read other scales, or other memory, than those of the numbers."""
+
+    def check(q, k):
+        pages = quantise(k, scales, exact)
+        check_arrays("mosaic_gpu", q, pages, pages if width == 128 else None, None if width == 128 else 512)
+
+    q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 1, 4, width), (5, 1, 64, width)))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(check, q, k)
+
+
 @pytest.mark.parametrize("kernel", DEVICE_KERNELS)
 def test_differentiating_a_kernel_is_rejected(kernel: str):
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)

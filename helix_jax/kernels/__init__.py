@@ -21,6 +21,7 @@ _SHORT_PAGES = (8, 16, 32, 64)
 _SHORT = ", ".join(map(str, _SHORT_PAGES))
 _HOPPER = "9"  # major number of the compute capability
 _MOSAIC_GPU_SINCE = (0, 11)
+_SCALES, _LATENT_SCALES = (1, 0), (4, 64)  # the scales of a vector of float8, and its numbers that are not quantised
 
 
 class Backend(NamedTuple):
@@ -89,6 +90,9 @@ def check_arrays(
     (*_, N, H), (_, K, W, width) = q_BTNH.shape, k_AKWH.shape
     v_width = (v_width or H) if v_AKWH is None else None
     check_pages(kernel, PageFormat(width, W, k_AKWH.dtype, v_width))
+    for pages in (k_AKWH, v_AKWH):
+        if isinstance(pages, QuantisedPages):
+            _check_scales(kernel, pages, _LATENT_SCALES if v_AKWH is None else _SCALES)
     if v_AKWH is None and K != 1:
         raise ValueError(f"pages of latents have {K} heads: give 1 head, which serves all queries")
     if v_AKWH is not None and (v_AKWH.shape, v_AKWH.dtype) != (k_AKWH.shape, k_AKWH.dtype):
@@ -115,6 +119,13 @@ def backend_attend(kernel: str) -> Callable[..., Partial]:
 
 def _supports(backend: Backend, device: Device, pages: PageFormat) -> bool:
     return not (backend.device_unsupported_reason(device) or backend.pages_unsupported_reason(pages))
+
+
+def _check_scales(kernel: str, pages: QuantisedPages, readable: tuple[int, int]) -> None:
+    actual = pages.scales_AKWX.shape[-1], pages.exact_width
+    if actual != readable:
+        wanted, found = (f"{scales} scales and {exact} exact numbers" for scales, exact in (readable, actual))
+        _raise_for(kernel, f"reads fp8 pages with {wanted} per vector, not {found}: quantise them so")
 
 
 def _raise_for(kernel: str, reason: str | None) -> None:

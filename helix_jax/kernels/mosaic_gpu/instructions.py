@@ -1,12 +1,14 @@
-"""Loads and stores that Pallas lacks, between registers and shared memory, in the instructions of the GPU.
+"""Loads and stores between registers and shared memory that Pallas lacks, written in the instructions of the GPU.
 
-The tests' interpreter replaces the functions without an underscore. None of them waits for other threads.
+The tests' interpreter replaces the functions without an underscore. None of them contains a barrier of the warpgroup:
+the caller has to synchronise the threads before and after.
 
 A matrix of 64 rows is multiplied from registers if each thread has pairs of 16-bit numbers that are adjacent along the
 contraction. A thread converts pairs of float8 that are adjacent in memory. Therefore the 128 numbers of a slot become
 two operands of 64, in orders in which threads exchange nothing. float16 represents every float8 exactly.
 
-In a tile of slots in shared memory, eight slots by 128 bytes are adjacent, in the permutation of the matrix unit.
+In a tile of slots in shared memory, eight slots by 128 bytes are adjacent (an atom), in the permutation of the matrix
+unit. It begins at a multiple of 1,024 bytes.
 """
 
 from typing import Any
@@ -24,15 +26,15 @@ from helix_jax.kernels.mosaic_gpu.work import ROWS
 
 NUMBERS = 128  # of a slot, which are loaded at once
 OPERANDS = 2  # which they become
-EXACT = 16  # numbers of 16 bits of a slot, which are loaded at once
+EXACT_NUMBERS = 16  # of 16 bits, of a slot, which are loaded at once
 _LAYOUT = plgpu.Layout.WGMMA
 _SWIZZLE = plgpu.SwizzleTransform(128)
 _FLOAT8_TILE = plgpu.RefType((plgpu.TilingTransform((8, NUMBERS)), _SWIZZLE))
 _FLOAT16_TILE = plgpu.RefType((plgpu.TilingTransform((8, ROWS)), _SWIZZLE))
 _PLAIN, _SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT
 _PER_QUERY, _PER_SLOT = FEW.reduce(1), PRODUCT.reduce(1)
-_ROW_SLOTS, _ROW_BYTES = 8, 128  # that are adjacent in memory
-_CHUNK = 16  # bytes that are adjacent in memory: those of others are permuted within each row of 128
+_ATOM_SLOTS, _ATOM_BYTES = 8, 128  # of each slot
+_CHUNK = 16  # bytes that stay adjacent: the chunks of each 128 bytes are permuted
 _WARP, _WARPGROUP = 32, 128  # threads
 _WARP_ROWS = 16  # of a matrix of 64
 _STEPS = range(ROWS // 16)  # of 16 columns of a matrix
@@ -48,7 +50,8 @@ def load_numbers(tile: Any, group: Array | int, *, transposed: bool, few_registe
         tile: The tile.
         group: Which 128 numbers of each slot.
         transposed: Whether the operands have slots as columns.
-        few_registers: Whether to save registers, at the cost of more instructions.
+        few_registers: Whether to compute the addresses of later steps from the first one, which takes fewer registers
+            and more instructions.
     """
     types = [plgpu.ShapeDtypeStruct((ROWS, ROWS), jnp.float16, layout=_LAYOUT)] * OPERANDS
     load = plgpu.inline_mgpu(arg_types=(_FLOAT8_TILE, _SCALAR), return_type=types)
@@ -62,7 +65,7 @@ def load_numbers(tile: Any, group: Array | int, *, transposed: bool, few_registe
 
 def load_exact(tile: Any, group: Array) -> Array:
     """Load 16 numbers of a tile [64 slots, 64 bfloat16] as an operand [64 slots, 16]."""
-    type_ = plgpu.ShapeDtypeStruct((ROWS, EXACT), jnp.bfloat16, layout=_LAYOUT)
+    type_ = plgpu.ShapeDtypeStruct((ROWS, EXACT_NUMBERS), jnp.bfloat16, layout=_LAYOUT)
     load = plgpu.inline_mgpu(arg_types=(_FLOAT16_TILE, _SCALAR), return_type=type_)
     return load(lambda _, memory, group: _emit_load_exact(memory, group.registers.item()))(tile, group)
 
@@ -114,7 +117,7 @@ def _emit_load(addresses: list[ir.Value], transposed: bool) -> list[FragmentedAr
 
 def _emit_load_exact(memory: ir.Value, group: ir.Value) -> FragmentedArray:
     layout, pair = _LAYOUT.to_mgpu(), ir.VectorType.get((2,), ir.BF16Type.get())
-    registers = np.empty(layout.registers_shape((ROWS, EXACT)), object)
+    registers = np.empty(layout.registers_shape((ROWS, EXACT_NUMBERS)), object)
     for matrix, loaded in enumerate(_emit_load_matrices(_emit_address(memory, _const(0), group), "")):
         column, row = divmod(matrix, 2)
         registers[0, column, 0, 0, row] = llvm.bitcast(pair, loaded)
@@ -132,6 +135,7 @@ def _emit_addresses(memory: ir.Value, group: ir.Value, few_registers: bool) -> l
     if not few_registers:
         return [_emit_address(memory, group, _const(step)) for step in _STEPS]
     first = _emit_address(memory, group, _const(0))
+    # A step changes bits 5 and 6 of the address, before and after the permutation.
     return [arith.xori(first, _const(2 * step * _CHUNK)) for step in _STEPS]
 
 
@@ -151,24 +155,27 @@ def _emit_transposed_addresses(memory: ir.Value, group: ir.Value, few_registers:
     if not few_registers:
         return [_emit_chunk(memory, group, _add(slot, _const(16 * step)), chunk) for step in _STEPS]
     first = _emit_chunk(memory, group, slot, chunk)
-    return [_add(first, _const(2 * step * _row_size(memory))) for step in _STEPS]
+    # 16 slots further the permutation is the same, because it depends on the place in the atom.
+    return [_add(first, _const(2 * step * _atoms_size(memory))) for step in _STEPS]
 
 
 def _emit_chunk(memory: ir.Value, group: ir.Value, slot: ir.Value, chunk: ir.Value) -> ir.Value:
-    permuted = arith.xori(chunk, arith.remui(slot, _const(_ROW_SLOTS)))
+    """Emit the address of 16 bytes of a slot, in the permutation of the matrix unit."""
+    permuted = arith.xori(chunk, arith.remui(slot, _const(_ATOM_SLOTS)))
     return _add(_emit_slot(memory, group, slot), _multiply(permuted, _CHUNK))
 
 
 def _emit_slot(memory: ir.Value, group: ir.Value, slot: ir.Value) -> ir.Value:
-    """Emit the address of the 128 bytes of a group and slot. Eight slots of a group follow those of another one."""
-    row, nth = arith.divui(slot, _const(_ROW_SLOTS)), arith.remui(slot, _const(_ROW_SLOTS))
-    in_row = _multiply(group, _ROW_SLOTS * _ROW_BYTES)
-    return _add(_emit_start(memory), in_row, _multiply(row, _row_size(memory)), _multiply(nth, _ROW_BYTES))
+    """Emit the address of the 128 bytes of a group and slot. Atoms of the same slots are adjacent."""
+    nth_atom, nth = arith.divui(slot, _const(_ATOM_SLOTS)), arith.remui(slot, _const(_ATOM_SLOTS))
+    of_group = _multiply(group, _ATOM_SLOTS * _ATOM_BYTES)
+    of_slots = _multiply(nth_atom, _atoms_size(memory))
+    return _add(_emit_start(memory), of_group, of_slots, _multiply(nth, _ATOM_BYTES))
 
 
-def _row_size(memory: ir.Value) -> int:
-    """Return the bytes of eight slots of a tile."""
-    return ir.MemRefType(memory.type).shape[1] * _ROW_SLOTS * _ROW_BYTES
+def _atoms_size(memory: ir.Value) -> int:
+    """Return the bytes of eight slots of a tile: of an atom for each group."""
+    return ir.MemRefType(memory.type).shape[1] * _ATOM_SLOTS * _ATOM_BYTES
 
 
 def _emit_conversion(loaded: ir.Value, transposed: bool) -> list[ir.Value]:
@@ -213,8 +220,8 @@ def _emit_clear(memory: ir.Value, group: ir.Value, first: ir.Value, end: ir.Valu
     """Emit the stores of a thread, to half of a slot: zeros, unless first <= slot < end."""
     thread = arith.remui(thread_idx(), _const(_WARPGROUP))
     slot, half = arith.divui(thread, _const(2)), arith.remui(thread, _const(2))
-    address = _add(_emit_slot(memory, group, slot), _multiply(half, _ROW_BYTES // 2))
-    places = range(0, _ROW_BYTES // 2, _CHUNK)
+    address = _add(_emit_slot(memory, group, slot), _multiply(half, _ATOM_BYTES // 2))
+    places = range(0, _ATOM_BYTES // 2, _CHUNK)
     stores = "".join(f"@unseen st.shared.v4.b32 [$0 + {place}], {{0, 0, 0, 0}};" for place in places)
     text = f"""{{
         .reg .pred unseen;

@@ -41,7 +41,7 @@ class QuantisedLatentShape:
     Args:
         work: The static shape of the work.
         groups: The groups of numbers with a scale each. All of them are values.
-        exact: The numbers of a latent that are not quantised.
+        exact: The numbers of a latent that are not quantised: 16 for each group, which multiplies them.
         page: Tokens per page.
         scale: The factor on the logits.
     """
@@ -73,7 +73,7 @@ class Shared(NamedTuple):
         spans: The slots that each query sees.
         scores: The share of each group in the scores of a tile, by query. After the last tile of a segment: the results
             of an operand of each group.
-        group_scales: The scales of each group in that tile.
+        group_scales: The scales of that tile, by group, so that they are loaded without bank conflicts.
         weights: The weights for the values of each group.
         per_query: The factor on earlier weights. After the last tile, 1 / sum and the log-sum-exp.
         filled: The copies of a tile arrive here.
@@ -81,7 +81,7 @@ class Shared(NamedTuple):
         scores_ready: The warpgroup of each group arrives here when it has stored its share of the scores of a tile.
         scores_used: The warpgroup of the weights arrives here when it has read them.
         weights_ready: It arrives here when the weights of a tile are written.
-        weights_used: The warpgroup of each group arrives here when it has used them, and so the tile.
+        weights_used: The warpgroup of each group arrives here when it has used them, and does not read the tile again.
         segment_finished: The warpgroup of the weights arrives here after the last tile of a segment.
         results_stored: The warpgroup of each group arrives here when its results are copied out.
     """
@@ -125,7 +125,7 @@ def compute_parts(
     exact = operands.split_exact_queries(q_BQH[..., values:].astype(jnp.bfloat16))
     queries = operands.split_queries(q_BQH[..., :values]), exact
     q = memory.allocate_tiled((values // ROWS, work.member_queries, ROWS), jnp.float16)
-    q_exact = memory.allocate_tiled((shape.groups, work.member_queries, instructions.EXACT), jnp.bfloat16)
+    q_exact = memory.allocate_tiled((shape.groups, work.member_queries, instructions.EXACT_NUMBERS), jnp.bfloat16)
 
     def body(*refs: Any) -> None:
         pl.run_scoped(partial(_body, shape, *refs), (q, q_exact), _describe_shared(shape), collective_axes="warpgroup")
@@ -141,7 +141,7 @@ def compute_parts(
         num_threads=shape.groups + 1,
         thread_name="warpgroup",
         compiler_params=memory.COMPILER,
-    )(queries, [x.reshape(-1, x.shape[-1]) for x in k_AKWH if x is not None], *table, *schedule)
+    )(queries, [x.reshape(-1, x.shape[-1]) for x in k_AKWH], *table, *schedule)
 
 
 def _describe_shared(shape: QuantisedLatentShape) -> Shared:
@@ -210,7 +210,7 @@ def _compute_weights(
 
     def tile(masked: bool, index: Array, carry):
         m, l, entries, tiles = carry
-        later = locator.load(index + ahead + 1)  # a tile before their use, because it takes long
+        later = locator.load(index + ahead + 1)  # one tile before their use, to hide the latency
         s, scales = _add_scores(shape, shared)
         first, layout = index * work.tile, FEW.reduce(0)
         s = softmax.mask_unseen(masked, s, shared.spans, first, FEW)
@@ -240,7 +240,7 @@ def _compute_weights(
 
 
 def _add_scores(shape: QuantisedLatentShape, shared: Shared) -> tuple[Array, list[Array]]:
-    """Add the scores [queries, slots] of all groups, without the factor on the logits. Return the scales, too."""
+    """Return the sum of the scores [queries, slots] of all groups, without the factor on the logits, and the scales."""
     groups = range(shape.groups)
     plgpu.barrier_wait(shared.scores_ready)
     scales = [plgpu.layout_cast(shared.group_scales[group], FEW.reduce(0)) for group in groups]
@@ -275,19 +275,16 @@ def _add_values(
         store_transposed(shared.scores.at[group], scores)
         plgpu.barrier_arrive(shared.scores_ready)
 
-    def add_weighted(tiles: Array, accs: list[Any]) -> list[Any]:
-        return _add_weighted(shape, group, shared, shared.numbers.at[lax.rem(tiles, shape.copied_tiles)], accs)
-
     def tile(index: Array, carry):
         accs, tiles = carry
         multiply(index + 1, tiles + 1)
-        return add_weighted(tiles, accs), tiles + 1
+        return _add_weighted(shape, group, shared, tiles, accs), tiles + 1
 
     plgpu.barrier_wait(shared.q_filled)
     multiply(segment.begin, tiles)
     carry = [operands.make_zeros(shape.work.member_queries)] * instructions.OPERANDS, tiles
     accs, tiles = lax.fori_loop(segment.begin, segment.end - 1, tile, carry)
-    accs = add_weighted(tiles, accs)
+    accs = _add_weighted(shape, group, shared, tiles, accs)
     plgpu.barrier_wait(shared.segment_finished)
     _store_results(shape, group, arrays.o, shared, segment, accs)
     plgpu.barrier_arrive(shared.results_stored)
@@ -305,9 +302,10 @@ def _multiply_group(
 
 
 def _add_weighted(
-    shape: QuantisedLatentShape, group: Array, shared: Shared, numbers: Any, accs: list[Any]
+    shape: QuantisedLatentShape, group: Array, shared: Shared, tiles: Array, accs: list[Any]
 ) -> list[Any]:
     """Wait for the weights of a tile, and add its weighted values [numbers, queries] to the sums of a group."""
+    numbers = shared.numbers.at[lax.rem(tiles, shape.copied_tiles)]
     values = operands.load_values(numbers, group, few_registers=shape.many_queries)
     plgpu.barrier_wait(shared.weights_ready)
     alpha = repeat_along_columns(_load_per_query(shape, shared), ROWS)

@@ -76,8 +76,8 @@ class Locator:
         page: Tokens per page.
         entries: The entries of the page table [rows, pages]. Those past the slots in use may contain anything.
         segment: The segment.
-        first: The first page in the pool that an entry can name.
-        last: The last entry that names a page.
+        first: The page in the pool that entry 0 names.
+        last: The largest valid entry.
     """
 
     work: Work
@@ -109,8 +109,8 @@ class Locator:
         ]
 
     def _slots(self, tile: Array) -> list[Array]:
-        size, piece = self.work.tile, min(self.work.tile, self.page)
-        return [tile * size + first for first in range(0, size, piece)]
+        pieces = copies_per_tile(self.work.tile, self.page)
+        return [tile * self.work.tile + i * (self.work.tile // pieces) for i in range(pieces)]
 
 
 def locate_tile(work: Work, page: int, pool_XH: Any, table: PageTable, segment: Segment, tile: Array) -> list[Array]:
@@ -149,10 +149,9 @@ def fetch_query_numbers(work: Work, segment: Segment, member: Array | int, q: An
     plgpu.copy_gmem_to_smem(q.at[row * work.heads + segment.head, ..., own, :], q_staged, arrived)
 
 
-def fetch(pool: Any, starts: list[Array], target: Any, arrived: Any, columns: Any = None) -> None:
-    """Start the copies of one tile, one piece per page. `columns` selects a part of each row."""
+def fetch(pool: Any, starts: list[Array], target: Any, arrived: Any) -> None:
+    """Start the copies of one tile, one piece per page."""
     piece = target.shape[0] // len(starts)
     for i, start in enumerate(starts):
         rows = pl.ds(pl.multiple_of(start, piece), piece)
-        source = pool.at[rows] if columns is None else pool.at[rows, columns]
-        plgpu.copy_gmem_to_smem(source, target.at[pl.ds(i * piece, piece)], arrived)
+        plgpu.copy_gmem_to_smem(pool.at[rows], target.at[pl.ds(i * piece, piece)], arrived)

@@ -1,4 +1,4 @@
-"""Quantised numbers as left operands of the matrix unit, which are loaded into registers and converted there."""
+"""Multiplies numbers of a tile as left operands in registers: quantised ones, which are converted, and exact ones."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from jax import Array
 from helix_jax.kernels.mosaic_gpu import instructions, memory
 from helix_jax.kernels.mosaic_gpu.conversion import clip_to_float16
 from helix_jax.kernels.mosaic_gpu.few import PRODUCT
-from helix_jax.kernels.mosaic_gpu.instructions import EXACT, NUMBERS, OPERANDS
+from helix_jax.kernels.mosaic_gpu.instructions import EXACT_NUMBERS, NUMBERS, OPERANDS
 from helix_jax.kernels.mosaic_gpu.softmax import repeat_along_rows
 from helix_jax.kernels.mosaic_gpu.work import ROWS, Segment
 
@@ -25,7 +25,7 @@ def split_queries(q_XQH: Array) -> Array:
 def split_exact_queries(q_XQH: Array) -> Array:
     """Arrange queries as right operands [X, operands, queries, 16] for numbers that are not quantised."""
     X, Q, _ = q_XQH.shape
-    return q_XQH.reshape(X, Q, -1, EXACT).swapaxes(1, 2)
+    return q_XQH.reshape(X, Q, -1, EXACT_NUMBERS).swapaxes(1, 2)
 
 
 def restore_order(o: Array) -> Array:
@@ -34,7 +34,13 @@ def restore_order(o: Array) -> Array:
 
 
 def load_values(tile: Any, group: Array | int = 0, *, few_registers: bool = False) -> list[Array]:
-    """Load 128 numbers of a tile [64 slots, groups of 128] as two operands [64 numbers, 64 slots]."""
+    """Load 128 numbers of a tile [64 slots, groups of 128] as two operands [64 numbers, 64 slots].
+
+    Args:
+        tile: The tile.
+        group: Which 128 numbers of each slot.
+        few_registers: As in `instructions.load_numbers`.
+    """
     return instructions.load_numbers(tile, group, transposed=True, few_registers=few_registers)
 
 
@@ -50,7 +56,8 @@ def multiply_slots(tile: Any, queries: Any, group: Array | int = 0, *, few_regis
         tile: The tile [64 slots, groups of 128].
         queries: Right operands [operands, queries, 64] of `split_queries`, in shared memory.
         group: Which 128 numbers of the slots and of the queries.
-        few_registers: Whether to save registers: one left operand at a time.
+        few_registers: Whether to save registers: addresses are computed from one another, and each product is awaited
+            before the next one.
     """
 
     def multiply(refs) -> None:
@@ -88,7 +95,7 @@ def add_weighted(sums: list[Array], values: list[Array], weights: Any, *, few_re
         sums: The sums.
         values: The operands of `load_values`.
         weights: The weights [queries, 64 slots], in shared memory.
-        few_registers: Whether to save registers: one left operand at a time.
+        few_registers: Whether to await each product before the next one, which saves registers.
     """
 
     def add(refs) -> None:

@@ -106,8 +106,10 @@ def start(queries: int = ROWS, layout: Any = TILE, slots: int | None = None) -> 
 
     If the slots of a tile are given, there is a sum for each of them, so that threads add theirs only at the end.
     """
-    m, l = jnp.full((queries,), -jnp.inf, jnp.float32), jnp.zeros((queries,) if slots is None else (queries, slots))
-    return plgpu.layout_cast(m, layout.reduce(1)), plgpu.layout_cast(l, layout if slots else layout.reduce(1))
+    per_query = layout.reduce(1)
+    shape, sum_layout = ((queries,), per_query) if slots is None else ((queries, slots), layout)
+    m, l = jnp.full((queries,), -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32)
+    return plgpu.layout_cast(m, per_query), plgpu.layout_cast(l, sum_layout)
 
 
 def finish(m: Array, l: Array) -> tuple[Array, Array]:
