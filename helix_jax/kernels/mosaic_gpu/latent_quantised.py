@@ -141,7 +141,7 @@ def compute_parts(
         num_threads=shape.groups + 1,
         thread_name="warpgroup",
         compiler_params=memory.COMPILER,
-    )(queries, [x.reshape(-1, x.shape[-1]) for x in k_AKWH], *table, *schedule)
+    )(queries, [x.reshape(-1, x.shape[-1]) for x in jax.tree.leaves(k_AKWH)], *table, *schedule)
 
 
 def _describe_shared(shape: QuantisedLatentShape) -> Shared:
