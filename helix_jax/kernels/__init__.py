@@ -124,8 +124,10 @@ def _supports(backend: Backend, device: Device, pages: PageFormat) -> bool:
 def _check_scales(kernel: str, pages: QuantisedPages, readable: tuple[int, int]) -> None:
     actual = pages.scales_AKWX.shape[-1], pages.exact_width
     if actual != readable:
-        wanted, found = (f"{scales} scales and {exact} exact numbers" for scales, exact in (readable, actual))
-        _raise_for(kernel, f"reads fp8 pages with {wanted} per vector, not {found}: quantise them so")
+        reason = (
+            f"reads fp8 pages with (scales, exact numbers) of {readable} per vector, not {actual}: quantise them so"
+        )
+        _raise_for(kernel, reason)
 
 
 def _raise_for(kernel: str, reason: str | None) -> None:

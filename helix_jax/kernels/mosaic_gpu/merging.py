@@ -1,5 +1,6 @@
 """Merges the parts of each job and head into one partial, in one small kernel with a block of threads per query."""
 
+from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any
 
@@ -41,7 +42,6 @@ def merge_parts(work: Work, o_XQH: Array, lse_XQ: Array, schedule: Schedule) -> 
         repeat = partial(_repeat, width, layout)
 
         def merge_chunk(chunk: Array, carry):
-            tops, sums, acc = carry
             parts = [chunk * at_once + i for i in range(at_once)]
             where = [first + jnp.minimum(part, count - 1) for part in parts]
             outputs = [o[at, pl.ds(query * H, width)] for at in where]
@@ -49,16 +49,7 @@ def merge_parts(work: Work, o_XQH: Array, lse_XQ: Array, schedule: Schedule) -> 
                 [jnp.where(part < count, lse[at, query + i], -jnp.inf) for i in range(queries)]
                 for part, at in zip(parts, where, strict=True)
             ]
-            new = [reduce(jnp.maximum, column, top) for top, column in zip(tops, zip(*logs, strict=True), strict=True)]
-            shift = [jnp.where(top == -jnp.inf, 0.0, top) for top in new]
-            alpha = [jnp.exp(top - s) for top, s in zip(tops, shift, strict=True)]
-            acc = acc * repeat(alpha)
-            sums = [total * a for total, a in zip(sums, alpha, strict=True)]
-            for log, output in zip(logs, outputs, strict=True):
-                weight = [jnp.exp(x - s) for x, s in zip(log, shift, strict=True)]
-                sums = [total + w for total, w in zip(sums, weight, strict=True)]
-                acc = acc + output * repeat(weight)
-            return new, sums, acc
+            return _add_parts(carry, logs, outputs, repeat)
 
         nothing = [jnp.float32(-jnp.inf)] * queries, [jnp.float32(0)] * queries
         zero = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
@@ -82,6 +73,31 @@ def merge_parts(work: Work, o_XQH: Array, lse_XQ: Array, schedule: Schedule) -> 
     )(o_XQH.reshape(X, Q * H), lse_XQ, *schedule)
     o = o.reshape(work.rows, work.heads, blocks * queries, H)[:, :, : work.queries]
     return o, lse.reshape(work.rows, work.heads, blocks * queries)[:, :, : work.queries]
+
+
+def _add_parts(carry, logs: list[list[Array]], outputs: list[Array], repeat: Callable[[list[Array]], Array]):
+    """Add parts to what has been merged.
+
+    Args:
+        carry: The running maximum and sum of weights of each query, and the sum of the weighted outputs.
+        logs: The log-sum-exp of each part and query.
+        outputs: The outputs of each part.
+        repeat: Repeats the number of each query along its share of an output.
+
+    Returns:
+        The new carry.
+    """
+    tops, sums, acc = carry
+    new = [reduce(jnp.maximum, column, top) for top, column in zip(tops, zip(*logs, strict=True), strict=True)]
+    shift = [jnp.where(top == -jnp.inf, 0.0, top) for top in new]
+    alpha = [jnp.exp(top - s) for top, s in zip(tops, shift, strict=True)]
+    acc = acc * repeat(alpha)
+    sums = [total * a for total, a in zip(sums, alpha, strict=True)]
+    for log, output in zip(logs, outputs, strict=True):
+        weight = [jnp.exp(x - s) for x, s in zip(log, shift, strict=True)]
+        sums = [total + w for total, w in zip(sums, weight, strict=True)]
+        acc = acc + output * repeat(weight)
+    return new, sums, acc
 
 
 def _repeat(width: int, layout: Any, values: list[Array]) -> Array:
