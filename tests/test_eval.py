@@ -258,6 +258,21 @@ def test_perplexity_equals_that_of_one_pass_without_a_cache(evaluate, byte_model
             np.testing.assert_allclose(found[name][row], np.mean(nats) / np.log(2), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("cache_dtype", "gap", "fails"),
+    [("auto", 0.5, True), ("auto", 5e-4, False), ("fp8", 0.5, False), ("fp8", np.nan, True)],
+)
+def test_losses_over_an_fp8_cache_may_differ_from_one_device(cache_dtype: str, gap: float, fails: bool, monkeypatch):
+    """Rounding to float8 magnifies the differences of 1e-6 that another mesh makes."""
+    losses = iter([0.0, gap])
+    monkeypatch.setattr("helix_jax.evaluation.perplexity.score_span", lambda *_, **__: np.full((2, 4), next(losses)))
+    plan = Plan(make_mesh(devices=jax.devices()[:1]), 16, cache_dtype=cache_dtype)
+    options = PerplexityOptions((2,), span=4, windows=2)
+    results = run_perplexity(lambda _: None, {ONE_DEVICE: plan, "cp": plan}, BYTE_TEXT, options)
+    assert list(results.different()) == ["cp"] * fails
+    np.testing.assert_array_equal(results.gap_nats["cp"], gap)
+
+
 def test_perplexity_needs_one_device_first():
     plans = {"helix": plan_of(cp=2)}
     with pytest.raises(ValueError, match="the plans are .'helix'.: give 'one device' first"):

@@ -65,7 +65,8 @@ PERPLEXITY = """Measure bits per byte of held-out text at several positions.
 At each position the context before it is read, and then --span tokens one by
 one as if they had been decoded, so they are stored on the ranks round-robin. A
 placement under which the loss of a token differs by more than 1e-3 nats from
-one device makes the exit code 1."""
+one device makes the exit code 1. (With an fp8 cache they may differ by more,
+because rounding to float8 magnifies tiny differences; --json has the largest.)"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
